@@ -1,0 +1,132 @@
+"""`exitkit compare`: several methods, several seeds, one recipe; tables and curves at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from exitkit.cli.options import make_recipe, parse_sets, read_recipe, recipe_options
+from exitkit.errors import Interrupted, UserError, unknown
+
+if TYPE_CHECKING:
+    from exitkit.recipe import Recipe
+
+BASELINE = "joint"
+DEFAULT_METHODS = "ge,boostnet,metagf"
+
+
+@click.command(short_help="Train several methods and print their tables.")
+@click.option("--methods", metavar="A,B,...", help=f"Methods, or all.  [default: {DEFAULT_METHODS}]")
+@click.option("--seeds", type=int, help="How many seeds each.  [default: 2]")
+@click.option("--seed", type=int, help="The first seed.  [default: 0]")
+@click.option("--jobs", type=int, help="Runs at once.  [default: one a core, or one a GPU]")
+@click.option("--resume", is_flag=True, help="What compare always does: skip what is finished, go on with the rest.")
+@recipe_options
+def compare(
+    methods: str | None,
+    seeds: int | None,
+    jobs: int | None,
+    resume: bool,
+    sets: tuple[str, ...],
+    recipe_file: str | None,
+    out: str,
+    **given: Any,
+) -> None:
+    """Train several methods side by side, joint training always among them, and print accuracy against cost.
+
+    Started again, it skips what is finished and goes on with what is not. Tables (CSV, Markdown, LaTeX) and curves
+    (PNG, PDF) go into OUT/report.
+
+    \b
+    Examples:
+      exitkit compare --methods ge,boostnet,metagf
+      exitkit compare --methods boostnet,metagf --seeds 5 --epochs 60 --out study
+      exitkit compare --methods ge --dataset cifar100 --data-dir data --device cuda
+    """
+    values = read_recipe(recipe_file)
+    names = split_methods(methods if methods is not None else values.pop("methods", DEFAULT_METHODS))
+    count = int(values.pop("seeds", 2)) if seeds is None else seeds
+    for key in ("methods", "seeds", "title"):
+        values.pop(key, None)
+    recipes = plan(make_recipe(values, given), names, count, parse_sets(sets))
+
+    from exitkit.benchmarks.campaign import default_jobs, run_campaign
+    from exitkit.benchmarks.campaign_display import CampaignDisplay
+
+    workers = default_jobs(recipes[0].device, recipes[0].threads) if jobs is None else jobs
+    if workers < 1:
+        raise UserError(f"--jobs is {workers}; expected at least 1")
+    folder = Path(out)
+    todo = [recipe for recipe in recipes if not (folder / recipe.id / "results.json").exists()]
+    diverged: dict[int, str] = {}
+    try:
+        with CampaignDisplay(todo, len(recipes)) as display:
+            diverged = run_campaign(todo, folder, workers, display) if todo else {}
+    except KeyboardInterrupt:
+        raise Interrupted("stopped; the same command goes on where it was") from None
+    publish(recipes, folder)
+    if diverged:
+        raise UserError("; ".join(f"left out {todo[index].id}: {reason}" for index, reason in diverged.items()))
+
+
+def split_methods(methods: str | list[str]) -> list[str]:
+    """Return the methods named, each once, with the baseline first."""
+    from exitkit.build import method_parts
+    from exitkit.plugins import registered
+
+    names = methods if isinstance(methods, list) else methods.split(",")
+    names = [name.strip() for name in names if str(name).strip()]
+    if not names:
+        raise UserError(f"--methods is empty; expected names such as {DEFAULT_METHODS}, or all")
+    if names == ["all"]:
+        names = list(registered("method"))
+    for name in names:
+        method_parts(name)
+    return list(dict.fromkeys([BASELINE, *names]))
+
+
+def plan(base: Recipe, methods: list[str], seeds: int, sets: Mapping[str, Any]) -> list[Recipe]:
+    """Return the resolved recipes of all runs, method by method; a field is set in every method that has it.
+
+    Raises:
+        UserError: anything wrong with any of them, a field that no method has, or fewer than one seed.
+    """
+    if seeds < 1:
+        raise UserError(f"--seeds is {seeds}; expected at least 1")
+    recipes = []
+    used: set[str] = set()
+    known: set[str] = set()
+    for method in methods:
+        recipe = base.with_values(method=method)
+        settable = recipe.settable()
+        known |= settable
+        mine = {key: value for key, value in sets.items() if key in settable}
+        # `boostnet.temperature` says which method is meant.
+        prefixed = {k: v for k, v in sets.items() if k.startswith(f"{method}.") and k.split(".", 1)[1] in settable}
+        used |= mine.keys() | prefixed.keys()
+        mine |= {key.split(".", 1)[1]: value for key, value in prefixed.items()}
+        for seed in range(base.seed, base.seed + seeds):
+            recipes.append(recipe.with_values(seed=seed).with_settings(mine).resolve())
+    for key in sets:
+        if key not in used:
+            raise unknown(f"field of {', '.join(methods)} or their network and data", key, known)
+    return recipes
+
+
+def publish(recipes: list[Recipe], out: Path) -> None:
+    """Write and print the report of those runs that are finished."""
+    from rich.console import Console
+
+    from exitkit.benchmarks.report import collect, print_report, write_report
+    from exitkit.runs import RunFolder
+
+    runs = [RunFolder(out / recipe.id) for recipe in recipes if (out / recipe.id / "results.json").exists()]
+    if not runs:
+        raise UserError(f"no run of this comparison is finished in {out}")
+    comparison = collect(runs)
+    write_report(comparison, out / "report")
+    print_report(comparison, Console())
+    click.echo(f"tables and figures: {out / 'report'}")

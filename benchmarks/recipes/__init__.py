@@ -1,0 +1,1 @@
+"""Recipes of comparisons, one TOML file each: `exitkit compare --recipe NAME`."""

@@ -1,0 +1,21 @@
+"""From finished run folders to tables and figures; no network is ever loaded.
+
+`collect` evaluates runs and averages over seeds; `print_report` shows the result, `write_report` writes it.
+"""
+
+from __future__ import annotations
+
+from exitkit.benchmarks.report.collect import Comparison, FinishedRun, collect
+from exitkit.benchmarks.report.console import print_report
+from exitkit.benchmarks.report.figures import anytime_figure, budgeted_figure
+from exitkit.benchmarks.report.write import write_report
+
+__all__ = [
+    "Comparison",
+    "FinishedRun",
+    "anytime_figure",
+    "budgeted_figure",
+    "collect",
+    "print_report",
+    "write_report",
+]

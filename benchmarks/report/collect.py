@@ -1,0 +1,184 @@
+"""From run folders to tidy tables: one row a method and exit, budget or operating point."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pandas as pd
+
+from exitkit.errors import UserError
+from exitkit.evaluation import (
+    PAPER_SHARES,
+    anytime_accuracy,
+    budgeted,
+    confidence,
+    correct,
+    exit_counts,
+    share_for_budget,
+)
+
+GROUP = ["backbone", "dataset"]
+"""What is compared within: methods meet on the same backbone and data set only."""
+
+
+class FinishedRun(Protocol):
+    """What a comparison needs of a run; `exitkit.RunFolder` is one."""
+
+    @property
+    def path(self) -> Path:
+        """Return the run's folder, for messages."""
+
+    @property
+    def label(self) -> str:
+        """Return what the run's method is called in a table."""
+
+    @property
+    def recipe(self) -> Any:
+        """Return what the run is: `backbone`, `dataset` and `seed` are read."""
+
+    def outputs(self, part: str) -> Mapping[str, np.ndarray]:
+        """Return logits [N, K, C], labels [N] and indices [N] of "validation" or "test"."""
+
+    def costs(self) -> Sequence[Mapping[str, int]]:
+        """Return one row an exit: exit (from 1), papers, macs, params."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Three tidy tables, averaged over seeds.
+
+    Accuracies are in percent, costs in multiply-adds of one image (convention `macs`; `papers` beside it), sd
+    is the sample's (n - 1; NaN for one seed), n counts seeds. Methods keep the order in which they were given.
+    """
+
+    anytime: pd.DataFrame
+    """method, backbone, dataset, exit, papers, macs, accuracy_mean, accuracy_sd, n."""
+    budgeted: pd.DataFrame
+    """method, backbone, dataset, budget, cost_mean (realised on test), accuracy_mean, accuracy_sd, n."""
+    curve: pd.DataFrame
+    """method, backbone, dataset, point (the papers' p, 1..39), cost_mean, accuracy_mean, accuracy_sd, n."""
+
+
+def collect(runs: Iterable[FinishedRun], *, budgets: int = 9) -> Comparison:
+    """Evaluate finished runs, anytime and budgeted batch, and average over seeds.
+
+    Runs of one backbone and data set are compared with one another. Their budgets are spaced evenly between
+    the costs that all of them can spend: from the dearest first exit to the cheapest last one, ends left out.
+    At each budget a run gets the exit shares whose planned cost is the budget, and thresholds from its
+    validation outputs.
+
+    Args:
+        runs: in the order in which the methods are to appear.
+        budgets: how many budgets.
+
+    Raises:
+        UserError: no runs, a method twice with one seed, runs that cannot be compared.
+    """
+    groups: dict[tuple[str, str], list[FinishedRun]] = {}
+    for run in runs:
+        groups.setdefault((run.recipe.backbone, run.recipe.dataset), []).append(run)
+    if not groups:
+        raise UserError("no finished runs to compare; expected at least one")
+    parts: dict[str, list[pd.DataFrame]] = {"anytime": [], "budgeted": [], "curve": []}
+    for members in groups.values():
+        _check_comparable(members)
+        grid = _common_budgets(members, budgets)
+        samples: np.ndarray | None = None
+        for run in members:
+            validation, test = run.outputs("validation"), run.outputs("test")
+            indices = np.sort(test["indices"])
+            if samples is not None and not np.array_equal(indices, samples):
+                raise UserError(f"{run.path} and {members[0].path} were tested on different samples")
+            samples = indices
+            for name, rows in _measure(run, validation, test, grid).items():
+                parts[name].append(rows)
+    return Comparison(
+        anytime=_over_seeds(parts["anytime"], ["exit", "papers", "macs"]),
+        budgeted=_over_seeds(parts["budgeted"], ["budget"]),
+        curve=_over_seeds(parts["curve"], ["point"]),
+    )
+
+
+def _check_comparable(runs: Sequence[FinishedRun]) -> None:
+    """Refuse a seed that counts twice, and a method whose network changes from seed to seed."""
+    seen: dict[tuple[str, int], FinishedRun] = {}
+    first_of: dict[str, FinishedRun] = {}
+    for run in runs:
+        twin = seen.setdefault((run.label, run.recipe.seed), run)
+        if twin is not run:
+            raise UserError(
+                f"{twin.path} and {run.path} are both {run.label} with seed {run.recipe.seed}; "
+                "expected each seed of a method once"
+            )
+        first = first_of.setdefault(run.label, run)
+        if list(map(dict, run.costs())) != list(map(dict, first.costs())):
+            raise UserError(
+                f"{first.path} and {run.path} are both {run.label}, but their exits cost different amounts"
+            )
+
+
+def _macs(run: FinishedRun) -> np.ndarray:
+    return np.array([row["macs"] for row in run.costs()], dtype=np.int64)
+
+
+def _common_budgets(runs: Sequence[FinishedRun], count: int) -> np.ndarray:
+    low, high = max(_macs(run)[0] for run in runs), min(_macs(run)[-1] for run in runs)
+    if low >= high:
+        raise UserError(
+            f"the runs of {runs[0].recipe.backbone} on {runs[0].recipe.dataset} have no budget in common: "
+            f"one's first exit costs {low} multiply-adds, one's last {high}; expected the first below the last"
+        )
+    return np.linspace(low, high, count + 2)[1:-1]
+
+
+def _measure(
+    run: FinishedRun, validation: Mapping[str, np.ndarray], test: Mapping[str, np.ndarray], grid: np.ndarray
+) -> dict[str, pd.DataFrame]:
+    """Return one run's rows of each table, before averaging."""
+    if not len(validation["labels"]):
+        raise UserError(f"{run.path} has no validation samples; expected some, to find thresholds on")
+    costs = run.costs()
+    macs = _macs(run)
+    samples, exits = validation["logits"].shape[:2]
+    shares = [*PAPER_SHARES, *share_for_budget(macs, grid)]
+    result = budgeted(
+        confidence(validation["logits"]),
+        confidence(test["logits"]),
+        correct(test["logits"], test["labels"]),
+        macs,
+        exit_counts(samples, exits, shares),
+    )
+    points = len(PAPER_SHARES)
+    same = {"method": run.label, "backbone": run.recipe.backbone, "dataset": run.recipe.dataset}
+    anytime = {name: [int(row[name]) for row in costs] for name in ("exit", "papers", "macs")}
+    anytime["accuracy"] = 100 * anytime_accuracy(test["logits"], test["labels"])
+    cost, accuracy = result.cost, 100 * result.accuracy
+    return {
+        "anytime": pd.DataFrame({**same, **anytime}),
+        "budgeted": pd.DataFrame(
+            {**same, "budget": grid, "cost": cost[points:], "accuracy": accuracy[points:]}
+        ),
+        "curve": pd.DataFrame(
+            {**same, "point": range(1, points + 1), "cost": cost[:points], "accuracy": accuracy[:points]}
+        ),
+    }
+
+
+def _over_seeds(parts: Sequence[pd.DataFrame], keys: list[str]) -> pd.DataFrame:
+    rows = pd.concat(parts, ignore_index=True)
+    named = {"cost_mean": ("cost", "mean")} if "cost" in rows else {}
+    by = ["method", *GROUP, *keys]
+    return (
+        rows.groupby(by, sort=False)
+        .agg(
+            **named,
+            accuracy_mean=("accuracy", "mean"),
+            accuracy_sd=("accuracy", "std"),
+            n=("accuracy", "size"),
+        )
+        .reset_index()
+    )

@@ -1,0 +1,67 @@
+"""The wide tables on a terminal."""
+
+from __future__ import annotations
+
+from math import ceil
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from exitkit.benchmarks.report.collect import Comparison
+from exitkit.benchmarks.report.layout import Cell, Wide, seed_count, wide_tables
+
+TITLES = {"anytime": "Anytime accuracy (%)", "budgeted": "Budgeted-batch accuracy (%)"}
+ACROSS = {"anytime": "exit and its multiply-adds", "budgeted": "average budget in multiply-adds"}
+BEST, SPREAD = "bold green", "not bold dim default"
+
+
+def print_report(comparison: Comparison, console: Console) -> None:
+    """Print the anytime and the budgeted table of each backbone and data set, fitted to the console's width.
+
+    Where `97.3 ± 0.4` makes a table too wide, the sd goes below the mean; where that is still too wide, the
+    columns go on in a second table.
+    """
+    for kind in ("anytime", "budgeted"):
+        for wide in wide_tables(comparison, kind):
+            seeds = seed_count(wide.seeds.values())
+            console.print(Text.assemble("\n ", (TITLES[kind], "bold"), f"  {wide.group}, {seeds}"))
+            for table in _fitted(wide, console):
+                console.print(table)
+            spread = "mean ± sd; " if max(wide.seeds.values()) > 1 else ""
+            unit = f" ({wide.unit.strip()})" if wide.unit else ""
+            console.print(Text(f" {spread}columns: {ACROSS[kind]}{unit}; best in bold", style="dim"))
+
+
+def _fitted(wide: Wide, console: Console) -> list[Table]:
+    """Return the most generous layout that fits, as one table or several."""
+    unlimited = console.options.update(width=10_000)
+    columns = len(wide.heads)
+    for parts, stacked in [(1, False), *((parts, True) for parts in range(1, columns + 1))]:
+        step = ceil(columns / parts)
+        tables = [_table(wide, range(i, min(i + step, columns)), stacked) for i in range(0, columns, step)]
+        if all(console.measure(table, options=unlimited).maximum <= console.width for table in tables):
+            break
+    return tables
+
+
+def _table(wide: Wide, columns: range, stacked: bool) -> Table:
+    """Lay out some columns; `stacked` puts each sd below its mean, and leaves the unit to the caption."""
+    table = Table(box=box.SIMPLE_HEAVY, padding=(0, 1, 0, 0), header_style="bold cyan", leading=int(stacked))
+    table.add_column("method", no_wrap=True)
+    for name, cost in (wide.heads[i] for i in columns):
+        amount = cost if stacked else cost + wide.unit
+        head = f"{name}\n{amount}" if wide.kind == "anytime" else amount
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("n", justify="right", style="dim", no_wrap=True)
+    for name, cells in wide.cells.items():
+        table.add_row(name, *(_cell(cells[i], stacked) for i in columns), str(wide.seeds[name]))
+    return table
+
+
+def _cell(cell: Cell, stacked: bool) -> Text:
+    text = Text(cell.mean, style=BEST if cell.best else "")
+    if cell.sd:
+        text.append(f"\n±{cell.sd}" if stacked else f" ± {cell.sd}", style=SPREAD)
+    return text

@@ -1,0 +1,161 @@
+"""Accuracy against multiply-adds, as a paper prints it: one panel a backbone and data set, one line a method.
+
+Figures are made on matplotlib's objects, not on pyplot's global state, so that any thread may draw them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
+from matplotlib.figure import Figure
+from matplotlib.transforms import ScaledTranslation
+
+from exitkit.benchmarks.report.collect import GROUP, Comparison
+from exitkit.benchmarks.report.layout import group_name, unit_for
+
+# Okabe and Ito's colours, told apart by colour-blind readers; markers and dashes serve a grey print. The
+# three lengths share no factor, so that the combination does not repeat for many methods.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
+DASHES: list[Any] = ["-", (0, (5, 1.5)), (0, (4, 1.5, 1, 1.5)), (0, (1.5, 1)), (0, (6, 1, 1, 1, 1, 1))]
+
+WIDTH, HEIGHT = 3.4, 2.6
+"""Size of a panel in inches: a column of a two-column paper."""
+
+STYLE = {
+    "font.size": 8,
+    "axes.labelsize": 8.5,
+    "axes.titlesize": 8.5,
+    "legend.fontsize": 8,
+    "xtick.labelsize": 7.5,
+    "ytick.labelsize": 7.5,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 2.5,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4,
+    "grid.linewidth": 0.4,
+    "grid.color": "#DDDDDD",
+    "pdf.fonttype": 42,
+    "savefig.dpi": 300,
+}
+
+
+def anytime_figure(comparison: Comparison) -> Figure:
+    """Draw the accuracy of each exit against its multiply-adds; bars are one sd over seeds.
+
+    Methods are set a few points apart in x, so that the bars of one exit can be told from one another.
+    """
+    return _panels(comparison.anytime, _draw_exits)
+
+
+def budgeted_figure(comparison: Comparison) -> Figure:
+    """Draw the papers' 39 budgeted-batch points at their realised mean cost; bands are one sd over seeds."""
+    return _panels(comparison.curve, _draw_curve)
+
+
+def save_figure(figure: Figure, path: Path, kind: str) -> None:
+    """Save as "png" (300 dpi) or "pdf" (fonts embedded); the same figure gives the same bytes."""
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(path, format=kind, metadata={"CreationDate" if kind == "pdf" else "Software": None})
+
+
+Draw = Callable[[Axes, pd.DataFrame, float, int, int], None]
+"""Draws one method: (axes, its rows, size of the x-axis's unit, its place among all methods, how many)."""
+
+
+def _panels(frame: pd.DataFrame, draw: Draw) -> Figure:
+    methods = list(dict.fromkeys(frame["method"]))
+    groups = [rows for _, rows in frame.groupby(GROUP, sort=False)]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH * len(groups), HEIGHT), layout="constrained")
+        panels = figure.subplots(1, len(groups), squeeze=False)[0]
+        for axes, rows in zip(panels, groups, strict=True):
+            cost = "macs" if "macs" in rows else "cost_mean"
+            unit, size = unit_for(rows[cost])
+            for place, method in enumerate(methods):
+                mine = rows[rows["method"] == method]
+                if len(mine):
+                    draw(axes, mine, size, place, len(methods))
+            axes.set_title(group_name(rows))
+            axes.set_xlabel(f"multiply-adds ({unit})" if unit else "multiply-adds")
+            axes.grid(axis="y")
+            axes.set_axisbelow(True)
+            axes.set_ylim(top=min(axes.get_ylim()[1], 100))
+        panels[0].set_ylabel("accuracy (%)")
+        _legend(figure, methods)
+    return figure
+
+
+def _look(place: int) -> dict[str, Any]:
+    return {
+        "color": COLOURS[place % len(COLOURS)],
+        "marker": MARKERS[place % len(MARKERS)],
+        "linestyle": DASHES[place % len(DASHES)],
+        "markeredgecolor": "white",
+        "markeredgewidth": 0.4,
+    }
+
+
+def _draw_exits(axes: Axes, rows: pd.DataFrame, size: float, place: int, count: int) -> None:
+    step = min(2.5, 12 / count)
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    aside = ScaledTranslation((place - (count - 1) / 2) * step / 72, 0, figure.dpi_scale_trans)
+    axes.errorbar(
+        rows["macs"] / size,
+        rows["accuracy_mean"],
+        # No bar for one seed: its sd is unknown, not 0.
+        yerr=rows["accuracy_sd"],
+        label=rows["method"].iloc[0],
+        capsize=1.5,
+        elinewidth=0.7,
+        capthick=0.7,
+        transform=axes.transData + aside,
+        **_look(place),
+    )
+
+
+def _draw_curve(axes: Axes, rows: pd.DataFrame, size: float, place: int, count: int) -> None:
+    x, y, sd = rows["cost_mean"] / size, rows["accuracy_mean"], rows["accuracy_sd"]
+    look = _look(place)
+    # Markers of different methods fall on different points, since curves often run together.
+    axes.plot(x, y, label=rows["method"].iloc[0], markevery=(2 * place % 6, 6), **look)
+    axes.fill_between(x, y - sd, y + sd, color=look["color"], alpha=0.12, lw=0)
+
+
+def _legend(figure: Figure, methods: list[str]) -> None:
+    """Put one legend above the panels, where it covers no data, in as many columns as the width holds."""
+    found = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle[0] if isinstance(handle, ErrorbarContainer) else handle)
+    widths = {n: _legend_width(methods, n) for n in range(len(methods), 0, -1)}
+    columns = next((n for n, width in widths.items() if width < figure.get_figwidth()), 1)
+    figure.legend(
+        [found[name] for name in methods],
+        methods,
+        loc="outside upper center",
+        ncols=columns,
+        frameon=False,
+        handlelength=2.4,
+        columnspacing=1.2,
+        handletextpad=0.5,
+    )
+
+
+def _legend_width(names: list[str], columns: int) -> float:
+    """Estimate a legend's width in inches: a line and its spaces, then 4.6 points a letter."""
+    stacks = np.array_split(np.array(names), columns)
+    return float(sum(33 + 4.6 * max(map(len, stack)) for stack in stacks)) / 72

@@ -1,0 +1,75 @@
+"""The wide tables as Markdown and as LaTeX (booktabs)."""
+
+from __future__ import annotations
+
+import re
+
+import pandas as pd
+
+from exitkit.benchmarks.report.layout import Wide
+
+PREAMBLE = "% needs \\usepackage{booktabs} and \\usepackage{adjustbox} (which shrinks what is too wide)\n"
+
+TABLE = r"""\begin{table*}[t]
+\centering
+\caption{%s}
+\label{tab:%s}
+\begin{adjustbox}{max width=\textwidth}
+%s\end{adjustbox}
+\end{table*}
+"""
+
+SPECIAL = str.maketrans(
+    {
+        **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "±": r"$\pm$",
+        "–": "--",
+    }
+)
+
+
+def markdown(tables: list[Wide]) -> str:
+    """Write the tables one after the other, each under its caption; best means bold."""
+    return "\n\n".join(f"{table.caption}\n\n{_markdown_table(table)}" for table in tables) + "\n"
+
+
+def _markdown_table(table: Wide) -> str:
+    costs = [cost + table.unit for _, cost in table.heads]
+    heads = [f"{name} ({cost})" for (name, _), cost in zip(table.heads, costs, strict=True)]
+    rows = []
+    for name, cells in table.cells.items():
+        texts = [f"**{cell.text()}**" if cell.best else cell.text() for cell in cells]
+        rows.append([name, *texts, str(table.seeds[name])])
+    frame = pd.DataFrame(rows, columns=["method", *(heads if table.kind == "anytime" else costs), "n"])
+    align = ("left", *["right"] * (len(heads) + 1))
+    # Left to itself, tabulate reads "97.30" as a number and writes 97.3.
+    return str(frame.to_markdown(index=False, colalign=align, disable_numparse=True))
+
+
+def latex(tables: list[Wide]) -> str:
+    """Write the tables one after the other, two columns wide, ready to be \\input; best means bold."""
+    return PREAMBLE + "\n".join(_latex_table(table) for table in tables)
+
+
+def _latex_table(table: Wide) -> str:
+    over = "" if table.kind == "anytime" else "average budget (multiply-adds)"
+    heads = [(over or name, (cost + table.unit).translate(SPECIAL)) for name, cost in table.heads]
+    columns = pd.MultiIndex.from_tuples([*heads, ("", "$n$")])
+    rows = {
+        name: [*(cell.text(r"$\pm$") for cell in cells), str(table.seeds[name])]
+        for name, cells in table.cells.items()
+    }
+    frame = pd.DataFrame.from_dict(rows, orient="index", columns=range(len(columns)))
+    frame.columns = columns
+    frame.index = [name.translate(SPECIAL) for name in rows]
+    bold = pd.DataFrame("", frame.index, frame.columns)
+    for i, cells in enumerate(table.cells.values()):
+        bold.iloc[i, :-1] = ["textbf:--rwrap;" if cell.best else "" for cell in cells]
+    tabular = frame.style.apply(lambda _: bold, axis=None).to_latex(
+        hrules=True, column_format="l" + "r" * len(columns), multicol_align="c"
+    )
+    label = re.sub(r"[^a-zA-Z0-9]+", "-", f"{table.kind}-{table.group}")
+    return TABLE % (table.caption.translate(SPECIAL), label, tabular)

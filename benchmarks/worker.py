@@ -1,0 +1,68 @@
+"""A worker of a campaign: takes runs as JSON lines on standard input, says how they go as JSON lines on standard output.
+
+When standard input closes, whoever started it is gone or wants no more, and the process ends at once: whatever it was
+training goes on from its checkpoint next time. So a campaign that was killed leaves nothing running.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import queue
+import sys
+import threading
+import traceback
+from typing import IO, Any
+
+
+def serve(requests: IO[str], answers: IO[str]) -> None:
+    """Train the requested runs one after the other until the requests end."""
+    waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def listen() -> None:
+        for line in requests:
+            waiting.put(line)
+        os._exit(0)
+
+    threading.Thread(target=listen, daemon=True).start()
+
+    def tell(event: str, **facts: Any) -> None:
+        answers.write(json.dumps({"event": event, **facts}) + "\n")
+        answers.flush()
+
+    while True:
+        request = json.loads(waiting.get())
+        try:
+            tell("done", path=_train(request, tell))
+        except Exception as error:  # whatever it is, the campaign has to hear of it
+            tell("failed", **_reason(error))
+
+
+def _train(request: dict[str, Any], tell: Any) -> str:
+    from exitkit.recipe import Recipe
+    from exitkit.training import train
+
+    recipe = Recipe.make(**request["recipe"])
+    run = train(recipe, request["out"], report=lambda progress: tell("progress", **dataclasses.asdict(progress)))
+    return str(run.path)
+
+
+def _reason(error: Exception) -> dict[str, Any]:
+    from exitkit.errors import NonFiniteError, UserError
+
+    if isinstance(error, UserError):
+        return {"message": str(error), "diverged": isinstance(error, NonFiniteError)}
+    traceback.print_exception(error)
+    return {"message": f"{type(error).__name__}: {error}", "diverged": False}
+
+
+def main() -> None:
+    """Serve on this process's standard streams; whatever else prints goes to standard error."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    serve(sys.stdin, answers)
+
+
+if __name__ == "__main__":
+    main()

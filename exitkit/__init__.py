@@ -1,0 +1,69 @@
+"""exitkit: train multi-exit networks with every published method, and compare them under one recipe."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Name -> the module it lives in: imported on first use, so that the command line answers before torch is loaded.
+_PUBLIC = {
+    "build_network": "exitkit.build",
+    "build_strategy": "exitkit.build",
+    "train": "exitkit.training",
+    "evaluate": "exitkit.exit_outputs",
+    "load_runs": "exitkit.runs",
+    "RunFolder": "exitkit.runs",
+    "cost": "exitkit.costs",
+    "Run": "exitkit.run",
+    "Recipe": "exitkit.recipe",
+    "MultiExitNetwork": "exitkit.network",
+    "TrainingStrategy": "exitkit.strategy",
+    "Phase": "exitkit.strategy",
+    "setting": "exitkit.plugins",
+    "UserError": "exitkit.errors",
+}
+
+if TYPE_CHECKING:
+    from exitkit.build import build_network, build_strategy
+    from exitkit.costs import cost
+    from exitkit.errors import UserError
+    from exitkit.exit_outputs import evaluate
+    from exitkit.network import MultiExitNetwork
+    from exitkit.plugins import setting
+    from exitkit.recipe import Recipe
+    from exitkit.run import Run
+    from exitkit.runs import RunFolder, load_runs
+    from exitkit.strategy import Phase, TrainingStrategy
+    from exitkit.training import train
+
+__all__ = [
+    "MultiExitNetwork",
+    "Phase",
+    "Recipe",
+    "Run",
+    "RunFolder",
+    "TrainingStrategy",
+    "UserError",
+    "build_network",
+    "build_strategy",
+    "cost",
+    "evaluate",
+    "load_runs",
+    "setting",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'exitkit' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(_PUBLIC[name]), name)
+    globals()[name] = value  # over the submodule of the same name (`exitkit.cost`), and found at once next time
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

@@ -1,0 +1,142 @@
+"""What there is to choose from, as plain data; remembered between calls, because asking the plugins imports torch."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import entry_points
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from exitkit import __version__, plugins
+from exitkit.errors import UserError, unknown
+
+Entry = dict[str, Any]
+CATALOGUES = ("methods", "backbones", "datasets", "recipes")
+
+
+def entries(kind: str) -> list[Entry]:
+    """Return what there is of one of `CATALOGUES`: a dict each, with at least its `name` and `summary`.
+
+    Methods, backbones and data sets also have `fields` (name, type, default, meaning); methods their `paper` and
+    `slots`; data sets the `house` recipe that is used with them.
+    """
+    if kind == "recipes":
+        return [_recipe_entry(name, path) for name, path in sorted(recipe_files().items())]
+    whole = _remembered()
+    if whole is None:
+        whole = {f"{each}s": [_entry(each, name) for name in plugins.registered(each)] for each in plugins.KINDS}
+        _remember(whole)
+    return whole[kind]
+
+
+def recipe_files() -> dict[str, Path]:
+    """Return the shipped recipes {name: TOML file}: those in the packages of the entry points `exitkit.recipes`."""
+    found: dict[str, Path] = {}
+    for point in entry_points(group="exitkit.recipes"):
+        for resource in files(point.value).iterdir():
+            if resource.name.endswith(".toml"):
+                found[resource.name.removesuffix(".toml")] = Path(str(resource))
+    return found
+
+
+def find_recipe(name: str) -> Path:
+    """Return the file of a recipe: a path, a run folder (its own recipe), or the name of a shipped one.
+
+    Raises:
+        UserError: neither.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path / "recipe.json"
+    if path.exists() or path.suffix or len(path.parts) > 1:
+        return path
+    shipped = recipe_files()
+    if name not in shipped:
+        raise unknown("recipe", name, shipped)
+    return shipped[name]
+
+
+def _recipe_entry(name: str, path: Path) -> Entry:
+    values = tomllib.loads(path.read_text(encoding="utf-8"))
+    return {"name": name, "summary": values.get("title", ""), "values": values}
+
+
+def _entry(kind: str, name: str) -> Entry:
+    try:
+        plugin = plugins.load(kind, name)
+        entry: Entry = {"name": name, "summary": plugins.summary(plugin), "fields": plugins.describe(plugin)}
+        if kind == "method":
+            blank = plugins.configure(kind, name, {})
+            entry |= {"paper": blank.paper, "slots": sorted(blank.claims())}
+        if kind == "dataset":
+            entry["house"] = dict(plugins.underlying(plugin).house)
+    except UserError as error:
+        # One package that is broken must not hide the others; what is wrong with it stands in its place.
+        return {"name": name, "summary": f"not usable: {error}", "fields": [], "paper": "", "slots": [], "house": {}}
+    plain: Entry = json.loads(json.dumps(entry))
+    return plain
+
+
+def _fingerprint() -> str:
+    """Return what changes whenever the answer might: versions, and age and size of every file that gives it."""
+    parts: list[str] = [__version__, sys.version, sys.prefix]
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        parts.append(_age(path))
+    for kind in plugins.KINDS:
+        for name, point in plugins.registered(kind).items():
+            spec = None
+            with contextlib.suppress(ImportError, ValueError):
+                spec = find_spec(point.module)
+            parts += [name, point.value, _age(Path(spec.origin)) if spec and spec.origin else "gone"]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _age(path: Path) -> str:
+    status = path.stat()
+    return f"{path}:{status.st_mtime_ns}:{status.st_size}"
+
+
+def _store() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "exitkit" / "catalogue.json"
+
+
+def _remembered() -> dict[str, list[Entry]] | None:
+    try:
+        stored = json.loads(_store().read_text(encoding="utf-8"))
+        whole: dict[str, list[Entry]] = stored["catalogue"]
+        return whole if stored["fingerprint"] == _fingerprint() else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _remember(whole: dict[str, list[Entry]]) -> None:
+    from exitkit.files import write_json
+
+    # Only ever a convenience: a cache that can't be written is asked for again next time.
+    with contextlib.suppress(OSError, UserError, RuntimeError):
+        _store().parent.mkdir(parents=True, exist_ok=True)
+        write_json(_store(), {"fingerprint": _fingerprint(), "catalogue": whole})
+
+
+def settings_of(entry: Entry) -> Iterator[tuple[str, str, str, str]]:
+    """Yield name, type, default and meaning of each field, as text."""
+    for field in entry["fields"]:
+        yield field["name"], field["type"], _default(field), field["meaning"]
+
+
+def _default(field: Entry) -> str:
+    if field.get("variant"):
+        return ", ".join(f"{value} ({variant})" for variant, value in field["variant"].items())
+    value = field["default"]
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)

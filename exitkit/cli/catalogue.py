@@ -1,0 +1,94 @@
+"""`exitkit list`: methods, backbones, data sets and recipes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from exitkit.catalogue import CATALOGUES, entries, settings_of
+from exitkit.errors import unknown
+
+
+@click.command("list", short_help="Show methods, backbones, data sets and recipes.")
+@click.argument("what", required=False, metavar="[methods|backbones|datasets|recipes]")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: an array of objects, each with its name.")
+def list_command(what: str | None, as_json: bool) -> None:
+    """Show what there is, with every field, its default and its meaning.
+
+    \b
+    Examples:
+      exitkit list
+      exitkit list methods
+      exitkit list datasets --json
+    """
+    if what is not None and what not in CATALOGUES:
+        raise unknown("list", what, CATALOGUES)
+    if as_json:
+        wanted = {kind: entries(kind) for kind in ([what] if what else CATALOGUES)}
+        if what:
+            click.echo(json.dumps(wanted[what], indent=2))
+        else:
+            merged = [{"kind": kind.removesuffix("s"), **entry} for kind, found in wanted.items() for entry in found]
+            click.echo(json.dumps(merged, indent=2))
+    elif what is None:
+        _print_names()
+    else:
+        _print_entries(what)
+
+
+def _print_names() -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for kind in CATALOGUES:
+        table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
+        table.add_column(style="bold cyan", no_wrap=True)
+        table.add_column()
+        for entry in entries(kind):
+            table.add_row(entry["name"], entry["summary"])
+        console.print(f"[bold]{kind}[/bold]")
+        console.print(table)
+    console.print("`exitkit list methods` (backbones, datasets) shows the fields that --set takes", highlight=False)
+
+
+def _print_entries(kind: str) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console(highlight=False)
+    for entry in entries(kind):
+        console.print(f"[bold cyan]{entry['name']}[/]  {escape(entry['summary'])}")
+        for line in _facts(kind, entry):
+            console.print(f"  {escape(line)}", style="dim")
+        if entry.get("fields"):
+            console.print(_field_table(entry))
+        console.print()
+
+
+def _facts(kind: str, entry: dict[str, Any]) -> list[str]:
+    if kind == "methods":
+        return [entry["paper"], f"slots: {', '.join(entry['slots']) or 'none'}"]
+    values = {"datasets": "house", "recipes": "values"}.get(kind)
+    if values is None:
+        return []
+    return [", ".join(f"{key} {_short(value)}" for key, value in entry[values].items() if key != "title")]
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(f"{item:.3g}" if isinstance(item, float) else str(item) for item in value)
+    return str(value)
+
+
+def _field_table(entry: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 2), header_style="dim")
+    for heading in ("field", "type", "default", "meaning"):
+        table.add_column(heading, no_wrap=heading == "field", overflow="fold")
+    for row in settings_of(entry):
+        table.add_row(*row)
+    return table

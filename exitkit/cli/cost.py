@@ -1,0 +1,70 @@
+"""`exitkit cost`: multiply-adds and parameters of every exit."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from exitkit.cli.options import parse_sets
+from exitkit.errors import UserError
+
+
+@click.command(short_help="Print multiply-adds and parameters of every exit.")
+@click.option("--backbone", metavar="NAME", default="msdnet-tiny", show_default=True, help="Network or preset.")
+@click.option("--method", metavar="NAME", help="Count what this method puts into the network, too.")
+@click.option("--num-classes", type=int, help="Classes.  [default: what the preset was published for]")
+@click.option("--input-shape", metavar="C,H,W", help="One image.  [default: what the preset was published for]")
+@click.option("--set", "sets", metavar="FIELD=VALUE", multiple=True, help="Any field of the backbone; repeatable.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def cost(
+    backbone: str,
+    method: str | None,
+    num_classes: int | None,
+    input_shape: str | None,
+    sets: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Print multiply-adds and parameters of every exit, counted by running the network stage by stage.
+
+    `papers` is the count behind the papers' tables (convolutions, linear layers with bias, ReLU, pooling); `macs` is
+    convolutions and linear layers alone. Both are of one image, up to and including that exit.
+
+    \b
+    Examples:
+      exitkit cost --backbone msdnet-tiny
+      exitkit cost --backbone msdnet --set blocks=5 --set growth=8 --num-classes 10 --json
+    """
+    from exitkit.build import build_network, build_strategy
+    from exitkit.costs import cost as count
+
+    network = build_network(
+        backbone, num_classes=num_classes, input_shape=_shape(input_shape), **parse_sets(sets)
+    )
+    if method:
+        build_strategy(method).adapt(network)
+    rows = [row._asdict() for row in count(network)]
+    if as_json:
+        facts = {"backbone": backbone, "num_classes": network.num_classes, "input_shape": network.input_shape}
+        click.echo(json.dumps(facts | {"exits": rows}, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    channels, height, width = network.input_shape
+    table = Table(title=f"{backbone}: {network.num_classes} classes, input {channels}×{height}×{width}")
+    for heading in ("exit", "papers", "macs", "parameters"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(str(row["exit"]), *(f"{row[key]:,}" for key in ("papers", "macs", "params")))
+    Console().print(table)
+
+
+def _shape(text: str | None) -> tuple[int, int, int] | None:
+    if text is None:
+        return None
+    parts = text.replace("x", ",").split(",")
+    if len(parts) != 3 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise UserError(f"--input-shape {text!r} is no image; expected channels,height,width, such as 3,32,32")
+    channels, height, width = (int(part) for part in parts)
+    return channels, height, width

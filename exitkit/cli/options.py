@@ -1,0 +1,71 @@
+"""The options that `train` and `compare` share, and the recipe that they make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from exitkit.errors import UserError
+
+if TYPE_CHECKING:
+    from exitkit.recipe import Recipe
+
+_OPTIONS = [
+    click.option("--dataset", metavar="NAME", help="Data set (see `exitkit list datasets`).  [default: digits]"),
+    click.option("--backbone", metavar="NAME", help="Network (see `exitkit list backbones`).  [default: the data set's]"),
+    click.option("--epochs", type=int, help="Epochs.  [default: the data set's]"),
+    click.option("--batch-size", type=int, help="Images a step, over all ranks.  [default: the data set's]"),
+    click.option("--lr", type=float, help="Learning rate at the start.  [default: the data set's]"),
+    click.option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.  [default: auto]"),
+    click.option("--precision", metavar="NAME", help="fp32, tf32, bf16 or fp16.  [default: fp32]"),
+    click.option("--threads", type=int, help="CPU threads a process.  [default: 1]"),
+    click.option("--data-dir", metavar="DIR", help="Where the images lie, or are downloaded to."),
+    click.option(
+        "--set", "sets", metavar="FIELD=VALUE", multiple=True, help="Any field of method, backbone or data set; repeatable."
+    ),
+    click.option("--recipe", "recipe_file", metavar="FILE", help="TOML (or a run's recipe.json); options override it."),
+    click.option("--out", metavar="DIR", default="runs", show_default=True, help="Where run folders go."),
+]
+
+
+def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of a recipe to a command."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def read_recipe(name: str | None) -> dict[str, Any]:
+    """Return the values of the recipe called `name` (a file, a run folder or a shipped recipe), or none."""
+    if name is None:
+        return {}
+    from exitkit.catalogue import find_recipe
+    from exitkit.recipe import Recipe
+
+    return Recipe.read(find_recipe(name))
+
+
+def make_recipe(values: Mapping[str, Any], given: Mapping[str, Any]) -> Recipe:
+    """Make a recipe from a file's values and what the command line gives over them (None: not given)."""
+    from exitkit.recipe import Recipe
+
+    return Recipe.make(**(dict(values) | {key: value for key, value in given.items() if value is not None}))
+
+
+def parse_sets(sets: tuple[str, ...]) -> dict[str, str]:
+    """Read `field=value` pairs.
+
+    Raises:
+        UserError: one without an equals sign, or a field given twice.
+    """
+    pairs: dict[str, str] = {}
+    for item in sets:
+        field, equals, value = item.partition("=")
+        if not equals or not field:
+            raise UserError(f"--set {item!r} is not of the form field=value, such as --set temperature=0.5")
+        if field in pairs:
+            raise UserError(f"--set gives {field!r} twice; once is enough")
+        pairs[field.strip()] = value.strip()
+    return pairs

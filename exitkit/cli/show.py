@@ -1,0 +1,84 @@
+"""`exitkit show`: one run, as a person wants to see it."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from exitkit.runs import RunFolder
+
+
+@click.command(short_help="Show one run.")
+@click.argument("run", metavar="RUN")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def show(run: str, as_json: bool) -> None:
+    """Show one run: what it was, where it stands, and each exit's cost and accuracy.
+
+    \b
+    Examples:
+      exitkit show runs/boostnet-msdnet-tiny-digits-s0-1a2b3c4d
+      exitkit show RUN --json
+    """
+    from exitkit.runs import RunFolder
+
+    folder = RunFolder(run)
+    if as_json:
+        click.echo(json.dumps(_facts(folder), indent=2))
+    else:
+        print_run(folder)
+
+
+def _facts(run: RunFolder) -> dict[str, Any]:
+    exits: list[dict[str, Any]] = []
+    if run.finished:
+        results = run.results()
+        accuracies = zip(run.costs(), results["test"], results["validation"], strict=True)
+        exits = [cost | {"accuracy": test, "validation_accuracy": valid} for cost, test, valid in accuracies]
+    return {
+        "name": run.path.name,
+        "path": str(run.path),
+        "finished": run.finished,
+        "epochs_done": run.epochs_done(),
+        "recipe": run.recipe.model_dump(mode="json"),
+        "environment": run.environment(),
+        "exits": exits,
+    }
+
+
+def print_run(run: RunFolder) -> None:
+    """Print a run for a person."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    facts = _facts(run)
+    recipe = facts["recipe"]
+    state = "finished" if run.finished else f"unfinished, {facts['epochs_done']} epochs done"
+    console.print(f"[bold cyan]{facts['name']}[/]  {state}")
+    about = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
+    for kind in ("method", "backbone", "dataset"):
+        settings = ", ".join(f"{key}={_short(value)}" for key, value in recipe[f"{kind}_settings"].items())
+        about.add_row(kind, f"[bold]{recipe[kind]}[/]  {settings}")
+    about.add_row(
+        "training",
+        f"{recipe['epochs']} epochs, batch {recipe['batch_size']}, lr {recipe['lr']} ({recipe['schedule']}), "
+        f"momentum {recipe['momentum']}, weight decay {recipe['weight_decay']}, {recipe['precision']}, "
+        f"seed {recipe['seed']}",
+    )
+    console.print(about)
+    if not facts["exits"]:
+        return
+    table = Table()
+    for heading in ("exit", "multiply-adds", "papers' count", "parameters", "validation %", "test %"):
+        table.add_column(heading, justify="right")
+    for row in facts["exits"]:
+        costs = [f"{row[key]:,}" for key in ("macs", "papers", "params")]
+        table.add_row(str(row["exit"]), *costs, f"{row['validation_accuracy']:.2f}", f"{row['accuracy']:.2f}")
+    console.print(table)
+
+
+def _short(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)

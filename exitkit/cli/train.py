@@ -1,0 +1,45 @@
+"""`exitkit train`: one run, watched live."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from typing import Any
+
+import click
+
+from exitkit.cli.options import make_recipe, parse_sets, read_recipe, recipe_options
+
+
+@click.command(short_help="Train and evaluate one run.")
+@click.option("--method", metavar="NAME", help="Training method, or several as a+b.  [default: joint]")
+@click.option("--seed", type=int, help="Seed of weights, order and augmentation.  [default: 0]")
+@click.option("--resume", is_flag=True, help="Go on with this run where it was stopped.")
+@recipe_options
+def train(sets: tuple[str, ...], recipe_file: str | None, out: str, resume: bool, **given: Any) -> None:
+    """Train and evaluate one run, in a folder of its own.
+
+    \b
+    Examples:
+      exitkit train --method boostnet
+      exitkit train --method boostnet --set temperature=0.8 --epochs 10 --seed 3
+      exitkit train --method ge --dataset cifar100 --data-dir data --device cuda --precision bf16
+      torchrun --nproc-per-node 2 -m exitkit train --method metagf
+    """
+    recipe = make_recipe(read_recipe(recipe_file), given).with_settings(parse_sets(sets))
+
+    from exitkit.cli.progress import TrainProgress
+    from exitkit.errors import Interrupted
+    from exitkit.training import train as train_run
+
+    try:
+        with TrainProgress() as progress:
+            run = train_run(recipe, out, resume=resume, report=progress)
+    except KeyboardInterrupt:
+        again = [word for word in sys.argv[1:] if word != "--resume"]
+        raise Interrupted(f"stopped; go on with: exitkit {shlex.join(again)} --resume") from None
+    if progress.speaks:
+        from exitkit.cli.show import print_run
+
+        print_run(run)
+        click.echo(f"run folder: {run.path}")

@@ -1,0 +1,189 @@
+"""The engine: device, precision and ranks. It makes local gradients, averages them over the ranks, then updates.
+
+`DistributedDataParallel` is not used: several backwards on one forward, `autograd.grad` and forward-mode products, on
+which half of the methods rest, are not averaged (or fail) under it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from exitkit.errors import UserError
+from exitkit.synced_batchnorm import synchronise_batchnorm
+
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+"""fp32; tf32 (fp32 with TensorFloat-32 products, CUDA); bf16 and fp16 autocast, the latter with loss scaling."""
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device called `name`; `auto` is CUDA where there is one, then MPS, then the CPU.
+
+    Raises:
+        UserError: no such device here.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device is {name!r}; expected auto, cpu, cuda, cuda:N or mps") from None
+    here = [kind for kind, there in available.items() if there]
+    if device.type not in here:
+        raise UserError(f"device {name!r} is not available here; expected one of auto, {', '.join(here)}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {name!r} is not here; there are {torch.cuda.device_count()} CUDA devices, from cuda:0")
+    return device
+
+
+class Engine:
+    """One process's share of the work: its device, its precision and its rank among `world` processes."""
+
+    def __init__(self, device: torch.device, precision: Precision = "fp32", rank: int = 0, world: int = 1) -> None:
+        self.device = device
+        self.precision = precision
+        self.rank = rank
+        self.world = world
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+    @classmethod
+    def launch(cls, device: str, precision: Precision, threads: int) -> Engine:
+        """Set this process up, and join the other ranks where `torchrun` started it.
+
+        Args:
+            device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`; under torchrun each rank takes the GPU of its number.
+            precision: see `Precision`.
+            threads: CPU threads of this process.
+        """
+        torch.set_num_threads(threads)
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        chosen = choose_device(device)
+        if precision == "tf32" and chosen.type != "cuda":
+            raise UserError(f"precision tf32 needs a CUDA device, and this is {chosen.type}; expected fp32, bf16 or fp16")
+        if chosen.type == "cuda":
+            index = int(os.environ.get("LOCAL_RANK", "0")) if world > 1 else chosen.index or 0
+            chosen = torch.device("cuda", index)
+            torch.cuda.set_device(chosen)
+            torch.backends.cudnn.deterministic = True
+            torch.backends.cudnn.benchmark = False
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+        if world > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        rank = dist.get_rank() if world > 1 else 0
+        return cls(chosen, precision, rank, world)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes the files."""
+        return self.rank == 0
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether images and convolutions are laid out channels-last: where tensor cores gain from it."""
+        return self.device.type == "cuda" and self.precision != "fp32"
+
+    def place(self, network: nn.Module) -> None:
+        """Move the network here, and make its batch normalisation look at the batches of all ranks."""
+        if self.world > 1:
+            synchronise_batchnorm(network)
+        if self.channels_last:
+            network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        else:
+            network.to(self.device)
+
+    def images(self, images: Tensor) -> Tensor:
+        """Move a batch of images here, in the layout that the network has."""
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return images.to(self.device, non_blocking=True, memory_format=layout)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the context that forward passes run in."""
+        if self.precision not in _AUTOCAST:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=_AUTOCAST[self.precision])
+
+    @torch.no_grad()
+    def average(self, tensors: Sequence[Tensor | None]) -> None:
+        """Average each tensor over the ranks, in place; None (a parameter not reached) is None on every rank."""
+        present = [tensor for tensor in tensors if tensor is not None]
+        if self.world == 1 or not present:
+            return
+        flat = torch.cat([tensor.reshape(-1) for tensor in present])
+        dist.all_reduce(flat)
+        flat /= self.world
+        for tensor, piece in zip(present, flat.split([t.numel() for t in present]), strict=True):
+            tensor.copy_(piece.view_as(tensor))
+
+    @torch.no_grad()
+    def total(self, tensor: Tensor) -> Tensor:
+        """Return the sum over the ranks of a tensor on the CPU."""
+        if self.world == 1:
+            return tensor
+        summed = tensor.to(self.device, copy=True)  # NCCL knows only what is on a GPU
+        dist.all_reduce(summed)
+        return summed.cpu()
+
+    @torch.no_grad()
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Return the ranks' tensors (of one shape) one after the other along the batch."""
+        if self.world == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.world)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world > 1:
+            dist.barrier()
+
+    def backward(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> None:
+        """Set each parameter's `grad` to the gradient of `loss`, averaged over the ranks (scaled in fp16)."""
+        for parameter in parameters:
+            parameter.grad = None
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self.average([parameter.grad for parameter in parameters])
+
+    def gradients(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
+        """Return the gradient of `loss`, averaged over the ranks, and keep the graph for the next loss."""
+        found = torch.autograd.grad(self.scaler.scale(loss), parameters, retain_graph=True, allow_unused=True)
+        scale = self.scaler.get_scale()
+        gradients = list(found) if scale == 1 else [None if g is None else g / scale for g in found]
+        self.average(gradients)
+        return gradients
+
+    def update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Step the optimiser on the gradients in place (in fp16: unscaled, and not at all if one overflowed)."""
+        self.scaler.step(optimizer)
+        self.scaler.update()
+
+    def apply(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: Sequence[nn.Parameter],
+        gradients: Iterable[Tensor | None],
+    ) -> None:
+        """Step the optimiser on given gradients; a parameter whose gradient is None is left alone."""
+        scale = self.scaler.get_scale()
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient if gradient is None or scale == 1 else gradient * scale
+        self.update(optimizer)
+
+
+@contextlib.contextmanager
+def ranks_left_at_exit() -> Iterator[None]:
+    """Leave the process group on the way out, so that no rank waits for one that is gone."""
+    try:
+        yield
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,137 @@
+"""Run a trained network over validation and test images, and keep what every exit said of every image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from exitkit.build import build_dataset, build_network, build_strategy
+from exitkit.costs import cost
+from exitkit.data.base import Split
+from exitkit.engine import Engine, choose_device
+from exitkit.files import load_tensors, save_tensors, write_json
+from exitkit.network import MultiExitNetwork
+from exitkit.randomness import derive
+from exitkit.runs import RESULTS, RunFolder, table_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from exitkit.data.base import Data
+    from exitkit.recipe import Recipe
+
+_BATCH = 256
+# Up to here logits are kept in float32; with more classes (ImageNet) in float16, or a run would be gigabytes.
+_FLOAT32_CLASSES = 200
+
+
+def load_data(recipe: Recipe, split: Path | None = None) -> Data:
+    """Load a recipe's images, with the split stored at `split` or else the data set's own."""
+    dataset = build_dataset(recipe.dataset, recipe.dataset_settings)
+    data = dataset.load(Path(recipe.data_dir) if recipe.data_dir else None, recipe.download)
+    return data if split is None else data.with_split(Split.load(split))
+
+
+def make_network(recipe: Recipe, input_shape: tuple[int, int, int], num_classes: int) -> MultiExitNetwork:
+    """Build a recipe's network with the weights that its seed gives, not yet adapted."""
+    assert recipe.backbone is not None
+    torch.manual_seed(derive(recipe.seed, "weights"))
+    return build_network(
+        recipe.backbone, num_classes=num_classes, input_shape=input_shape, **recipe.backbone_settings
+    )
+
+
+def load_network(run: RunFolder, data: Data) -> MultiExitNetwork:
+    """Return a run's trained network, adapted as its phases did, in evaluation mode.
+
+    Raises:
+        UserError: weights that are missing, damaged or of another network.
+    """
+    from exitkit.errors import UserError
+
+    recipe = run.recipe
+    network = make_network(recipe, data.input_shape, data.num_classes)
+    assert recipe.epochs is not None
+    for phase in build_strategy(recipe.method, **recipe.method_settings).phases(recipe.epochs):
+        phase.strategy.adapt(network)
+    path = run.path / "weights.safetensors"
+    try:
+        network.load_state_dict(load_tensors(path))
+    except RuntimeError as error:
+        raise UserError(f"{path} holds another network than its recipe: {str(error).splitlines()[-1].strip()}") from None
+    return network.eval()
+
+
+def evaluate(run: RunFolder | str | Path, *, device: str | None = None) -> pd.DataFrame:
+    """Evaluate a trained run (in fp32) and write its outputs, costs and results into its folder.
+
+    Args:
+        run: a run folder whose training is done.
+        device: where to run; by default where the run was trained.
+
+    Returns:
+        one row an exit: exit, papers, macs, params, accuracy and validation_accuracy (percent), and what run it is.
+
+    Raises:
+        UserError: no such run, or one whose weights or images are missing.
+    """
+    run = run if isinstance(run, RunFolder) else RunFolder(run)
+    recipe = run.recipe
+    torch.set_num_threads(recipe.threads)
+    engine = Engine(choose_device(device or recipe.device))
+    data = load_data(recipe, run.path / "split.safetensors")
+    network = load_network(run, data)
+    write_json(run.path / "cost.json", [row._asdict() for row in cost(network)])
+    engine.place(network)
+    results = {}
+    for part in ("validation", "test"):
+        outputs = collect_outputs(network, data, part, engine, augment_validation(recipe, part))
+        save_tensors(run.path / f"outputs-{part}.safetensors", outputs)
+        hits = outputs["logits"].argmax(2) == outputs["labels"][:, None]
+        results[part] = (100 * hits.double().mean(0)).tolist()
+    write_json(run.path / RESULTS, results)
+    return table_of([run])
+
+
+def augment_validation(recipe: Recipe, part: str) -> bool:
+    """Whether a part is read through the training augmentation: the papers' habit for validation, as an option."""
+    return part == "validation" and recipe.dataset_settings.get("val_transform") == "train"
+
+
+@torch.inference_mode()
+def collect_outputs(
+    network: MultiExitNetwork, data: Data, part: str, engine: Engine, augment: bool = False
+) -> dict[str, Tensor]:
+    """Return logits [N, K, C] of all exits, labels [N] and indices [N] (in the data set's order) of one part."""
+    network.eval()
+    pieces = []
+    count = len(data.labels(part))
+    for batch in data.batches(part, torch.arange(count).split(_BATCH), augment=augment, seed=0):
+        logits = torch.stack(network(engine.images(batch.images)).logits, 1)
+        pieces.append(logits.cpu())
+    dtype = torch.float32 if data.num_classes <= _FLOAT32_CLASSES else torch.float16
+    return {
+        "logits": torch.cat(pieces).to(dtype),
+        "labels": data.labels(part),
+        "indices": getattr(data.split, part),
+    }
+
+
+@torch.inference_mode()
+def measure(network: MultiExitNetwork, data: Data, part: str, engine: Engine, augment: bool = False) -> Tensor:
+    """Return sums of losses and hits [2, K] and the count as one vector [2K + 1], over the ranks' shares of a part."""
+    network.eval()
+    mine = torch.arange(engine.rank, len(data.labels(part)), engine.world)
+    sums = torch.zeros(2, network.num_exits, dtype=torch.float64)
+    for batch in data.batches(part, mine.split(_BATCH), augment=augment, seed=0):
+        labels = batch.labels.to(engine.device)
+        with engine.autocast():
+            logits = network(engine.images(batch.images)).logits
+        losses = torch.stack([F.cross_entropy(output.float(), labels, reduction="sum") for output in logits])
+        hits = torch.stack([(output.argmax(1) == labels).sum() for output in logits])
+        sums += torch.stack([losses.cpu().double(), hits.cpu().double()])
+    return torch.cat([sums.flatten(), torch.tensor([float(len(mine))], dtype=torch.float64)])

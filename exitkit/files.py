@@ -1,0 +1,169 @@
+"""Files that appear whole or not at all, and reading them back without running anything that they hold."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from exitkit.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Hand out a temporary path beside `path`; at the end it is flushed to disk and renamed, or removed on failure.
+
+    Raises:
+        UserError: no space, no permission, or another failure of the disk.
+    """
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        os.close(handle)
+    except OSError as error:
+        raise disk_error(path, error) from None
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        raise disk_error(path, error) from None
+    except RuntimeError as error:
+        # torch reports a failed write (a full disk) as a RuntimeError of its own.
+        if "write" in str(error) or "PytorchStreamWriter" in str(error):
+            raise UserError(f"{path} can't be written: {str(error).splitlines()[0]}") from None
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def disk_error(path: Path, error: OSError) -> UserError:
+    """Say in one line why `path` can't be written."""
+    reason = {
+        errno.ENOSPC: "the disk is full; free some space and start again, it will go on where it was",
+        errno.EACCES: "no permission; choose another --out",
+        errno.EROFS: "the file system is read-only; choose another --out",
+    }.get(error.errno or 0, error.strerror or str(error))
+    return UserError(f"{path} can't be written: {reason}")
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents.
+
+    Raises:
+        UserError: it can't be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UserError(f"{path} is a file; expected a folder, or a name that is free") from None
+    except OSError as error:
+        raise disk_error(path, error) from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole."""
+    with written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whole."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: {path.parent} is not a whole run folder") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read: {error}") from None
+
+
+def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a checkpoint whole."""
+    import torch
+
+    with written_whole(path) as temporary:
+        torch.save(dict(state), temporary)
+
+
+def load_checkpoint(path: Path, keys: set[str]) -> dict[str, Any]:
+    """Read a checkpoint; nothing in it is executed (`weights_only=True`).
+
+    Args:
+        path: the file.
+        keys: what it has to hold.
+
+    Raises:
+        UserError: it is damaged, or no checkpoint of exitkit.
+    """
+    import torch
+
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a file that is not what it should be
+        kind = type(error).__name__
+        raise UserError(
+            f"{path} is no checkpoint that can be trusted ({kind}): it is damaged or foreign, and nothing in it was "
+            "run; delete it to start this run anew"
+        ) from None
+    if not isinstance(state, dict) or not keys <= state.keys():
+        raise UserError(f"{path} is not a checkpoint of exitkit; delete it to start this run anew")
+    return state
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors by name, whole (safetensors)."""
+    from safetensors.torch import save_file
+
+    with written_whole(path) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, temporary)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read tensors by name.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    from safetensors.torch import load_file
+
+    return _safetensors(path, load_file)
+
+
+def load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Read tensors by name as numpy arrays, without torch.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    from safetensors.numpy import load_file
+
+    return _safetensors(path, load_file)
+
+
+def _safetensors(path: Path, reader: Any) -> Any:
+    try:
+        return reader(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: {path.parent} is not a whole run folder") from None
+    except Exception as error:  # safetensors' own error type is not public
+        raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from None

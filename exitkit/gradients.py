@@ -1,0 +1,79 @@
+"""Gradient primitives: rescaling at a boundary, and which exit reads which parameter."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from exitkit.network import MultiExitNetwork
+
+
+class _Rescale(torch.autograd.Function):
+    """x -> x, with the gradient and the forward-mode tangent both multiplied by `factor`.
+
+    Keeps the factor only. Forward returns a view, so the forward-mode rule has to return one as well.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, factor: float) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        ctx.factor = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
+        return grads[0] * ctx.factor, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        scaled: Tensor = tangents[0] * ctx.factor
+        return scaled.view_as(scaled)
+
+
+def rescale(x: Tensor, factor: float) -> Tensor:
+    """Return x unchanged; whatever is differentiated through it is multiplied by `factor` (IMTA, equation 4).
+
+    Works for backward, double backward, forward mode and under vmap.
+    """
+    if factor == 1 or not x.is_floating_point():
+        return x
+    scaled: Tensor = _Rescale.apply(x, factor)
+    return scaled
+
+
+def owners(network: MultiExitNetwork) -> dict[str, tuple[int, ...]]:
+    """Say which exits' outputs depend on each trainable parameter.
+
+    Returns {parameter name: indices of the exits whose output reads it}; an empty tuple for a parameter that no exit
+    reads. Dependence is asked of the graph, so that a gradient which happens to be zero still counts, and a detached
+    one does not.
+    """
+    named = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
+    if not named:
+        return {}
+    reference = named[0][1]
+    x = torch.zeros(2, *network.input_shape, dtype=reference.dtype, device=reference.device)
+    training = [module for module in network.modules() if module.training]
+    network.eval()  # batch norm must not move its statistics
+    try:
+        with torch.enable_grad():
+            logits = network(x).logits
+            reached: dict[str, list[int]] = {name: [] for name, _ in named}
+            for index, output in enumerate(logits):
+                grads = torch.autograd.grad(
+                    output.sum(), [p for _, p in named], retain_graph=True, allow_unused=True
+                )
+                for (name, _), grad in zip(named, grads, strict=True):
+                    if grad is not None:
+                        reached[name].append(index)
+    finally:
+        for module in training:
+            module.training = True
+    return {name: tuple(exits) for name, exits in reached.items()}

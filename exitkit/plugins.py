@@ -1,0 +1,175 @@
+"""Methods, backbones and data sets, found by name through entry points, and their fields.
+
+A plugin is a dataclass; its fields are its settings, each declared with `setting(default, meaning)`. What an entry
+point names may be the class itself or a `functools.partial` of it (a preset: the same fields, other defaults). Our own
+plugins come in by this door alone, as anyone else's do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import typing
+from collections.abc import Iterable, Mapping
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from exitkit.errors import UserError, unknown
+
+KINDS = {"method": "exitkit.methods", "backbone": "exitkit.backbones", "dataset": "exitkit.datasets"}
+"""The kinds of plugin and the entry-point group of each."""
+
+WORDS = {"method": "method", "backbone": "backbone", "dataset": "data set"}
+
+
+def setting(default: Any, meaning: str, *, variant: Mapping[str, Any] | None = None) -> Any:
+    """Declare a field of a plugin.
+
+    Args:
+        default: its default; None together with `variant` means "as the variant says".
+        meaning: one line for `exitkit list` and the docs.
+        variant: the value that each variant ("paper", "released") stands for; see `resolve_variant`.
+    """
+    return dataclasses.field(default=default, metadata={"meaning": meaning, "variant": dict(variant or {})})
+
+
+def resolve_variant(plugin: Any) -> None:
+    """Fill each field left at None with what `plugin.variant` stands for (call it in `__post_init__`)."""
+    for field in dataclasses.fields(plugin):
+        choices = field.metadata.get("variant", {})
+        if choices and getattr(plugin, field.name) is None:
+            object.__setattr__(plugin, field.name, choices[plugin.variant])
+
+
+@functools.cache
+def registered(kind: str) -> dict[str, EntryPoint]:
+    """Return {name: entry point} of everything of this kind that is installed, by name."""
+    return {point.name: point for point in sorted(entry_points(group=KINDS[kind]), key=lambda point: point.name)}
+
+
+@functools.cache
+def load(kind: str, name: str) -> Any:
+    """Return the plugin called `name`: a dataclass, or a `functools.partial` of one.
+
+    Raises:
+        UserError: no such name (the nearest are given), or its package does not import.
+    """
+    points = registered(kind)
+    if name not in points:
+        raise unknown(WORDS[kind], name, points)
+    try:
+        return points[name].load()
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{WORDS[kind]} {name!r} ({points[name].value}) does not load: {error}") from error
+
+
+def underlying(plugin: Any) -> Any:
+    """Return the dataclass of a plugin, be it the class or a preset of it."""
+    return plugin.func if isinstance(plugin, functools.partial) else plugin
+
+
+def fields(plugin: Any) -> dict[str, dataclasses.Field[Any]]:
+    """Return the settable fields of a plugin by name."""
+    return {field.name: field for field in dataclasses.fields(underlying(plugin)) if field.init}
+
+
+def defaults(plugin: Any) -> dict[str, Any]:
+    """Return each field's default, a preset's own included."""
+    given = plugin.keywords if isinstance(plugin, functools.partial) else {}
+    return {name: given.get(name, field.default) for name, field in fields(plugin).items()}
+
+
+def configure(kind: str, name: str, values: Mapping[str, Any]) -> Any:
+    """Make the plugin called `name` with some of its fields set.
+
+    Raises:
+        UserError: an unknown field (the nearest are given), a value of the wrong type or out of range.
+    """
+    return instantiate(load(kind, name), f"{WORDS[kind]} {name}", values)
+
+
+def instantiate(plugin: Any, label: str, values: Mapping[str, Any]) -> Any:
+    """Make `plugin` from `values`; strings (from the command line) are read as the field's type."""
+    known = fields(plugin)
+    for name in values:
+        if name not in known:
+            raise unknown(f"field of {label}", name, known)
+    hints = typing.get_type_hints(underlying(plugin))
+    checked = {name: check_value(f"{label}: {name}", hints[name], value) for name, value in values.items()}
+    try:
+        return plugin(**checked)
+    except UserError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{label}: {error}") from error
+
+
+def check_value(label: str, kind: Any, value: Any) -> Any:
+    """Return `value` as type `kind`, or raise one line that says what was expected.
+
+    A string may be a comma- or dash-separated list where a tuple is expected ("1,2,4", "1-2-4").
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    adapter = TypeAdapter(kind)
+    candidates = [value]
+    if isinstance(value, str) and value.lower() in ("none", "null"):
+        candidates = [None, value]
+    elif isinstance(value, str) and any(typing.get_origin(part) is tuple for part in _parts(kind)):
+        pieces = value.replace("-", ",") if value[:1].isdigit() and "e-" not in value else value
+        candidates = [value, [piece.strip() for piece in pieces.split(",") if piece.strip()]]
+    problem: ValidationError | None = None
+    for candidate in candidates:
+        try:
+            return adapter.validate_python(candidate)
+        except ValidationError as error:
+            problem = problem or error
+    reasons = dict.fromkeys(str(item["msg"]).removeprefix("Input should be ") for item in problem.errors())  # type: ignore[union-attr]
+    raise UserError(f"{label} is {value!r}; expected {' or '.join(reasons)}")
+
+
+def describe(plugin: Any) -> list[dict[str, Any]]:
+    """Return one row a field: name, type, default, meaning (and what each variant stands for)."""
+    hints = typing.get_type_hints(underlying(plugin))
+    values = defaults(plugin)
+    return [
+        {
+            "name": name,
+            "type": type_name(hints[name]),
+            "default": values[name],
+            "meaning": field.metadata.get("meaning", ""),
+            **({"variant": field.metadata["variant"]} if field.metadata.get("variant") else {}),
+        }
+        for name, field in fields(plugin).items()
+    ]
+
+
+def type_name(kind: Any) -> str:
+    """Write a type as a person would: `paper | released`, `number`, `number, ... `."""
+    names: dict[Any, str] = {float: "number", int: "integer", bool: "true | false", str: "text", type(None): "none"}
+    if kind in names:
+        return names[kind]
+    parts = _parts(kind)
+    if typing.get_origin(kind) is typing.Literal:
+        return " | ".join(map(str, typing.get_args(kind)))
+    if typing.get_origin(kind) is tuple:
+        return f"{type_name(typing.get_args(kind)[0])}, ..."
+    if len(parts) > 1:
+        return " | ".join(type_name(part) for part in parts if part is not type(None))
+    return str(getattr(kind, "__name__", kind))
+
+
+def summary(plugin: Any) -> str:
+    """Return the first line of a plugin's documentation (a preset's own `doc`, if it has one)."""
+    text = getattr(plugin, "doc", None) or inspect.getdoc(underlying(plugin)) or ""
+    return str(text).strip().split("\n", 1)[0]
+
+
+def _parts(kind: Any) -> Iterable[Any]:
+    """The alternatives of a union, or the type alone."""
+    import types
+
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return typing.get_args(kind)
+    return (kind,)

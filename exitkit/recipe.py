@@ -1,0 +1,183 @@
+"""A recipe: everything that a run is. Two runs of the same resolved recipe are the same run, to the bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from exitkit import plugins
+from exitkit.build import build_dataset, build_strategy
+from exitkit.errors import UserError, unknown
+
+# Where a run happens is not part of what it is: it can be resumed on another device, from another data folder.
+EXECUTION = frozenset({"device", "threads", "data_dir", "download"})
+_KINDS = ("method", "backbone", "dataset")
+
+
+class Recipe(BaseModel):
+    """What to train, on what, and how. Fields left out come from the data set's house recipe (see `resolve`)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    method: str = Field("joint", description="a training method, or several as a+b")
+    backbone: str | None = Field(None, description="a backbone or preset")
+    dataset: str = Field("digits", description="a data set")
+    method_settings: dict[str, Any] = Field({}, description="fields of the method")
+    backbone_settings: dict[str, Any] = Field({}, description="fields of the backbone")
+    dataset_settings: dict[str, Any] = Field({}, description="fields of the data set")
+    seed: int = Field(0, ge=0, description="seed of weights, order and augmentation (not of the split)")
+    epochs: int | None = Field(None, ge=1, description="epochs of the first phase")
+    batch_size: int | None = Field(None, ge=2, description="images a step, over all ranks")
+    lr: float | None = Field(None, gt=0, description="learning rate at the start (SGD)")
+    schedule: Literal["cosine", "step", "constant"] | None = Field(None, description="how the rate falls")
+    milestones: tuple[float, ...] | None = Field(None, description="shares of the schedule at which `step` drops")
+    decay: float = Field(0.1, gt=0, lt=1, description="factor of each such drop")
+    momentum: float = Field(0.9, ge=0, lt=1, description="SGD momentum")
+    weight_decay: float | None = Field(None, ge=0, description="SGD weight decay, of every parameter")
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = Field("fp32", description="arithmetic of training")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
+    threads: int = Field(1, ge=1, description="CPU threads a process")
+    data_dir: str | None = Field(None, description="where the images lie")
+    download: bool = Field(True, description="fetch images that are not there, where torchvision can")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, values: Any) -> Any:
+        bad = [key for key in values if key not in cls.model_fields] if isinstance(values, Mapping) else []
+        if bad:
+            raise UserError("; ".join(str(unknown("key of a recipe", key, cls.model_fields)) for key in bad))
+        return values
+
+    @model_validator(mode="after")
+    def _milestones_ascend(self) -> Self:
+        marks = self.milestones or ()
+        if any(not 0 < mark < 1 for mark in marks) or list(marks) != sorted(set(marks)):
+            raise ValueError("milestones have to be ascending shares of the schedule, between 0 and 1")
+        return self
+
+    @classmethod
+    def make(cls, **values: Any) -> Recipe:
+        """Make a recipe from values, with one clear line about all that are wrong.
+
+        Raises:
+            UserError: unknown keys (the nearest are given) or impossible values.
+        """
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise UserError("; ".join(_explain(item) for item in error.errors())) from None
+
+    @classmethod
+    def read(cls, path: str | Path) -> dict[str, Any]:
+        """Read the values of a recipe file, TOML or JSON (a run's own `recipe.json` is one).
+
+        Raises:
+            UserError: no such file, or one that is not TOML or JSON.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+            values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        except OSError as error:
+            raise UserError(f"recipe {path} can't be read: {error.strerror}") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"recipe {path} is not valid {path.suffix.lstrip('.') or 'TOML'}: {error}") from None
+        if not isinstance(values, dict):
+            raise UserError(f"recipe {path} holds a {type(values).__name__}; expected a table of keys")
+        return values
+
+    def resolve(self) -> Recipe:
+        """Fill everything left open: the data set's house recipe, and every field of method, backbone and data set.
+
+        Raises:
+            UserError: unknown names or fields, or values that are impossible.
+        """
+        dataset = build_dataset(self.dataset, self.dataset_settings)
+        house = {key: value for key, value in dataset.house.items() if getattr(self, key) is None}
+        filled = self.with_values(**house)
+        assert filled.backbone is not None
+        backbone = plugins.configure("backbone", filled.backbone, self.backbone_settings)
+        strategy = build_strategy(self.method, **self.method_settings)
+        if filled.schedule != "step":
+            filled = filled.with_values(milestones=())
+        return filled.with_values(
+            method_settings=_plain(strategy.settings()),
+            backbone_settings=_plain({name: getattr(backbone, name) for name in plugins.fields(type(backbone))}),
+            dataset_settings=_plain({name: getattr(dataset, name) for name in plugins.fields(type(dataset))}),
+        )
+
+    def with_values(self, **values: Any) -> Recipe:
+        """Return this recipe with some values replaced, checked anew."""
+        return Recipe.make(**(self.model_dump() | values))
+
+    def with_settings(self, pairs: Mapping[str, Any]) -> Recipe:
+        """Return this recipe with fields of method, backbone or data set set by name.
+
+        Args:
+            pairs: {field: value}; a field that two of them have is named `method.field`, `backbone.field` or
+                `dataset.field`.
+
+        Raises:
+            UserError: a field that none of them has (the nearest are given), or several.
+        """
+        known = self._fields()
+        changed: dict[str, dict[str, Any]] = {kind: dict(getattr(self, f"{kind}_settings")) for kind in _KINDS}
+        for key, value in pairs.items():
+            prefix, _, rest = key.partition(".")
+            kinds = [prefix] if prefix in _KINDS and rest in known[prefix] else [k for k in _KINDS if key in known[k]]
+            field = rest if kinds == [prefix] else key
+            if not kinds:
+                raise unknown(f"field of {self.method}, {self._backbone()} or {self.dataset}", key, set().union(*known.values()))
+            if len(kinds) > 1:
+                raise UserError(f"{' and '.join(kinds)} have a field {key!r}; say {' or '.join(f'{k}.{key}' for k in kinds)}")
+            changed[kinds[0]][field] = value
+        return self.with_values(**{f"{kind}_settings": changed[kind] for kind in _KINDS})
+
+    def settable(self) -> set[str]:
+        """Return every name that `with_settings` takes."""
+        known = self._fields()
+        return set().union(*known.values()) | {f"{kind}.{field}" for kind in _KINDS for field in known[kind]}
+
+    def _backbone(self) -> str:
+        return self.backbone or str(plugins.underlying(plugins.load("dataset", self.dataset)).house["backbone"])
+
+    def _fields(self) -> dict[str, set[str]]:
+        from exitkit.build import method_parts
+
+        parts = {part: set(plugins.fields(plugins.load("method", part))) for part in method_parts(self.method)}
+        method = set().union(*parts.values()) | {f"{part}.{field}" for part, names in parts.items() for field in names}
+        return {
+            "method": method,
+            "backbone": set(plugins.fields(plugins.load("backbone", self._backbone()))),
+            "dataset": set(plugins.fields(plugins.load("dataset", self.dataset))),
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """Return what makes this run this run: all but where it happens. Meant for a resolved recipe."""
+        return {key: value for key, value in self.model_dump(mode="json").items() if key not in EXECUTION}
+
+    @property
+    def id(self) -> str:
+        """A folder name: readable, and different for every difference in `identity`."""
+        digest = hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:8]
+        name = "-".join([self.method, self.backbone or "", self.dataset, f"s{self.seed}", digest])
+        return re.sub(r"[^A-Za-z0-9.+_-]", "-", name)
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as JSON holds them, so that a recipe read back is equal to the one written."""
+    plain: dict[str, Any] = json.loads(json.dumps(dict(settings)))
+    return plain
+
+
+def _explain(item: Mapping[str, Any]) -> str:
+    where = ".".join(str(part) for part in item["loc"])
+    message = str(item["msg"]).removeprefix("Value error, ").replace("Input should be", "expected")
+    return f"{where} is {item['input']!r}; {message}" if where else message

@@ -1,0 +1,231 @@
+"""What a strategy is handed, and all that it may touch: network, optimiser, gradients, ranks, position, randomness."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from exitkit.data.base import Batch
+from exitkit.engine import Engine
+from exitkit.meter import Meter
+from exitkit.network import MultiExitNetwork, Outputs
+from exitkit.randomness import derive, generator
+from exitkit.strategy import TrainingStrategy
+
+
+@dataclass
+class Position:
+    """Where in the schedule training stands: `step` within a pass, `passes` done in this epoch, both from 0."""
+
+    phase: int = 0
+    epoch: int = 0
+    passes: int = 0
+    step: int = 0
+    epochs: int = 1
+    steps: int = 1
+
+    @property
+    def fraction(self) -> float:
+        """The share of the phase that lies behind, 0..1, as the learning rate sees it: every pass counts from 0."""
+        return (self.epoch + self.step / self.steps) / self.epochs
+
+
+class Auxiliary:
+    """A side network (or a few free parameters) with its own optimiser, averaged over the ranks like the network."""
+
+    def __init__(self, engine: Engine, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._engine = engine
+        self.module = module
+        self.optimizer = optimizer
+
+    def step(self, loss: Tensor) -> None:
+        """Make one step of the side network's optimiser on the gradient of `loss`."""
+        parameters = list(self.module.parameters())
+        gradients = self._engine.gradients(loss, parameters)
+        # In fp16 the network's loss scale may be too large for this loss: such a step is left out, as the network's is.
+        if self._engine.precision == "fp16" and not all(g is None or g.isfinite().all() for g in gradients):
+            return
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        self.optimizer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the module's and the optimiser's state."""
+        return {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take both back."""
+        self.module.load_state_dict(state["module"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+class Run:
+    """One phase of training, as a strategy sees it.
+
+    Attributes:
+        network: the network, adapted.
+        strategy: who rules the phase (a composition, where there is one: ask it for losses and weights).
+        optimizer: the network's optimiser.
+        position: where in the schedule training stands.
+    """
+
+    def __init__(
+        self,
+        network: MultiExitNetwork,
+        strategy: TrainingStrategy,
+        optimizer: torch.optim.Optimizer,
+        engine: Engine,
+        seed: int = 0,
+        position: Position | None = None,
+    ) -> None:
+        self.network = network
+        self.strategy = strategy
+        self.optimizer = optimizer
+        self.position = position or Position()
+        self.meter = Meter(network.num_exits, self.position)
+        self.on_checkpoint: Callable[[], None] = lambda: None
+        self.auxiliaries: dict[str, Auxiliary] = {}
+        self._engine = engine
+        self._seed = seed
+
+    @classmethod
+    def local(
+        cls,
+        network: MultiExitNetwork,
+        strategy: TrainingStrategy,
+        optimizer: torch.optim.Optimizer,
+        *,
+        seed: int = 0,
+    ) -> Run:
+        """Make a run in memory, in one process, on the device where the network is: to drive single steps by hand.
+
+        Adapts the network, hands the optimiser the parameters that this added, and prepares the strategy. Then
+        `strategy.train_step(run, (images, labels))` makes a step, and `strategy.train_epoch(run, batches)` an epoch
+        over a list of such pairs.
+        """
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        before = {id(parameter) for parameter in network.parameters()}
+        strategy.adapt(network)
+        added = [p for p in network.parameters() if id(p) not in before | held]
+        if added:
+            optimizer.add_param_group({"params": added})
+        device = next(network.parameters()).device
+        run = cls(network, strategy, optimizer, Engine(device), seed)
+        torch.manual_seed(derive(seed, "prepare", 0))
+        strategy.prepare(run)
+        return run
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The network's parameters that the optimiser moves, in its order."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def forward(self, images: Tensor) -> Outputs:
+        """Run the network on images [B, C, H, W] in the run's precision."""
+        with self._engine.autocast():
+            outputs: Outputs = self.network(images)
+        return outputs
+
+    def functional(self, parameters: Mapping[str, Tensor], images: Tensor) -> Outputs:
+        """Run the network with some of its parameters (by name) replaced; its own buffers are read and moved."""
+        with self._engine.autocast():
+            outputs: Outputs = torch.func.functional_call(self.network, dict(parameters), (images,))
+        return outputs
+
+    def exit_losses(self, batch: Batch, parameters: Mapping[str, Tensor] | None = None) -> list[Tensor]:
+        """Run the network on a batch, and return the strategy's K losses [B], logging them and the accuracies.
+
+        Args:
+            batch: images [B, C, H, W] and labels [B].
+            parameters: run on these instead of the network's own, as `functional` does.
+        """
+        images, labels = batch
+        outputs = self.forward(images) if parameters is None else self.functional(parameters, images)
+        losses = self.strategy.exit_losses(self, outputs, batch)
+        self.meter.add(losses, outputs.logits, labels)
+        return losses
+
+    def exit_weights(self) -> Sequence[float]:
+        """Return the strategy's weight of each exit, now."""
+        return self.strategy.exit_weights(self)
+
+    def step(self, loss: Tensor) -> None:
+        """Make one step of the optimiser on the gradient of `loss` (a mean over the local batch)."""
+        self.backward(loss)
+        self._engine.update(self.optimizer)
+
+    def backward(self, loss: Tensor) -> None:
+        """Set each parameter's `grad` from `loss`, averaged over the ranks; `step` is this and the update."""
+        self._engine.backward(loss, self.parameters)
+
+    def exit_gradients(self, losses: Sequence[Tensor]) -> list[list[Tensor | None]]:
+        """Return the gradient of each exit's mean loss, averaged over the ranks: K lists in `parameters`' order.
+
+        None where an exit does not read a parameter. A plain loop: exit k's backward walks only the stages below it.
+        """
+        return [self._engine.gradients(loss.mean(), self.parameters) for loss in losses]
+
+    def apply(self, gradients: Iterable[Tensor | None]) -> None:
+        """Make one step of the optimiser on given gradients, in `parameters`' order; None leaves one alone."""
+        self._engine.apply(self.optimizer, self.parameters, gradients)
+
+    def auxiliary(
+        self, name: str, module: nn.Module, optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+    ) -> Auxiliary:
+        """Register a side network, which is then placed, averaged over ranks and saved with the run.
+
+        Args:
+            name: what to save it as.
+            module: the side network.
+            optimizer: makes its optimiser from its parameters.
+        """
+        module.to(self._engine.device)
+        self.auxiliaries[name] = Auxiliary(self._engine, module, optimizer(module.parameters()))
+        return self.auxiliaries[name]
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """Return the mean of a local mean over the ranks."""
+        averaged = tensor.clone()
+        self._engine.average([averaged])
+        return averaged
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Return the global batch of a tensor whose first dimension is the local one."""
+        return self._engine.gather(tensor)
+
+    def rng(self, tag: str) -> torch.Generator:
+        """Return a CPU generator for this point of the schedule, the same on all ranks."""
+        at = self.position
+        return generator(self._seed, tag, at.phase, at.epoch, at.passes, at.step)
+
+    def checkpoint(self) -> None:
+        """Save the run between two passes of an epoch; `state_dict` must tell the strategy where to go on.
+
+        On resuming, `train_epoch` is called again for the same epoch, with the state loaded.
+        """
+        self.on_checkpoint()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that the phase needs to go on with the same bits."""
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self._engine.scaler.state_dict(),
+            "strategy": self.strategy.state_dict(),
+            "auxiliaries": {name: side.state_dict() for name, side in self.auxiliaries.items()},
+            "position": [self.position.phase, self.position.epoch, self.position.passes],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take it back; the network must be adapted and the strategy prepared already."""
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._engine.scaler.load_state_dict(state["scaler"])
+        self.strategy.load_state_dict(state["strategy"])
+        for name, side in self.auxiliaries.items():
+            side.load_state_dict(state["auxiliaries"][name])
+        self.position.phase, self.position.epoch, self.position.passes = state["position"]

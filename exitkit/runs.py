@@ -1,0 +1,205 @@
+"""A run is a folder, and the folder is enough: what it was, how it went, and what every exit said of every image.
+
+    recipe.json          the resolved recipe        environment.json   versions, device, when
+    split.safetensors    train, validation, test    metrics.csv        losses and accuracies, epoch by epoch
+    checkpoint.pt        where training stands      timing.csv         seconds an epoch
+    weights.safetensors  the trained network        cost.json          multiply-adds and parameters an exit
+    outputs-validation.safetensors, outputs-test.safetensors           logits [N, K, C], labels [N], indices [N]
+    results.json         accuracy of each exit; written last: a folder that has it is finished
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from exitkit.errors import UserError
+from exitkit.files import disk_error, load_arrays, make_folder, read_json, write_json
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from filelock import BaseFileLock
+
+    from exitkit.recipe import Recipe
+
+RESULTS = "results.json"
+_LOCK_PATIENCE = 15.0  # seconds; a killed process lets its lock go at once, a dying worker within moments
+
+
+class RunFolder:
+    """One run's folder.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        UserError: it is not there, or holds no run.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not (self.path / "recipe.json").is_file():
+            what = "holds no run (no recipe.json)" if self.path.is_dir() else "does not exist"
+            raise UserError(f"run folder {self.path} {what}; expected a folder that `exitkit train` made")
+
+    @classmethod
+    def create(cls, out: Path, recipe: Recipe, writers: Mapping[str, Callable[[Path], None]]) -> RunFolder:
+        """Make the folder of a new run with its recipe and what `writers` {name: function of the path} write.
+
+        The folder appears whole or not at all.
+        """
+        make_folder(out)
+        path = out / recipe.id
+        try:
+            draft = Path(tempfile.mkdtemp(prefix=f".{recipe.id}.", suffix=".part", dir=out))
+            try:
+                for name, write in writers.items():
+                    write(draft / name)
+                write_json(draft / "recipe.json", recipe.model_dump(mode="json"))
+                draft.chmod(0o755)
+                draft.rename(path)
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
+        except OSError as error:
+            raise disk_error(path, error) from None
+        return cls(path)
+
+    def lock(self) -> BaseFileLock:
+        """Return the lock that whoever trains this run holds; it goes with its process.
+
+        Entering it raises `filelock.Timeout` where another process holds it.
+        """
+        from filelock import FileLock
+
+        return FileLock(self.path / "run.lock", timeout=_LOCK_PATIENCE)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The resolved recipe."""
+        from exitkit.recipe import Recipe
+
+        values = read_json(self.path / "recipe.json")
+        if not isinstance(values, dict):
+            raise UserError(f"{self.path / 'recipe.json'} is damaged; expected a table of keys")
+        return Recipe.make(**values)
+
+    @property
+    def label(self) -> str:
+        """What the run's method is called in a table."""
+        return self.recipe.method
+
+    @property
+    def finished(self) -> bool:
+        """Whether it was trained and evaluated to the end."""
+        return (self.path / RESULTS).is_file()
+
+    def epochs_done(self) -> int:
+        """How many epochs, over all phases, have been trained."""
+        metrics = self.path / "metrics.csv"
+        return max(len(metrics.read_text(encoding="utf-8").splitlines()) - 1, 0) if metrics.exists() else 0
+
+    def environment(self) -> dict[str, Any]:
+        """Return the versions and the device that the run began with."""
+        environment: dict[str, Any] = read_json(self.path / "environment.json")
+        return environment
+
+    def results(self) -> dict[str, Any]:
+        """Return {"validation": accuracies, "test": accuracies}, each one percentage an exit."""
+        if not self.finished:
+            raise UserError(f"run {self.path} is not finished; go on with: exitkit train --recipe "
+                            f"{self.path / 'recipe.json'} --out {self.path.parent} --resume")
+        results: dict[str, Any] = read_json(self.path / RESULTS)
+        return results
+
+    def costs(self) -> list[dict[str, int]]:
+        """Return one dict an exit: exit (from 1), papers, macs (multiply-adds of one image), params."""
+        costs: list[dict[str, int]] = read_json(self.path / "cost.json")
+        return costs
+
+    def outputs(self, part: str) -> dict[str, np.ndarray]:
+        """Return what every exit said: logits [N, K, C], labels [N], indices [N] of part `validation` or `test`."""
+        arrays = load_arrays(self.path / f"outputs-{part}.safetensors")
+        missing = {"logits", "labels", "indices"} - arrays.keys()
+        if missing:
+            raise UserError(f"outputs-{part}.safetensors of {self.path} is damaged: it lacks {', '.join(sorted(missing))}")
+        return arrays
+
+
+def find_runs(folder: str | Path) -> list[RunFolder]:
+    """Return the finished runs below a folder, by name.
+
+    Raises:
+        UserError: no such folder, or no finished run in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"folder {folder} does not exist; expected one that holds runs")
+    found = sorted(path.parent for path in folder.glob(f"*/{RESULTS}"))
+    if not found:
+        raise UserError(f"folder {folder} holds no finished run")
+    return [RunFolder(path) for path in found]
+
+
+def load_runs(folder: str | Path) -> pd.DataFrame:
+    """Read all finished runs below a folder into one table, a row for each run and exit.
+
+    Columns: run, method, backbone, dataset, seed, epochs, exit (from 1), papers, macs, params, accuracy,
+    validation_accuracy (percent), path.
+
+    Raises:
+        UserError: no such folder, or no finished run in it.
+    """
+    return table_of(find_runs(folder))
+
+
+def table_of(runs: Iterable[RunFolder]) -> pd.DataFrame:
+    """Make the table of `load_runs` from given runs."""
+    import pandas as pd
+
+    rows = []
+    for run in runs:
+        recipe, results = run.recipe, run.results()
+        for cost, test, validation in zip(run.costs(), results["test"], results["validation"], strict=True):
+            rows.append(
+                {
+                    "run": run.path.name,
+                    "method": run.label,
+                    **{key: getattr(recipe, key) for key in ("backbone", "dataset", "seed", "epochs")},
+                    **cost,
+                    "accuracy": test,
+                    "validation_accuracy": validation,
+                    "path": str(run.path),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def differences(recipe: Recipe, out: Path) -> str:
+    """Say how the run nearest to `recipe` among those in `out` differs from it, for an error message; "" if none."""
+    best: tuple[int, str] | None = None
+    wanted = _flat(recipe.identity())
+    for path in sorted(out.glob("*/recipe.json")):
+        try:
+            there = _flat(RunFolder(path.parent).recipe.identity())
+        except UserError:
+            continue
+        changed = [key for key in wanted.keys() | there.keys() if wanted.get(key) != there.get(key)]
+        told = ", ".join(f"{key}={there.get(key)!r} there, {wanted.get(key)!r} here" for key in sorted(changed)[:3])
+        if best is None or len(changed) < best[0]:
+            best = len(changed), f"; the nearest is {path.parent.name} ({told})"
+    return best[1] if best else ""
+
+
+def _flat(identity: Mapping[str, Any]) -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in identity.items():
+        if isinstance(value, Mapping):
+            flat.update({f"{key.removesuffix('_settings')}.{name}": json.dumps(item) for name, item in value.items()})
+        else:
+            flat[key] = json.dumps(value)
+    return flat

@@ -1,0 +1,229 @@
+"""TrainingStrategy: what a training method may decide. The base class is joint training; a method says what differs.
+
+What a method decides are its *slots*. Methods compose (`ge+kd`) as long as no two claim one slot; gradient taps alone
+may be many, since taps multiply.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from exitkit.errors import UserError
+
+if TYPE_CHECKING:
+    from exitkit.data.base import Batch
+    from exitkit.network import MultiExitNetwork, Outputs
+    from exitkit.run import Run
+
+GRADIENT_TAP = "gradient tap"
+LOGIT_LINK = "logit link"
+OBJECTIVE = "objective"
+EXIT_WEIGHTS = "exit weights"
+UPDATE = "update"
+PHASES = "phases"
+
+# The hooks whose overriding claims a slot; `adapt` may claim either of two and so has to be declared.
+_HOOKS = {
+    "exit_losses": OBJECTIVE,
+    "exit_weights": EXIT_WEIGHTS,
+    "train_step": UPDATE,
+    "train_epoch": UPDATE,
+    "phases": PHASES,
+}
+
+Variant = Literal["paper", "released"]
+"""Where a paper and its published code differ: which of the two a method follows."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training under one strategy, with a fresh optimiser.
+
+    Args:
+        name: what to call it in logs.
+        strategy: who rules it; its `adapt` is applied to the network when the phase begins.
+        epochs: how long it lasts.
+        train: which parameters it moves: `all`, `heads`, or `new` (those that this phase's `adapt` added).
+        batchnorm: `train` (batch statistics, running ones follow) or `frozen` (running statistics, unmoved).
+    """
+
+    name: str
+    strategy: TrainingStrategy
+    epochs: int
+    train: Literal["all", "heads", "new"] = "all"
+    batchnorm: Literal["train", "frozen"] = "train"
+
+
+@dataclass(eq=False)
+class TrainingStrategy:
+    """Joint training: one step on the sum of all exits' mean losses. Methods override what they are about.
+
+    A strategy is a dataclass; its fields are its hyper-parameters, which is what the command line sets, a recipe
+    holds and a run records. It never holds modules: side networks are made with `run.auxiliary` in `prepare`.
+
+    Class attributes:
+        slots: the slots that this method claims.
+        paper: authors, title, venue and year of the paper.
+    """
+
+    slots: ClassVar[frozenset[str]] = frozenset()
+    paper: ClassVar[str] = ""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        missing = {slot for hook, slot in _HOOKS.items() if hook in vars(cls)} - cls.slots
+        if missing:
+            raise TypeError(f"{cls.__name__} overrides a hook of the slots {sorted(missing)}: name them in `slots`")
+
+    def claims(self) -> frozenset[str]:
+        """Return the slots that this instance claims, given its field values."""
+        return self.slots
+
+    def settings(self) -> dict[str, Any]:
+        """Return every field and its value."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
+
+    def adapt(self, network: MultiExitNetwork) -> None:
+        """Add gradient taps or a logit link to the network; must be repeatable (`add_tap` and `set_link` are)."""
+
+    def prepare(self, run: Run) -> None:
+        """Make what training needs besides the network: side networks, ownership, fusion weights.
+
+        Called once a phase, after `adapt` and before any saved state is loaded.
+        """
+
+    def exit_losses(self, run: Run, outputs: Outputs, batch: Batch) -> list[Tensor]:
+        """Return what each exit is asked: K loss tensors [B], a list (stacked, every exit would own everything)."""
+        _, labels = batch
+        return [F.cross_entropy(logits.float(), labels, reduction="none") for logits in outputs.logits]
+
+    def exit_weights(self, run: Run) -> Sequence[float]:
+        """Return how much each exit counts at this point of the schedule: K numbers."""
+        return [1.0] * run.network.num_exits
+
+    def train_step(self, run: Run, batch: Batch) -> None:
+        """Turn one batch into one change of the parameters."""
+        run.step(weighted_sum(run.exit_losses(batch), run.exit_weights()))
+
+    def train_epoch(self, run: Run, batches: Iterable[Batch]) -> None:
+        """Train for one epoch. Every iteration of `batches` is a pass over the same batches in the same order."""
+        for batch in batches:
+            self.train_step(run, batch)
+
+    def passes(self, exits: int) -> int:
+        """Return how many times an epoch goes over the training data (for progress and the cost of training)."""
+        return 1
+
+    def phases(self, epochs: int) -> list[Phase]:
+        """Return what is trained when, where `epochs` is the length of the first phase."""
+        return [Phase("train", self, epochs)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what has to be saved, besides network, optimiser and side networks, to go on with the same bits."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+
+
+def weighted_sum(losses: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Return sum_k weights[k] * mean(losses[k]); an exit of weight zero is left out of the graph."""
+    terms = [loss.mean() * weight for loss, weight in zip(losses, weights, strict=True) if weight != 0]
+    if not terms:
+        raise UserError("every exit's weight is zero, so that there is nothing to train on; expected one above zero")
+    return torch.stack(terms).sum()
+
+
+class Composition(TrainingStrategy):
+    """Several methods as one: each hook goes to the part that claims its slot.
+
+    Args:
+        parts: the methods by name, as instances with their own field values.
+
+    Raises:
+        UserError: two parts claim one slot (named), or a part is itself a schedule of several phases.
+    """
+
+    # Delegation, not a claim: what a composition claims is what its parts claim.
+    slots = frozenset(_HOOKS.values())
+
+    def __init__(self, parts: Mapping[str, TrainingStrategy]) -> None:
+        self.parts = dict(parts)
+        claimed: dict[str, str] = {}
+        for name, part in self.parts.items():
+            for slot in sorted(part.claims() - {GRADIENT_TAP}):
+                if slot in claimed:
+                    raise UserError(
+                        f"{claimed[slot]} and {name} can't be composed: both claim the slot {slot!r}; leave one out"
+                    )
+                claimed[slot] = name
+        self._base = TrainingStrategy()
+        self._claimed = claimed
+
+    def _part(self, slot: str) -> TrainingStrategy:
+        return self.parts[self._claimed[slot]] if slot in self._claimed else self._base
+
+    def claims(self) -> frozenset[str]:
+        """Return the union of the parts' claims."""
+        return frozenset().union(*(part.claims() for part in self.parts.values()))
+
+    def settings(self) -> dict[str, Any]:
+        """Return every part's fields, named `part.field`."""
+        return {f"{name}.{key}": value for name, part in self.parts.items() for key, value in part.settings().items()}
+
+    def adapt(self, network: MultiExitNetwork) -> None:
+        """Apply every part's adaptation."""
+        for part in self.parts.values():
+            part.adapt(network)
+
+    def prepare(self, run: Run) -> None:
+        """Prepare every part."""
+        for part in self.parts.values():
+            part.prepare(run)
+
+    def exit_losses(self, run: Run, outputs: Outputs, batch: Batch) -> list[Tensor]:
+        """Ask the part that claims the objective."""
+        return self._part(OBJECTIVE).exit_losses(run, outputs, batch)
+
+    def exit_weights(self, run: Run) -> Sequence[float]:
+        """Ask the part that claims the exit weights."""
+        return self._part(EXIT_WEIGHTS).exit_weights(run)
+
+    def train_step(self, run: Run, batch: Batch) -> None:
+        """Let the part that claims the update make the step."""
+        self._part(UPDATE).train_step(run, batch)
+
+    def train_epoch(self, run: Run, batches: Iterable[Batch]) -> None:
+        """Let the part that claims the update train the epoch."""
+        self._part(UPDATE).train_epoch(run, batches)
+
+    def passes(self, exits: int) -> int:
+        """Return the passes of the part that claims the update."""
+        return self._part(UPDATE).passes(exits)
+
+    def phases(self, epochs: int) -> list[Phase]:
+        """Return the phases of the part that claims them, each ruled by the whole composition."""
+        if PHASES not in self._claimed:
+            return [Phase("train", self, epochs)]
+        ruler = self._claimed[PHASES]
+        partners = {name: part for name, part in self.parts.items() if name != ruler}
+        return [
+            dataclasses.replace(phase, strategy=Composition({ruler: phase.strategy, **partners}))
+            for phase in self.parts[ruler].phases(epochs)
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return every part's state by its name."""
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Give every part its state back."""
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])

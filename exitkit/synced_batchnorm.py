@@ -1,0 +1,79 @@
+"""Batch normalisation over the batches of all ranks, on every device (torch's own runs on GPUs only)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum over ranks; what flows back to a rank's share is the sum of what every rank sends."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Tensor:
+        summed: Tensor = _SumOverRanks.apply(grads[0])
+        return summed
+
+
+class SyncedBatchNorm(_BatchNorm):
+    """Batch normalisation whose training statistics are those of the global batch; plain in evaluation mode."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2 dimensions, got {input.dim()}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise [B, C, ...]: two sums over the ranks, one for the means and one for the variances."""
+        if not self.training or not dist.is_initialized():
+            return super().forward(input)
+        x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+        dims = [dim for dim in range(x.dim()) if dim != 1]
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        # Ranks hold batches of one size (the engine cuts them so), which makes the count a local product.
+        count = x.numel() // x.shape[1] * dist.get_world_size()
+        mean = _SumOverRanks.apply(x.sum(dims)) / count
+        centred = x - mean.view(shape)
+        variance = _SumOverRanks.apply((centred * centred).sum(dims)) / count
+        if self.track_running_stats:
+            self._move_statistics(mean.detach(), variance.detach() * count / max(count - 1, 1))
+        scale = torch.rsqrt(variance + self.eps)
+        if self.affine:
+            scale = scale * self.weight
+        normalised = centred * scale.view(shape)
+        if self.affine:
+            normalised = normalised + self.bias.view(shape)
+        return normalised.to(input.dtype)
+
+    def _move_statistics(self, mean: Tensor, variance: Tensor) -> None:
+        assert self.running_mean is not None and self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+        self.running_var.lerp_(variance.to(self.running_var.dtype), momentum)
+
+
+def synchronise_batchnorm(module: nn.Module) -> None:
+    """Replace every batch normalisation inside `module` by its synchronised twin, sharing parameters and buffers."""
+    for name, child in module.named_children():
+        if isinstance(child, _BatchNorm) and not isinstance(child, SyncedBatchNorm):
+            twin = SyncedBatchNorm(
+                child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats
+            )
+            twin._parameters, twin._buffers, twin.training = child._parameters, child._buffers, child.training
+            setattr(module, name, twin)
+        else:
+            synchronise_batchnorm(child)
+
+
+__all__ = ["SyncedBatchNorm", "synchronise_batchnorm"]

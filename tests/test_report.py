@@ -1,0 +1,245 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib.image
+import numpy as np
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from exitkit.benchmarks.report import anytime_figure, budgeted_figure, collect, print_report, write_report
+from exitkit.errors import UserError
+from exitkit.evaluation import budgeted, confidence, correct, exit_counts, share_for_budget
+
+MACS = (123_456, 251_000, 322_100, 401_777)
+FILES = [
+    f"{kind}.{suffix}" for kind in ("anytime", "budgeted") for suffix in ("csv", "md", "tex", "png", "pdf")
+]
+
+
+class FakeRun:
+    """A finished run whose outputs are drawn at random, better from exit to exit."""
+
+    def __init__(self, label, seed, backbone="tiny_net", dataset="digits", macs=MACS, n=300):
+        self.label, self.macs = label, macs
+        self.path = Path("runs") / f"{label}-{seed}"
+        self.recipe = SimpleNamespace(method=label, backbone=backbone, dataset=dataset, seed=seed, epochs=3)
+        self.parts = {}
+        for part, samples in (("validation", 200), ("test", n)):
+            rng = np.random.default_rng([seed, samples, len(label)])
+            labels = rng.integers(0, 10, samples)
+            signal = np.eye(10)[labels][:, None] * np.linspace(2.5, 4, len(macs))[:, None]
+            logits = (rng.normal(size=(samples, len(macs), 10)) + signal).astype(np.float32)
+            self.parts[part] = {"logits": logits, "labels": labels, "indices": np.arange(samples)}
+
+    def outputs(self, part):
+        return self.parts[part]
+
+    def costs(self):
+        return [{"exit": k, "papers": m + 10, "macs": m, "params": 7 * k} for k, m in enumerate(self.macs, 1)]
+
+
+def runs(methods=("joint", "ge", "boost_net"), seeds=2, **kwargs):
+    return [FakeRun(method, seed, **kwargs) for seed in range(seeds) for method in methods]
+
+
+def accuracy(run):
+    test = run.outputs("test")
+    return [100 * np.mean(test["logits"][:, k].argmax(1) == test["labels"]) for k in range(len(run.macs))]
+
+
+def printed(comparison, width):
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    print_report(comparison, console)
+    return console.file.getvalue()
+
+
+def test_tables_have_exactly_the_columns_promised():
+    found = collect(runs(), budgets=5)
+    same, over = ["method", "backbone", "dataset"], ["accuracy_mean", "accuracy_sd", "n"]
+    assert list(found.anytime) == [*same, "exit", "papers", "macs", *over]
+    assert list(found.budgeted) == [*same, "budget", "cost_mean", *over]
+    assert list(found.curve) == [*same, "point", "cost_mean", *over]
+    assert [len(found.anytime), len(found.budgeted), len(found.curve)] == [3 * 4, 3 * 5, 3 * 39]
+    for frame in (found.anytime, found.budgeted, found.curve):
+        assert list(frame["method"].unique()) == ["joint", "ge", "boost_net"]
+        assert (frame["n"] == 2).all()
+    assert found.anytime["macs"].tolist() == [*MACS] * 3
+    assert found.anytime["papers"].tolist() == [m + 10 for m in MACS] * 3
+    assert found.anytime[["exit", "papers", "macs", "n"]].dtypes.eq(np.int64).all()
+    assert found.curve["point"].tolist() == [*range(1, 40)] * 3
+
+
+def test_anytime_is_the_mean_and_the_sample_sd_over_seeds():
+    given = runs(seeds=3)
+    found = collect(given).anytime
+    mine = np.array([accuracy(run) for run in given if run.label == "ge"])
+    row = found[found["method"] == "ge"]
+    np.testing.assert_allclose(row["accuracy_mean"], mine.mean(0))
+    np.testing.assert_allclose(row["accuracy_sd"], np.sqrt(((mine - mine.mean(0)) ** 2).sum(0) / 2))
+
+
+def test_one_seed_has_no_sd(tmp_path):
+    found = collect(runs(seeds=1))
+    for frame in (found.anytime, found.budgeted, found.curve):
+        assert frame["accuracy_sd"].isna().all() and (frame["n"] == 1).all()
+    write_report(found, tmp_path)
+    assert ",,1" in (tmp_path / "anytime.csv").read_text().splitlines()[1]
+    for text in (
+        (tmp_path / "anytime.md").read_text(),
+        (tmp_path / "budgeted.tex").read_text(),
+        printed(found, 90),
+    ):
+        assert "nan" not in text and "±" not in text and "pm" not in text
+
+
+def test_budgets_are_common_even_and_inside():
+    given = [*runs(("joint",)), *runs(("wide",), macs=(200_000, 300_000, 390_000))]
+    budgets = collect(given, budgets=4).budgeted.groupby("method")["budget"].apply(list)
+    np.testing.assert_allclose(budgets["joint"], np.linspace(200_000, 390_000, 6)[1:-1])
+    assert budgets["joint"] == budgets["wide"]
+
+
+def test_budgeted_uses_validation_thresholds_and_realised_cost():
+    given = runs(("joint",), seeds=2)
+    found = collect(given, budgets=3).budgeted
+    results = []
+    for run in given:
+        val, test = run.outputs("validation"), run.outputs("test")
+        counts = exit_counts(200, 4, share_for_budget(MACS, found["budget"]))
+        hits = correct(test["logits"], test["labels"])
+        results.append(budgeted(confidence(val["logits"]), confidence(test["logits"]), hits, MACS, counts))
+    np.testing.assert_allclose(found["cost_mean"], np.mean([r.cost for r in results], axis=0))
+    np.testing.assert_allclose(found["accuracy_mean"], 100 * np.mean([r.accuracy for r in results], axis=0))
+    np.testing.assert_allclose(
+        found["accuracy_sd"], 100 * np.std([r.accuracy for r in results], axis=0, ddof=1)
+    )
+    assert (abs(found["cost_mean"] / found["budget"] - 1) < 0.15).all()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (lambda: [], "no finished runs"),
+        (lambda: [FakeRun("ge", 1), FakeRun("joint", 1), FakeRun("ge", 1)], "both ge with seed 1"),
+        (lambda: [FakeRun("ge", 1), FakeRun("ge", 2, macs=(1, 2, 3, 4))], "cost different amounts"),
+        (lambda: [FakeRun("ge", 1), FakeRun("joint", 1, macs=(10, 20))], "no budget in common"),
+        (lambda: [FakeRun("ge", 1), FakeRun("joint", 1, n=299)], "different samples"),
+    ],
+)
+def test_runs_that_cannot_be_compared_are_refused(given, message):
+    with pytest.raises(UserError, match=message) as error:
+        collect(given())
+    assert "\n" not in str(error.value)
+
+
+def test_same_method_and_seed_on_another_dataset_is_another_group(tmp_path):
+    found = collect([*runs(), *runs(("ge",), dataset="other", macs=(2_000_000, 15_000_000))])
+    assert found.anytime.groupby("dataset", sort=False).size().to_dict() == {"digits": 12, "other": 2}
+    write_report(found, tmp_path)
+    text = (tmp_path / "anytime.tex").read_text()
+    assert text.count(r"\toprule") == text.count(r"\caption") == 2
+    assert "exit 2 (15.00 M)" in (tmp_path / "anytime.md").read_text()
+    assert len(anytime_figure(found).axes) == len(budgeted_figure(found).axes) == 2
+
+
+def test_report_writes_every_file_and_csv_holds_the_numbers(tmp_path):
+    found = collect(runs())
+    folder = tmp_path / "new" / "report"
+    assert sorted(path.name for path in write_report(found, folder)) == sorted([*FILES, "curve.csv"])
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*FILES, "curve.csv"])
+    for name in ("anytime", "budgeted", "curve"):
+        pd.testing.assert_frame_equal(pd.read_csv(folder / f"{name}.csv"), getattr(found, name))
+
+
+def test_report_is_the_same_bytes_twice(tmp_path):
+    found = collect(runs())
+    for folder in ("a", "b"):
+        write_report(found, tmp_path / folder)
+    for name in FILES:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+def test_markdown_is_one_wide_table(tmp_path):
+    found = collect(runs())
+    write_report(found, tmp_path)
+    lines = [x for x in (tmp_path / "anytime.md").read_text().splitlines() if x.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    costs = ["exit 1 (0.12 M)", "exit 2 (0.25 M)", "exit 3 (0.32 M)", "exit 4 (0.40 M)"]
+    assert rows[0] == ["method", *costs, "n"]
+    assert [row[0] for row in rows[2:]] == ["joint", "ge", "boost_net"]
+    means = found.anytime.pivot(index="method", columns="exit", values="accuracy_mean")
+    for k in range(1, 5):
+        best = {row[0] for row in rows[2:] if row[k].startswith("**")}
+        assert means[k].idxmax() in best
+        for row in rows[2:]:
+            assert float(row[k].strip("*").split(" ± ")[0]) == pytest.approx(means.loc[row[0], k], abs=0.051)
+    budgets = (tmp_path / "budgeted.md").read_text().splitlines()[2]
+    assert budgets.count("|") == 9 + 3
+
+
+def test_latex_has_booktabs_and_one_escaped_row_a_method(tmp_path):
+    write_report(collect(runs()), tmp_path)
+    for kind, columns in (("anytime", 4), ("budgeted", 9)):
+        text = (tmp_path / f"{kind}.tex").read_text()
+        assert text.startswith("% needs \\usepackage{booktabs}")
+        body = text.split(r"\midrule")[1].split(r"\bottomrule")[0].strip().splitlines()
+        assert [row.split(" & ")[0] for row in body] == ["joint", "ge", r"boost\_net"]
+        assert all(row.count(" & ") == columns + 1 for row in body)
+        assert r"\textbf{" in text and r"tiny\_net" in text and "±" not in text
+
+
+def test_figures_show_every_point(tmp_path):
+    found = collect(runs())
+    axes = anytime_figure(found).axes[0]
+    lines = [line for line in axes.lines if len(line.get_xdata()) == 4 and line.get_linestyle() != "None"]
+    assert len(lines) == 3
+    np.testing.assert_allclose(lines[0].get_xdata(), np.array(MACS) / 1e6)
+    low, high = axes.get_xlim()
+    assert 0 < low < MACS[0] / 1e6 and MACS[-1] / 1e6 < high < 0.5
+    assert axes.get_ylim()[0] < found.anytime["accuracy_mean"].min() < axes.get_ylim()[1] <= 100
+    assert axes.get_xlabel() == "multiply-adds (M)"
+    assert [len(line.get_xdata()) for line in budgeted_figure(found).axes[0].lines] == [39] * 3
+    write_report(found, tmp_path)
+    for kind in ("anytime", "budgeted"):
+        image = matplotlib.image.imread(tmp_path / f"{kind}.png")
+        assert image.shape[1] >= 1000 and image[..., :3].std() > 0.02
+        pdf = (tmp_path / f"{kind}.pdf").read_bytes()
+        assert pdf.startswith(b"%PDF") and b"CreationDate" not in pdf and b"/Type3" not in pdf
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 160])
+def test_printed_tables_fit_and_keep_every_number(width):
+    found = collect(runs())
+    text = printed(found, width)
+    assert max(map(len, text.splitlines())) <= width and "…" not in text
+    for kind in ("Anytime", "Budgeted"):
+        assert kind in text
+    for mean in found.budgeted["accuracy_mean"]:
+        assert any(f"{mean:.{digits}f}" in text for digits in (1, 2))
+    assert text.count("boost_net") >= 2 and "2 seeds" in text
+
+
+def test_a_file_that_fails_leaves_the_old_one_whole(tmp_path, monkeypatch):
+    found = collect(runs())
+    write_report(found, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    plain = pd.DataFrame.to_csv
+
+    def torn(frame, path, **kwargs):
+        plain(frame.head(1), path, **kwargs)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pd.DataFrame, "to_csv", torn)
+    with pytest.raises(UserError, match="disk is full"):
+        write_report(found, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_folder_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(UserError, match="taken"):
+        write_report(collect(runs()), tmp_path / "taken")

@@ -31,7 +31,9 @@ class Event:
 class _Worker:
     """One worker process and the thread that listens to it."""
 
-    def __init__(self, threads: int, events: queue.SimpleQueue[tuple[_Worker, dict[str, Any] | None]]) -> None:
+    def __init__(
+        self, threads: int, events: queue.SimpleQueue[tuple[_Worker, dict[str, Any] | None]]
+    ) -> None:
         self.index = -1
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         self.process = subprocess.Popen(
@@ -54,7 +56,9 @@ class _Worker:
         """Hand over a run."""
         self.index = index
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"recipe": recipe.model_dump(mode="json"), "out": str(out)}) + "\n")
+        self.process.stdin.write(
+            json.dumps({"recipe": recipe.model_dump(mode="json"), "out": str(out)}) + "\n"
+        )
         self.process.stdin.flush()
 
     def end(self) -> None:
@@ -98,8 +102,10 @@ def run_campaign(
         while busy:
             worker, answer = events.get()
             if answer is None:
-                raise UserError(f"the process training {recipes[worker.index].id} ended by itself (exit code "
-                                f"{worker.process.wait()}; out of memory?); start again to go on where it was")
+                raise UserError(
+                    f"the process training {recipes[worker.index].id} ended by itself (exit code "
+                    f"{worker.process.wait()}; out of memory?); start again to go on where it was"
+                )
             kind = answer.pop("event")
             tell(Event(worker.index, kind, answer))
             if kind == "progress":
@@ -119,7 +125,12 @@ def run_campaign(
 
 
 def _give_next(
-    worker: _Worker, order: list[int], recipes: Sequence[Recipe], out: Path, tell: Callable[[Event], None], number: int
+    worker: _Worker,
+    order: list[int],
+    recipes: Sequence[Recipe],
+    out: Path,
+    tell: Callable[[Event], None],
+    number: int,
 ) -> None:
     import torch
 

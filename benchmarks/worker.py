@@ -44,7 +44,9 @@ def _train(request: dict[str, Any], tell: Any) -> str:
     from exitkit.training import train
 
     recipe = Recipe.make(**request["recipe"])
-    run = train(recipe, request["out"], report=lambda progress: tell("progress", **dataclasses.asdict(progress)))
+    run = train(
+        recipe, request["out"], report=lambda progress: tell("progress", **dataclasses.asdict(progress))
+    )
     return str(run.path)
 
 

@@ -32,7 +32,9 @@ def entries(kind: str) -> list[Entry]:
         return [_recipe_entry(name, path) for name, path in sorted(recipe_files().items())]
     whole = _remembered()
     if whole is None:
-        whole = {f"{each}s": [_entry(each, name) for name in plugins.registered(each)] for each in plugins.KINDS}
+        whole = {
+            f"{each}s": [_entry(each, name) for name in plugins.registered(each)] for each in plugins.KINDS
+        }
         _remember(whole)
     return whole[kind]
 
@@ -80,7 +82,14 @@ def _entry(kind: str, name: str) -> Entry:
             entry["house"] = dict(plugins.underlying(plugin).house)
     except UserError as error:
         # One package that is broken must not hide the others; what is wrong with it stands in its place.
-        return {"name": name, "summary": f"not usable: {error}", "fields": [], "paper": "", "slots": [], "house": {}}
+        return {
+            "name": name,
+            "summary": f"not usable: {error}",
+            "fields": [],
+            "paper": "",
+            "slots": [],
+            "house": {},
+        }
     plain: Entry = json.loads(json.dumps(entry))
     return plain
 

@@ -41,14 +41,18 @@ def choose_device(name: str) -> torch.device:
     if device.type not in here:
         raise UserError(f"device {name!r} is not available here; expected one of auto, {', '.join(here)}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device {name!r} is not here; there are {torch.cuda.device_count()} CUDA devices, from cuda:0")
+        raise UserError(
+            f"device {name!r} is not here; there are {torch.cuda.device_count()} CUDA devices, from cuda:0"
+        )
     return device
 
 
 class Engine:
     """One process's share of the work: its device, its precision and its rank among `world` processes."""
 
-    def __init__(self, device: torch.device, precision: Precision = "fp32", rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self, device: torch.device, precision: Precision = "fp32", rank: int = 0, world: int = 1
+    ) -> None:
         self.device = device
         self.precision = precision
         self.rank = rank
@@ -68,7 +72,9 @@ class Engine:
         world = int(os.environ.get("WORLD_SIZE", "1"))
         chosen = choose_device(device)
         if precision == "tf32" and chosen.type != "cuda":
-            raise UserError(f"precision tf32 needs a CUDA device, and this is {chosen.type}; expected fp32, bf16 or fp16")
+            raise UserError(
+                f"precision tf32 needs a CUDA device, and this is {chosen.type}; expected fp32, bf16 or fp16"
+            )
         if chosen.type == "cuda":
             index = int(os.environ.get("LOCAL_RANK", "0")) if world > 1 else chosen.index or 0
             chosen = torch.device("cuda", index)

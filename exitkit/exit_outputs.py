@@ -62,7 +62,9 @@ def load_network(run: RunFolder, data: Data) -> MultiExitNetwork:
     try:
         network.load_state_dict(load_tensors(path))
     except RuntimeError as error:
-        raise UserError(f"{path} holds another network than its recipe: {str(error).splitlines()[-1].strip()}") from None
+        raise UserError(
+            f"{path} holds another network than its recipe: {str(error).splitlines()[-1].strip()}"
+        ) from None
     return network.eval()
 
 
@@ -122,7 +124,9 @@ def collect_outputs(
 
 
 @torch.inference_mode()
-def measure(network: MultiExitNetwork, data: Data, part: str, engine: Engine, augment: bool = False) -> Tensor:
+def measure(
+    network: MultiExitNetwork, data: Data, part: str, engine: Engine, augment: bool = False
+) -> Tensor:
     """Return sums of losses and hits [2, K] and the count as one vector [2K + 1], over the ranks' shares of a part."""
     network.eval()
     mine = torch.arange(engine.rank, len(data.labels(part)), engine.world)

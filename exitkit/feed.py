@@ -109,7 +109,9 @@ class EpochBatches:
             for group in run.optimizer.param_groups:
                 group["lr"] = learning_rate(recipe, at)
             torch.manual_seed(derive(recipe.seed, "noise", at.phase, at.epoch, step, self._engine.rank))
-            yield Batch(self._engine.images(batch.images), batch.labels.to(self._engine.device, non_blocking=True))
+            yield Batch(
+                self._engine.images(batch.images), batch.labels.to(self._engine.device, non_blocking=True)
+            )
             self._tell((step + 1) / (time.perf_counter() - began))
         at.passes += 1
 
@@ -134,7 +136,9 @@ class EpochBatches:
     ) -> Progress:
         before, share = self._done
         epochs = self._run.position.epochs
-        return Progress(self._phase, epoch, epochs, before + share * behind / epochs, rate, losses, accuracies)
+        return Progress(
+            self._phase, epoch, epochs, before + share * behind / epochs, rate, losses, accuracies
+        )
 
 
 def check_batches(recipe: Recipe, data: Data, world: int) -> None:
@@ -146,7 +150,9 @@ def check_batches(recipe: Recipe, data: Data, world: int) -> None:
     assert recipe.batch_size is not None
     count = len(data.split.train)
     if recipe.batch_size > count:
-        raise UserError(f"batch_size is {recipe.batch_size}, larger than the {count} training images; expected at most {count}")
+        raise UserError(
+            f"batch_size is {recipe.batch_size}, larger than the {count} training images; expected at most {count}"
+        )
     if recipe.batch_size % world or recipe.batch_size < 2 * world:
         raise UserError(
             f"batch_size {recipe.batch_size} does not divide among {world} ranks; expected a multiple of {world}, "

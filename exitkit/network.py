@@ -108,7 +108,9 @@ class MultiExitNetwork(nn.Module):
         self.stages = nn.ModuleList(stages)
         self.heads = nn.ModuleList(heads)
         if len(self.stages) != len(self.heads) or not self.heads:
-            raise UserError(f"a cascade needs one head a stage: {len(self.stages)} stages, {len(self.heads)} heads")
+            raise UserError(
+                f"a cascade needs one head a stage: {len(self.stages)} stages, {len(self.heads)} heads"
+            )
         self.link: LogitLink = LogitLink()
         self.taps: list[GradientTap] = []
         self.input_shape = input_shape
@@ -172,7 +174,9 @@ class MultiExitNetwork(nn.Module):
             return
         twin = next((other for other in self.taps if type(other) is type(tap)), None)
         if twin is not None:
-            raise UserError(f"the network has {twin} already, and {tap} contradicts it; use one setting for both")
+            raise UserError(
+                f"the network has {twin} already, and {tap} contradicts it; use one setting for both"
+            )
         self.taps.append(tap)
 
     def set_link(self, link: LogitLink) -> None:

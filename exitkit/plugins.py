@@ -45,7 +45,9 @@ def resolve_variant(plugin: Any) -> None:
 @functools.cache
 def registered(kind: str) -> dict[str, EntryPoint]:
     """Return {name: entry point} of everything of this kind that is installed, by name."""
-    return {point.name: point for point in sorted(entry_points(group=KINDS[kind]), key=lambda point: point.name)}
+    return {
+        point.name: point for point in sorted(entry_points(group=KINDS[kind]), key=lambda point: point.name)
+    }
 
 
 @functools.cache
@@ -147,7 +149,13 @@ def describe(plugin: Any) -> list[dict[str, Any]]:
 
 def type_name(kind: Any) -> str:
     """Write a type as a person would: `paper | released`, `number`, `number, ... `."""
-    names: dict[Any, str] = {float: "number", int: "integer", bool: "true | false", str: "text", type(None): "none"}
+    names: dict[Any, str] = {
+        float: "number",
+        int: "integer",
+        bool: "true | false",
+        str: "text",
+        type(None): "none",
+    }
     if kind in names:
         return names[kind]
     parts = _parts(kind)

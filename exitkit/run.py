@@ -174,7 +174,10 @@ class Run:
         self._engine.apply(self.optimizer, self.parameters, gradients)
 
     def auxiliary(
-        self, name: str, module: nn.Module, optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+        self,
+        name: str,
+        module: nn.Module,
+        optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
     ) -> Auxiliary:
         """Register a side network, which is then placed, averaged over ranks and saved with the run.
 

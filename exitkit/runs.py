@@ -1,11 +1,11 @@
 """A run is a folder, and the folder is enough: what it was, how it went, and what every exit said of every image.
 
-    recipe.json          the resolved recipe        environment.json   versions, device, when
-    split.safetensors    train, validation, test    metrics.csv        losses and accuracies, epoch by epoch
-    checkpoint.pt        where training stands      timing.csv         seconds an epoch
-    weights.safetensors  the trained network        cost.json          multiply-adds and parameters an exit
-    outputs-validation.safetensors, outputs-test.safetensors           logits [N, K, C], labels [N], indices [N]
-    results.json         accuracy of each exit; written last: a folder that has it is finished
+recipe.json          the resolved recipe        environment.json   versions, device, when
+split.safetensors    train, validation, test    metrics.csv        losses and accuracies, epoch by epoch
+checkpoint.pt        where training stands      timing.csv         seconds an epoch
+weights.safetensors  the trained network        cost.json          multiply-adds and parameters an exit
+outputs-validation.safetensors, outputs-test.safetensors           logits [N, K, C], labels [N], indices [N]
+results.json         accuracy of each exit; written last: a folder that has it is finished
 """
 
 from __future__ import annotations
@@ -111,8 +111,10 @@ class RunFolder:
     def results(self) -> dict[str, Any]:
         """Return {"validation": accuracies, "test": accuracies}, each one percentage an exit."""
         if not self.finished:
-            raise UserError(f"run {self.path} is not finished; go on with: exitkit train --recipe "
-                            f"{self.path / 'recipe.json'} --out {self.path.parent} --resume")
+            raise UserError(
+                f"run {self.path} is not finished; go on with: exitkit train --recipe "
+                f"{self.path / 'recipe.json'} --out {self.path.parent} --resume"
+            )
         results: dict[str, Any] = read_json(self.path / RESULTS)
         return results
 
@@ -126,7 +128,9 @@ class RunFolder:
         arrays = load_arrays(self.path / f"outputs-{part}.safetensors")
         missing = {"logits", "labels", "indices"} - arrays.keys()
         if missing:
-            raise UserError(f"outputs-{part}.safetensors of {self.path} is damaged: it lacks {', '.join(sorted(missing))}")
+            raise UserError(
+                f"outputs-{part}.safetensors of {self.path} is damaged: it lacks {', '.join(sorted(missing))}"
+            )
         return arrays
 
 
@@ -189,7 +193,9 @@ def differences(recipe: Recipe, out: Path) -> str:
         except UserError:
             continue
         changed = [key for key in wanted.keys() | there.keys() if wanted.get(key) != there.get(key)]
-        told = ", ".join(f"{key}={there.get(key)!r} there, {wanted.get(key)!r} here" for key in sorted(changed)[:3])
+        told = ", ".join(
+            f"{key}={there.get(key)!r} there, {wanted.get(key)!r} here" for key in sorted(changed)[:3]
+        )
         if best is None or len(changed) < best[0]:
             best = len(changed), f"; the nearest is {path.parent.name} ({told})"
     return best[1] if best else ""
@@ -199,7 +205,9 @@ def _flat(identity: Mapping[str, Any]) -> dict[str, str]:
     flat: dict[str, str] = {}
     for key, value in identity.items():
         if isinstance(value, Mapping):
-            flat.update({f"{key.removesuffix('_settings')}.{name}": json.dumps(item) for name, item in value.items()})
+            flat.update(
+                {f"{key.removesuffix('_settings')}.{name}": json.dumps(item) for name, item in value.items()}
+            )
         else:
             flat[key] = json.dumps(value)
     return flat

@@ -52,7 +52,11 @@ class Session:
 
     def save(self, run: Run) -> None:
         """Write a checkpoint (main rank), unless the weights are no longer finite."""
-        if not all(tensor.isfinite().all() for tensor in run.network.state_dict().values() if tensor.is_floating_point()):
+        if not all(
+            tensor.isfinite().all()
+            for tensor in run.network.state_dict().values()
+            if tensor.is_floating_point()
+        ):
             raise NonFiniteError(
                 f"weights are not finite after epoch {run.position.epoch + 1}; try a lower --lr "
                 "(the last good checkpoint is kept)"
@@ -106,7 +110,9 @@ def train(
                     save_tensors(path / "weights.safetensors", session.network.state_dict())
                     evaluate(session.folder, device=str(engine.device))
         except Timeout:
-            raise UserError(f"run {path} is being trained by another process; wait for it, or choose another --out") from None
+            raise UserError(
+                f"run {path} is being trained by another process; wait for it, or choose another --out"
+            ) from None
         except OSError as error:
             from exitkit.files import disk_error
 
@@ -123,9 +129,13 @@ def _find(path: Path, recipe: Recipe, resume: bool | None) -> RunFolder | None:
         return None
     folder = RunFolder(path)
     if folder.recipe.identity() != recipe.identity():
-        raise UserError(f"run folder {path} was made by other settings than its name says; choose another --out")
+        raise UserError(
+            f"run folder {path} was made by other settings than its name says; choose another --out"
+        )
     if resume is False and not folder.finished:
-        raise UserError(f"run {path} is there, unfinished; go on with it by --resume, or choose another --out")
+        raise UserError(
+            f"run {path} is there, unfinished; go on with it by --resume, or choose another --out"
+        )
     return folder
 
 
@@ -239,8 +249,14 @@ def _end_epoch(session: Session, run: Run, phase: Phase, batches: EpochBatches, 
     engine, recipe = session.engine, session.recipe
     losses, accuracies = split_totals(engine.total(run.meter.totals()))
     augment = augment_validation(recipe, "validation")
-    checked = split_totals(engine.total(measure(session.network, session.data, "validation", engine, augment)))
-    row: dict[str, Any] = {"phase": phase.name, "epoch": run.position.epoch + 1, "lr": learning_rate(recipe, run.position)}
+    checked = split_totals(
+        engine.total(measure(session.network, session.data, "validation", engine, augment))
+    )
+    row: dict[str, Any] = {
+        "phase": phase.name,
+        "epoch": run.position.epoch + 1,
+        "lr": learning_rate(recipe, run.position),
+    }
     named = {"train_loss": losses, "train_accuracy": accuracies}
     named |= {"validation_loss": checked[0], "validation_accuracy": checked[1]}
     for name, values in named.items():

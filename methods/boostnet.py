@@ -59,7 +59,8 @@ class BoostNet(TrainingStrategy):
 
     variant: Variant = setting("paper", "follow the paper's equations or the released code")
     temperature: float | tuple[float, ...] = setting(
-        0.5, "t, the weight of the earlier exits' sum: one number, or one an exit (0: plain exits, 1: plain boosting)"
+        0.5,
+        "t, the weight of the earlier exits' sum: one number, or one an exit (0: plain exits, 1: plain boosting)",
     )
     stop_gradient: bool = setting(True, "hold the earlier exits' sum fixed in each exit's loss")
     rescale: bool = setting(True, "rescale gradients as Gradient Equilibrium does")
@@ -71,7 +72,9 @@ class BoostNet(TrainingStrategy):
         resolve_variant(self)
         values = self.temperature if isinstance(self.temperature, tuple) else (self.temperature,)
         if not values or not all(math.isfinite(value) and value >= 0 for value in values):
-            raise UserError(f"temperature is {self.temperature}; expected numbers of at least 0 (the paper's is 0.5)")
+            raise UserError(
+                f"temperature is {self.temperature}; expected numbers of at least 0 (the paper's is 0.5)"
+            )
 
     def claims(self) -> frozenset[str]:
         """Claim the tap only where gradients are rescaled."""

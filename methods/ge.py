@@ -59,7 +59,9 @@ def add_equilibrium(network: MultiExitNetwork, scope: Scope, variant: Variant) -
             "use variant=paper"
         )
     if scope == "coarsest" and network.family != "msdnet":
-        raise UserError(f"ge_scope=coarsest is about MSDNet's scales, and this network is {network.family}; use ge_scope=all")
+        raise UserError(
+            f"ge_scope=coarsest is about MSDNet's scales, and this network is {network.family}; use ge_scope=all"
+        )
     network.add_tap(EquilibriumTap(scope))
 
 

@@ -126,7 +126,7 @@ def test_budgeted_uses_validation_thresholds_and_realised_cost():
         (lambda: [], "no finished runs"),
         (lambda: [FakeRun("ge", 1), FakeRun("joint", 1), FakeRun("ge", 1)], "both ge with seed 1"),
         (lambda: [FakeRun("ge", 1), FakeRun("ge", 2, macs=(1, 2, 3, 4))], "cost different amounts"),
-        (lambda: [FakeRun("ge", 1), FakeRun("joint", 1, macs=(10, 20))], "no budget in common"),
+        (lambda: [FakeRun("ge", 1), FakeRun("joint", 1, macs=(10, 20))], "no common budget"),
         (lambda: [FakeRun("ge", 1), FakeRun("joint", 1, n=299)], "different samples"),
     ],
 )
@@ -197,7 +197,7 @@ def test_figures_show_every_point(tmp_path):
     axes = anytime_figure(found).axes[0]
     lines = [line for line in axes.lines if len(line.get_xdata()) == 4 and line.get_linestyle() != "None"]
     assert len(lines) == 3
-    np.testing.assert_allclose(lines[0].get_xdata(), np.array(MACS) / 1e6)
+    np.testing.assert_allclose(lines[0].get_xdata().astype(float), np.array(MACS) / 1e6)
     low, high = axes.get_xlim()
     assert 0 < low < MACS[0] / 1e6 and MACS[-1] / 1e6 < high < 0.5
     assert axes.get_ylim()[0] < found.anytime["accuracy_mean"].min() < axes.get_ylim()[1] <= 100

@@ -52,7 +52,7 @@ class Comparison:
     """Three tidy tables, averaged over seeds.
 
     Accuracies are in percent, costs in multiply-adds of one image (convention `macs`; `papers` beside it), sd
-    is the sample's (n - 1; NaN for one seed), n counts seeds. Methods keep the order in which they were given.
+    is the sample's (n - 1; NaN for one seed), n counts seeds. Methods keep the order they were given in.
     """
 
     anytime: pd.DataFrame
@@ -129,8 +129,8 @@ def _common_budgets(runs: Sequence[FinishedRun], count: int) -> np.ndarray:
     low, high = max(_macs(run)[0] for run in runs), min(_macs(run)[-1] for run in runs)
     if low >= high:
         raise UserError(
-            f"the runs of {runs[0].recipe.backbone} on {runs[0].recipe.dataset} have no budget in common: "
-            f"one's first exit costs {low} multiply-adds, one's last {high}; expected the first below the last"
+            f"the runs of {runs[0].recipe.backbone} on {runs[0].recipe.dataset} have no common budget: "
+            f"one's first exit costs {low} multiply-adds, one's last {high}; expected less first than last"
         )
     return np.linspace(low, high, count + 2)[1:-1]
 
@@ -154,7 +154,7 @@ def _measure(
     )
     points = len(PAPER_SHARES)
     same = {"method": run.label, "backbone": run.recipe.backbone, "dataset": run.recipe.dataset}
-    anytime = {name: [int(row[name]) for row in costs] for name in ("exit", "papers", "macs")}
+    anytime: dict[str, Any] = {name: [int(row[name]) for row in costs] for name in ("exit", "papers", "macs")}
     anytime["accuracy"] = 100 * anytime_accuracy(test["logits"], test["labels"])
     cost, accuracy = result.cost, 100 * result.accuracy
     return {

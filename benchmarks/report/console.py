@@ -56,7 +56,7 @@ def _table(wide: Wide, columns: range, stacked: bool) -> Table:
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("n", justify="right", style="dim", no_wrap=True)
     for name, cells in wide.cells.items():
-        table.add_row(name, *(_cell(cells[i], stacked) for i in columns), str(wide.seeds[name]))
+        table.add_row(Text(name), *(_cell(cells[i], stacked) for i in columns), str(wide.seeds[name]))
     return table
 
 

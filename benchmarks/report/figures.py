@@ -29,7 +29,7 @@ DASHES: list[Any] = ["-", (0, (5, 1.5)), (0, (4, 1.5, 1, 1.5)), (0, (1.5, 1)), (
 WIDTH, HEIGHT = 3.4, 2.6
 """Size of a panel in inches: a column of a two-column paper."""
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.labelsize": 8.5,
     "axes.titlesize": 8.5,
@@ -113,11 +113,11 @@ def _draw_exits(axes: Axes, rows: pd.DataFrame, size: float, place: int, count: 
     figure = axes.get_figure(root=True)
     assert figure is not None
     aside = ScaledTranslation((place - (count - 1) / 2) * step / 72, 0, figure.dpi_scale_trans)
+    x, y, sd = rows["macs"] / size, rows["accuracy_mean"], rows["accuracy_sd"]
     axes.errorbar(
-        rows["macs"] / size,
-        rows["accuracy_mean"],
-        # No bar for one seed: its sd is unknown, not 0.
-        yerr=rows["accuracy_sd"],
+        x,
+        y,
+        yerr=sd,
         label=rows["method"].iloc[0],
         capsize=1.5,
         elinewidth=0.7,
@@ -125,6 +125,10 @@ def _draw_exits(axes: Axes, rows: pd.DataFrame, size: float, place: int, count: 
         transform=axes.transData + aside,
         **_look(place),
     )
+    # Lines that are shifted so do not move the limits by themselves.
+    for bound in (y - sd.fillna(0), y + sd.fillna(0)):
+        axes.update_datalim(np.column_stack([x, bound]))
+    axes.autoscale_view()
 
 
 def _draw_curve(axes: Axes, rows: pd.DataFrame, size: float, place: int, count: int) -> None:
@@ -137,7 +141,7 @@ def _draw_curve(axes: Axes, rows: pd.DataFrame, size: float, place: int, count: 
 
 def _legend(figure: Figure, methods: list[str]) -> None:
     """Put one legend above the panels, where it covers no data, in as many columns as the width holds."""
-    found = {}
+    found: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle[0] if isinstance(handle, ErrorbarContainer) else handle)

@@ -112,20 +112,19 @@ def _wide(kind: str, rows: pd.DataFrame, decimals: int) -> Wide:
 
 def _cells(means: pd.DataFrame, sds: pd.DataFrame, decimals: int) -> dict[str, list[Cell]]:
     """Write each cell; all that read the same as the best of their column are best."""
-    rounded = means.round(decimals)
-    best = rounded.eq(rounded.max(axis=0), axis=1).to_numpy()
 
     def text(value: float, missing: str) -> str:
         return missing if np.isnan(value) else f"{value:.{decimals}f}"
 
-    mean, sd = means.to_numpy(), sds.to_numpy()
-    return {
-        str(method): [
-            Cell(text(mean[i, j], MISSING), text(sd[i, j], ""), bool(best[i, j]))
-            for j in range(mean.shape[1])
+    best = [text(value, MISSING) for value in means.max(axis=0)]
+    cells: dict[str, list[Cell]] = {}
+    for method, mean, sd in zip(means.index, means.to_numpy(), sds.to_numpy(), strict=True):
+        shown = [text(value, MISSING) for value in mean]
+        spread = [text(value, "") for value in sd]
+        cells[str(method)] = [
+            Cell(m, s, best=m == top) for m, s, top in zip(shown, spread, best, strict=True)
         ]
-        for i, method in enumerate(means.index)
-    }
+    return cells
 
 
 def _heads(rows: pd.DataFrame, across: str) -> tuple[list[tuple[str, str]], str]:

@@ -13,8 +13,14 @@ if TYPE_CHECKING:
     from exitkit.recipe import Recipe
 
 _OPTIONS = [
-    click.option("--dataset", metavar="NAME", help="Data set (see `exitkit list datasets`).  [default: digits]"),
-    click.option("--backbone", metavar="NAME", help="Network (see `exitkit list backbones`).  [default: the data set's]"),
+    click.option(
+        "--dataset", metavar="NAME", help="Data set (see `exitkit list datasets`).  [default: digits]"
+    ),
+    click.option(
+        "--backbone",
+        metavar="NAME",
+        help="Network (see `exitkit list backbones`).  [default: the data set's]",
+    ),
     click.option("--epochs", type=int, help="Epochs.  [default: the data set's]"),
     click.option("--batch-size", type=int, help="Images a step, over all ranks.  [default: the data set's]"),
     click.option("--lr", type=float, help="Learning rate at the start.  [default: the data set's]"),
@@ -23,9 +29,15 @@ _OPTIONS = [
     click.option("--threads", type=int, help="CPU threads a process.  [default: 1]"),
     click.option("--data-dir", metavar="DIR", help="Where the images lie, or are downloaded to."),
     click.option(
-        "--set", "sets", metavar="FIELD=VALUE", multiple=True, help="Any field of method, backbone or data set; repeatable."
+        "--set",
+        "sets",
+        metavar="FIELD=VALUE",
+        multiple=True,
+        help="Any field of method, backbone or data set; repeatable.",
     ),
-    click.option("--recipe", "recipe_file", metavar="FILE", help="TOML (or a run's recipe.json); options override it."),
+    click.option(
+        "--recipe", "recipe_file", metavar="FILE", help="TOML (or a run's recipe.json); options override it."
+    ),
     click.option("--out", metavar="DIR", default="runs", show_default=True, help="Where run folders go."),
 ]
 

@@ -1,0 +1,1 @@
+"""The published networks, one family a file, each built from typed settings."""

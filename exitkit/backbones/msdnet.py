@@ -1,0 +1,305 @@
+"""MSDNet: dense layers at several scales at once, every exit reading the coarsest.
+
+Paper: Huang et al., Multi-Scale Dense Networks for Resource Efficient Image Classification, ICLR 2018, figure 2.
+The scales run fine -> coarse; every layer adds `growth` channels (times the scale's factor) to each scale that is
+still alive, from the same scale and from the next finer one. Scales are dropped along the depth, finest first, with a
+1x1 convolution that halves the width after each drop.
+
+Initialisation: the released code's He rule never reaches a layer (it visits containers only), so that all published
+numbers come from PyTorch's defaults, and so do ours. Its heads end in a fixed 2x2 pooling, which fits one image size;
+ours pool whatever is left, which at that size is the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from exitkit.backbones.base import Backbone, preset
+from exitkit.errors import UserError
+from exitkit.network import Head, MultiExitNetwork
+from exitkit.plugins import setting
+
+Scales = list[Tensor]
+"""The tensors of the scales still alive, fine -> coarse."""
+
+
+def conv_bn_relu(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
+    """Convolution without bias, batch normalisation, ReLU."""
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+def unit(inputs: int, outputs: int, stride: int, bottleneck: int | None) -> nn.Sequential:
+    """A 1x1 convolution to at most `bottleneck` x outputs (None: left out), then a 3x3 convolution."""
+    if bottleneck is None:
+        return conv_bn_relu(inputs, outputs, 3, stride)
+    inner = min(inputs, bottleneck * outputs)
+    return nn.Sequential(conv_bn_relu(inputs, inner, 1), conv_bn_relu(inner, outputs, 3, stride))
+
+
+class Stem(nn.Module):
+    """The first tensor of every scale, each from the next finer one. image -> scales."""
+
+    def __init__(self, channels: int, widths: list[int], large_images: bool) -> None:
+        super().__init__()
+        first: nn.Module = conv_bn_relu(channels, widths[0], 3)
+        if large_images:
+            conv = nn.Conv2d(channels, widths[0], 7, 2, 3)
+            first = nn.Sequential(conv, nn.BatchNorm2d(widths[0]), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+        rest = [conv_bn_relu(finer, coarser, 3, 2) for finer, coarser in zip(widths, widths[1:], strict=False)]
+        self.scales = nn.ModuleList([first, *rest])
+
+    def forward(self, x: Tensor) -> Scales:
+        scales = []
+        for scale in self.scales:
+            x = scale(x)
+            scales.append(x)
+        return scales
+
+
+class Layer(nn.Module):
+    """One dense layer. scales -> scales, each wider by what the layer grew; the finest may be dropped.
+
+    Args:
+        same: for each surviving scale, the unit that reads the scale itself.
+        down: for each, the stride-2 unit that reads the next finer scale (None: there is none).
+        dropped: how many of the finest scales end here.
+    """
+
+    def __init__(self, same: list[nn.Module], down: list[nn.Module | None], dropped: int) -> None:
+        super().__init__()
+        self.same = nn.ModuleList(same)
+        self.down = nn.ModuleList([nn.Identity() if each is None else each for each in down])
+        self.has_down = [each is not None for each in down]
+        self.dropped = dropped
+
+    def forward(self, x: Scales) -> Scales:
+        grown = []
+        for index, (same, down) in enumerate(zip(self.same, self.down, strict=True)):
+            at = index + self.dropped
+            parts = [x[at], down(x[at - 1]), same(x[at])] if self.has_down[index] else [x[at], same(x[at])]
+            grown.append(torch.cat(parts, 1))
+        return grown
+
+
+class Transition(nn.Module):
+    """A 1x1 convolution a scale that makes it narrower. scales -> scales."""
+
+    def __init__(self, pairs: list[tuple[int, int]]) -> None:
+        super().__init__()
+        self.scales = nn.ModuleList([conv_bn_relu(wide, narrow, 1) for wide, narrow in pairs])
+
+    def forward(self, x: Scales) -> Scales:
+        return [scale(tensor) for scale, tensor in zip(self.scales, x, strict=True)]
+
+
+class MSDNetwork(MultiExitNetwork):
+    """The cascade of an MSDNet: its state is the list of the scales still alive, its heads read the coarsest."""
+
+    def view(self, state: Any) -> Tensor:
+        """Return the coarsest scale; the image itself is not a state of ours."""
+        tensor: Tensor = state[-1]
+        return tensor
+
+    def with_view(self, state: Any, tensor: Tensor) -> Scales:
+        """Return the scales with the coarsest replaced."""
+        return [*state[:-1], tensor]
+
+
+@dataclass(frozen=True)
+class MSDNet(Backbone):
+    """MSDNet, any number of exits and scales (Huang et al., ICLR 2018)."""
+
+    blocks: int = setting(7, "exits")
+    base: int = setting(4, "layers before the first exit")
+    step: int = setting(2, "layers between exits")
+    step_mode: Literal["even", "lin_grow"] = setting("even", "step layers each time, or step*i + 1 before exit i")
+    channels: int = setting(16, "width unit of the stem")
+    growth: int = setting(6, "width unit that a layer adds")
+    growth_factors: tuple[int, ...] = setting((1, 2, 4), "multiple of the width units at each scale, fine to coarse")
+    bottleneck_factors: tuple[int, ...] = setting((1, 2, 4), "width of the 1x1 bottlenecks at each scale")
+    bottleneck: bool = setting(True, "use 1x1 bottlenecks")
+    prune: Literal["max", "min"] = setting("max", "scales are dropped evenly along the depth, or only at its end")
+    reduction: float = setting(0.5, "what a transition leaves of the width (0: no transitions)")
+    stem: Literal["small", "large"] = setting("small", "3x3 convolution, or 7x7 stride 2 and pooling (ImageNet)")
+    head: Literal["conv128", "conv", "pool"] = setting(
+        "conv128", "two stride-2 convolutions of width 128 (CIFAR) or of the scale's own (ImageNet), or pooling alone"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("blocks", "base", "step", "channels", "growth"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if len(self.growth_factors) != len(self.bottleneck_factors) or not self.growth_factors:
+            raise UserError(
+                f"growth_factors has {len(self.growth_factors)} scales and bottleneck_factors "
+                f"{len(self.bottleneck_factors)}; expected one factor a scale in each"
+            )
+        if min(*self.growth_factors, *self.bottleneck_factors) < 1:
+            raise UserError("growth_factors and bottleneck_factors are multiples; expected at least 1 each")
+        if not 0 <= self.reduction <= 1:
+            raise UserError(f"reduction is {self.reduction}; expected a share between 0 and 1 (the paper's is 0.5)")
+        odd = [factor for factor in self.growth_factors[1:] if self.growth * factor % 2]
+        if odd:
+            raise UserError(
+                f"growth {self.growth} times the factor {odd[0]} is odd, and a coarser scale grows by two halves; "
+                f"expected an even product, such as growth {self.growth + 1}"
+            )
+
+    @property
+    def stage_lengths(self) -> list[int]:
+        """How many layers each stage has."""
+        between = [self.step if self.step_mode == "even" else self.step * i + 1 for i in range(1, self.blocks)]
+        return [self.base, *between]
+
+    def build(self, input_shape: tuple[int, int, int], num_classes: int) -> MultiExitNetwork:
+        """Build it; see `Backbone.build`."""
+        self._check_size(input_shape)
+        factors = self.growth_factors
+        layers = self._layers()
+        stages: list[nn.Module] = []
+        heads: list[Head] = []
+        for length in self.stage_lengths:
+            modules: list[nn.Module] = []
+            if not stages:
+                stem_widths = [self.channels * factor for factor in factors]
+                modules.append(Stem(input_shape[0], stem_widths, self.stem == "large"))
+            for _ in range(length):
+                built, width = next(layers)
+                modules += built
+            stages.append(nn.Sequential(*modules))
+            heads.append(self._head(width * factors[-1], num_classes))
+        return MSDNetwork(stages, heads, input_shape, num_classes, family="msdnet")
+
+    def _check_size(self, input_shape: tuple[int, int, int]) -> None:
+        reduction = 2 ** (len(self.growth_factors) - 1) * (4 if self.stem == "large" else 1)
+        if min(input_shape[1:]) < reduction:
+            raise UserError(
+                f"images of {input_shape[1]}x{input_shape[2]} are too small for {len(self.growth_factors)} scales; "
+                f"expected at least {reduction}x{reduction}, or fewer scales"
+            )
+
+    def _alive(self, layer: int) -> tuple[int, int]:
+        """Return how many scales layer `layer` (from 1) reads and how many it leaves."""
+        total, scales = sum(self.stage_lengths), len(self.growth_factors)
+        if self.prune == "min":
+            return min(scales, total - layer + 2), min(scales, total - layer + 1)
+        interval = math.ceil(total / scales)
+        return scales - max(0, layer - 2) // interval, scales - (layer - 1) // interval
+
+    def _narrows(self, layer: int) -> bool:
+        """Whether a transition follows layer `layer`."""
+        total = sum(self.stage_lengths)
+        alive_in, alive_out = self._alive(layer)
+        dropping = alive_in > alive_out if self.prune == "max" else layer in (total // 3, 2 * total // 3)
+        return self.reduction > 0 and dropping
+
+    def _layers(self) -> Iterator[tuple[list[nn.Module], int]]:
+        """Yield the modules of each layer (with its transition, if one follows) and the width unit behind it."""
+        width = self.channels
+        for number in range(1, sum(self.stage_lengths) + 1):
+            modules: list[nn.Module] = [self._layer(width, *self._alive(number))]
+            width += self.growth
+            if self._narrows(number):
+                narrow = math.floor(self.reduction * width)
+                if narrow < 1:
+                    raise UserError(f"reduction {self.reduction} leaves no channels of {width}; expected more")
+                alive = self.growth_factors[-self._alive(number)[1] :]
+                modules.append(Transition([(width * factor, narrow * factor) for factor in alive]))
+                width = narrow
+            yield modules, width
+
+    def _layer(self, width: int, alive_in: int, alive_out: int) -> Layer:
+        factors = self.growth_factors
+        scales = len(factors)
+        same: list[nn.Module] = []
+        down: list[nn.Module | None] = []
+        for scale in range(scales - alive_out, scales):
+            squeeze = self.bottleneck_factors[scale] if self.bottleneck else None
+            grown = self.growth * factors[scale]
+            if scale == scales - alive_out and alive_in == alive_out:
+                down.append(None)
+            else:
+                finer = self.bottleneck_factors[scale - 1] if self.bottleneck else None
+                grown //= 2
+                down.append(unit(width * factors[scale - 1], grown, 2, finer))
+            same.append(unit(width * factors[scale], grown, 1, squeeze))
+        return Layer(same, down, alive_in - alive_out)
+
+    def _head(self, width: int, num_classes: int) -> Head:
+        pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        if self.head == "pool":
+            return Head(nn.Sequential(*pool), nn.Linear(width, num_classes))
+        inner = 128 if self.head == "conv128" else width
+        convs = [conv_bn_relu(width, inner, 3, 2), conv_bn_relu(inner, inner, 3, 2)]
+        return Head(nn.Sequential(*convs, *pool), nn.Linear(inner, num_classes))
+
+
+_IMAGENET = ((3, 224, 224), 1000)
+
+tiny = preset(
+    MSDNet,
+    "4 exits, 4,330 parameters: for the default data (ours, in no paper)",
+    ((1, 16, 16), 10),
+    blocks=4,
+    base=1,
+    step=1,
+    channels=2,
+    growth=4,
+    growth_factors=(1, 1, 2),
+    bottleneck_factors=(1, 1, 2),
+    head="pool",
+)
+cifar_k7 = preset(MSDNet, "7 exits, base 4, step 2, growth 6")
+cifar_k10 = preset(MSDNet, "10 exits, base 4, step 2, growth 6 (BoostNet table 1)", blocks=10)
+cifar_k7_g16 = preset(MSDNet, "7 exits, base 4, step 2, growth 16 (Meta-GF tables 1 and 5)", growth=16)
+
+
+def _growing(exits: int, where: str) -> Any:
+    doc = f"{exits} exits, 1, 2, ... {exits} layers between them{where}"
+    return preset(MSDNet, doc, blocks=exits, base=1, step=1, step_mode="lin_grow")
+
+
+cifar_lg4 = _growing(4, "")
+cifar_lg5 = _growing(5, " (IMTA table 2, L2W-DEN)")
+cifar_lg6 = _growing(6, "")
+cifar_lg7 = _growing(7, " (IMTA table 1)")
+cifar_lg8 = _growing(8, "")
+
+
+def _budgeted(base: int) -> Any:
+    return preset(MSDNet, f"6 exits, base {base}, step 2 (BoostNet figure 4)", blocks=6, base=base)
+
+
+cifar_k6_b4 = _budgeted(4)
+cifar_k6_b8 = _budgeted(8)
+cifar_k6_b12 = _budgeted(12)
+
+
+def _imagenet(step: int, where: str) -> Any:
+    return preset(
+        MSDNet,
+        f"ImageNet, 5 exits, {step} layers each{where}",
+        _IMAGENET,
+        blocks=5,
+        base=step,
+        step=step,
+        channels=32,
+        growth=16,
+        growth_factors=(1, 2, 4, 4),
+        bottleneck_factors=(1, 2, 4, 4),
+        stem="large",
+        head="conv",
+    )
+
+
+imagenet_s4 = _imagenet(4, " (IMTA table 3, Meta-GF table 2)")
+imagenet_s5 = _imagenet(5, "")
+imagenet_s6 = _imagenet(6, "")
+imagenet_s7 = _imagenet(7, " (BoostNet table 2)")

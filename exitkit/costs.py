@@ -1,0 +1,111 @@
+"""Multiply-adds and parameters of every exit, counted while the chain runs stage by stage."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from exitkit.network import MultiExitNetwork
+
+aten = torch.ops.aten
+
+
+class ExitCost(NamedTuple):
+    """What it costs to answer one image at an exit: everything executed up to it, earlier heads included.
+
+    Attributes:
+        exit: number of the exit, from 1.
+        papers: the count behind the papers' tables: `macs`, and 1 for each bias of a linear layer, 1 for each input
+            of a ReLU, and k*k for each output of a k x k pooling.
+        macs: multiply-adds of convolutions and linear layers.
+        params: parameters of all modules executed.
+    """
+
+    exit: int
+    papers: int
+    macs: int
+    params: int
+
+
+# What the papers' convention adds. The counter counts operations, two a multiply-add, and so do these.
+def _linear_with_bias(bias: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:
+    return 2 * (a[0] * a[1] * b[1] + math.prod(bias))
+
+
+def _relu(x: Any, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(x)
+
+
+def _pool(x: Any, kernel: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    # Max pooling gives two tensors, values and indices; its shape is then a pair of shapes.
+    values = out_shape[0] if isinstance(out_shape[0], torch.Size | tuple | list) else out_shape
+    return 2 * math.prod(values) * math.prod(kernel if len(kernel) == 2 else kernel * 2)
+
+
+def _global_pool(x: Any, dims: Any = None, *_: Any, **__: Any) -> int:
+    spatial = len(x) == 4 and dims is not None and sorted(d % 4 for d in dims) == [2, 3]
+    return 2 * math.prod(x) if spatial else 0
+
+
+_PAPERS = {
+    aten.addmm: _linear_with_bias,
+    aten.relu: _relu,
+    aten.relu_: _relu,
+    aten.max_pool2d_with_indices: _pool,
+    aten.avg_pool2d: _pool,
+    aten.mean: _global_pool,
+}
+
+
+def cost(network: MultiExitNetwork, input_shape: tuple[int, int, int] | None = None) -> list[ExitCost]:
+    """Count what each exit costs, for one image.
+
+    A copy of the network without storage runs on an image without storage, so that nothing of the network changes
+    and ImageNet sizes cost no memory.
+
+    Args:
+        network: the network, with whatever links a method has put into it.
+        input_shape: (channels, height, width); by default what the network was built for.
+
+    Returns:
+        one `ExitCost` an exit, first to last.
+    """
+    ghost = copy.deepcopy(network).to("meta").eval()
+    state: Any = torch.empty(1, *(input_shape or network.input_shape), device="meta", dtype=_dtype(network))
+    carry = None
+    rows = []
+    operations = FlopCounterMode(display=False)
+    papers = FlopCounterMode(display=False, custom_mapping=_PAPERS)
+    with torch.inference_mode(), _executed_parameters(ghost) as parameters, operations, papers:
+        for index in range(network.num_exits):
+            _, state, carry = ghost.step(index, state, carry)
+            counts = (papers.get_total_flops() // 2, operations.get_total_flops() // 2)
+            rows.append(ExitCost(index + 1, *counts, sum(parameters.values())))
+    return rows
+
+
+def _dtype(network: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+
+
+@contextmanager
+def _executed_parameters(network: nn.Module) -> Iterator[dict[int, int]]:
+    """Collect {identity: size} of the parameters of every module that runs."""
+    seen: dict[int, int] = {}
+
+    def note(module: nn.Module, inputs: Any) -> None:
+        seen.update({id(p): p.numel() for p in module.parameters(recurse=False)})
+
+    handles = [module.register_forward_pre_hook(note) for module in network.modules()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

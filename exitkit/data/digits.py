@@ -1,0 +1,53 @@
+"""scikit-learn's digits: 1,797 real images that come with the package, so that there is always data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from exitkit.data.base import Data, DataSet, TensorData
+from exitkit.data.split import Split, hold_out
+from exitkit.plugins import setting
+
+_TEST = 500
+
+
+@dataclass(frozen=True)
+class Digits(DataSet):
+    """1,797 handwritten digits of scikit-learn, 8x8 brought to 16x16, 10 classes; 500 are for testing."""
+
+    house: ClassVar[Mapping[str, Any]] = DataSet.house | {
+        "backbone": "msdnet-tiny",
+        "epochs": 30,
+        "schedule": "cosine",
+    }
+
+    validation: int = setting(200, "images held out of the training images, stratified")
+
+    def load(self, data_dir: Path | None, download: bool = True) -> Data:
+        """Return the digits; they lie in scikit-learn's package, and `data_dir` is not asked."""
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        small = torch.from_numpy(digits.images).float().unsqueeze(1)
+        large = F.interpolate(small, size=(16, 16), mode="bilinear", align_corners=False)
+        images = (large * 255 / 16).round().to(torch.uint8)
+        labels = torch.from_numpy(digits.target).long()
+        rest, test = hold_out(labels, torch.arange(len(labels)), _TEST, self.split_seed, "a test set")
+        train, validation = hold_out(labels, rest, self.validation, self.split_seed, "a validation set")
+        return TensorData(
+            [str(name) for name in digits.target_names],
+            (1, 16, 16),
+            labels,
+            labels,
+            Split(train, validation, test),
+            images,
+            images,
+            mean=(0.3046,),
+            std=(0.3181,),
+        )

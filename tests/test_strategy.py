@@ -1,0 +1,172 @@
+"""Joint training, composition and the slots."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import exitkit
+from exitkit.errors import UserError
+from exitkit.network import LogitLink
+from exitkit.strategy import Composition, Phase, TrainingStrategy
+
+from toy import batches, chain, exit_gradients, sgd
+
+
+def trained(name, network=None, **settings):
+    network = network or chain()
+    run = exitkit.Run.local(network, exitkit.build_strategy(name, **settings), sgd(network))
+    run.strategy.train_epoch(run, batches())
+    return network
+
+
+def same(a, b):
+    return all(torch.equal(x, b.state_dict()[name]) for name, x in a.state_dict().items())
+
+
+def test_a_joint_step_is_sgd_on_the_sum_of_the_mean_losses():
+    network, (x, y) = chain(), batches(1)[0]
+    gradients = exit_gradients(network, x, y)
+    expected = {
+        name: p.detach() - 0.1 * (sum(g[name] for g in gradients if g[name] is not None) + 1e-2 * p.detach())
+        for name, p in network.named_parameters()
+    }
+    run = exitkit.Run.local(network, exitkit.build_strategy("joint"), sgd(network))
+    run.strategy.train_step(run, (x, y))
+    for name, parameter in network.named_parameters():
+        assert torch.allclose(parameter, expected[name], rtol=1e-13, atol=1e-15)
+
+
+def test_weights_of_joint_weigh_the_exits_and_a_zero_leaves_an_exit_out():
+    network, (x, y) = chain(), batches(1)[0]
+    gradients = exit_gradients(network, x, y)
+    run = exitkit.Run.local(network, exitkit.build_strategy("joint", weights=(2.0, 0.0, 0.5)), sgd(network))
+    run.backward(
+        sum(w * loss.mean() for w, loss in zip(run.exit_weights(), run.exit_losses((x, y)), strict=True))
+    )
+    name = "stages.0.1.weight"
+    assert torch.allclose(network.get_parameter(name).grad, 2 * gradients[0][name] + 0.5 * gradients[2][name])
+    run.strategy.train_step(run, (x, y))
+    assert network.heads[1].classify.weight.grad is None
+
+
+def test_exit_gradients_add_up_to_the_joint_gradient_and_are_none_where_an_exit_does_not_read():
+    network, batch = chain(), batches(1)[0]
+    run = exitkit.Run.local(network, exitkit.build_strategy("joint"), sgd(network))
+    rows = run.exit_gradients(run.exit_losses(batch))
+    expected = exit_gradients(network, *batch)
+    for row, truth in zip(rows, expected, strict=True):
+        for gradient, (name, value) in zip(row, truth.items(), strict=True):
+            assert (gradient is None) == (value is None), name
+            assert value is None or torch.allclose(gradient, value, rtol=1e-13)
+
+
+def test_apply_makes_the_step_of_the_given_gradients():
+    network, batch = chain(), batches(1)[0]
+    run = exitkit.Run.local(network, exitkit.build_strategy("joint"), sgd(network))
+    rows = run.exit_gradients(run.exit_losses(batch))
+    run.apply(
+        [
+            None if all(g is None for g in column) else sum(g for g in column if g is not None)
+            for column in zip(*rows, strict=True)
+        ]
+    )
+    other = chain()
+    second = exitkit.Run.local(other, exitkit.build_strategy("joint"), sgd(other))
+    second.strategy.train_step(second, batch)
+    for name, value in network.state_dict().items():
+        assert torch.allclose(value, other.state_dict()[name], rtol=1e-13, atol=1e-15)
+
+
+def test_boostnet_is_gradient_equilibrium_and_its_link():
+    assert same(trained("ge+boostnet"), trained("boostnet"))
+    assert same(trained("joint+ge"), trained("ge"))
+    assert same(trained("joint"), trained("joint", weights=(1.0, 1.0, 1.0)))
+
+
+def test_metagf_composes_with_taps_and_links():
+    network = trained("metagf+boostnet", chain(batchnorm=True), temperature=0.3)
+    assert network.link.config[0] == (0.3, 0.3, 0.3) and len(network.taps) == 1
+    assert not same(network, trained("metagf", chain(batchnorm=True)))
+
+
+class Taking(LogitLink):
+    """A link that is not BoostNet's."""
+
+
+@dataclass(eq=False)
+class Linked(TrainingStrategy):
+    slots = frozenset({"logit link"})
+
+    def adapt(self, network):
+        network.set_link(Taking())
+
+
+@dataclass(eq=False)
+class Stepping(TrainingStrategy):
+    slots = frozenset({"update"})
+
+    def train_step(self, run, batch):
+        raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("rival", "slot", "other"), [(Linked(), "logit link", "boostnet"), (Stepping(), "update", "metagf")]
+)
+def test_two_claims_on_one_slot_are_refused_by_name_and_slot(rival, slot, other):
+    with pytest.raises(UserError) as refusal:
+        Composition({other: exitkit.build_strategy(other), "rival": rival})
+    assert other in str(refusal.value) and "rival" in str(refusal.value) and slot in str(refusal.value)
+
+
+def test_a_network_takes_one_link():
+    network = chain()
+    exitkit.build_strategy("boostnet").adapt(network)
+    exitkit.build_strategy("boostnet").adapt(network)  # the same once more changes nothing
+    with pytest.raises(UserError, match="a network takes one"):
+        Linked().adapt(network)
+    with pytest.raises(UserError, match="a network takes one"):
+        exitkit.build_strategy("boostnet", temperature=0.9).adapt(network)
+
+
+def test_overriding_a_hook_without_claiming_its_slot_is_refused_at_once():
+    with pytest.raises(TypeError, match="objective"):
+
+        class Forgetful(TrainingStrategy):
+            def exit_losses(self, run, outputs, batch):
+                return [F.cross_entropy(logits, batch[1], reduction="none") for logits in outputs.logits]
+
+
+@dataclass(eq=False)
+class TwoPhases(TrainingStrategy):
+    slots = frozenset({"phases"})
+
+    def phases(self, epochs):
+        return [Phase("one", TrainingStrategy(), epochs), Phase("two", Linked(), 2, train="heads")]
+
+
+def test_a_partner_rules_every_phase_of_a_schedule():
+    phases = Composition({"two": TwoPhases(), "ge": exitkit.build_strategy("ge")}).phases(5)
+    assert [(phase.name, phase.epochs, phase.train) for phase in phases] == [
+        ("one", 5, "all"),
+        ("two", 2, "heads"),
+    ]
+    network = chain()
+    phases[0].strategy.adapt(network)
+    assert len(network.taps) == 1 and type(network.link) is LogitLink
+    phases[1].strategy.adapt(network)
+    assert len(network.taps) == 1 and type(network.link) is Taking
+
+
+def test_settings_of_a_composition_go_to_the_part_that_is_meant():
+    both = exitkit.build_strategy("ge+boostnet", temperature=0.2, **{"ge.ge_scope": "all"})
+    assert both.settings()["boostnet.temperature"] == 0.2
+    with pytest.raises(UserError, match=r"say ge\.variant or boostnet\.variant"):
+        exitkit.build_strategy("ge+boostnet", variant="paper")
+    with pytest.raises(UserError, match="did you mean temperature"):
+        exitkit.build_strategy("boostnet", temprature=0.2)
+    with pytest.raises(UserError, match="did you mean boostnet"):
+        exitkit.build_strategy("bostnet")
+    with pytest.raises(UserError, match="twice"):
+        exitkit.build_strategy("ge+ge")

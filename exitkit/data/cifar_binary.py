@@ -1,0 +1,52 @@
+"""CIFAR's official binary layout: fixed-size records, so that nothing has to be unpickled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from exitkit.errors import UserError
+
+_PIXELS = 3 * 32 * 32
+
+
+def find_binary(folder: Path, name: str, train: Sequence[str], test: Sequence[str]) -> list[list[Path]] | None:
+    """Return the training and the test files of the layout in `folder`, or in its subfolder `name`; None if absent.
+
+    Raises:
+        UserError: some of the files are there and some are not.
+    """
+    for place in (folder / name, folder):
+        paths = [[place / file for file in files] for files in (train, test)]
+        missing = [path for group in paths for path in group if not path.is_file()]
+        if not missing:
+            return paths
+        if place.name == name and place.is_dir():
+            raise UserError(f"{place} lacks {', '.join(path.name for path in missing)}; expected the whole binary release")
+    return None
+
+
+def read_binary(files: Sequence[Path], label_bytes: int, classes: int) -> tuple[Tensor, Tensor]:
+    """Read records of `label_bytes` labels (the last is the class) and 3 x 32 x 32 pixels.
+
+    Returns images uint8 [N, 3, 32, 32] and labels int64 [N].
+
+    Raises:
+        UserError: a file that is not a whole number of records, or holds labels that are no class.
+    """
+    size = label_bytes + _PIXELS
+    images, labels = [], []
+    for path in files:
+        raw = np.fromfile(path, dtype=np.uint8)
+        if len(raw) == 0 or len(raw) % size:
+            raise UserError(f"{path} has {len(raw)} bytes, no whole number of {size}-byte records; it is cut or foreign")
+        records = raw.reshape(-1, size)
+        if records[:, label_bytes - 1].max() >= classes:
+            raise UserError(f"{path} holds the label {records[:, label_bytes - 1].max()}; expected 0 to {classes - 1}")
+        labels.append(records[:, label_bytes - 1].astype(np.int64))
+        images.append(records[:, label_bytes:].reshape(-1, 3, 32, 32))
+    return torch.from_numpy(np.concatenate(images)), torch.from_numpy(np.concatenate(labels))

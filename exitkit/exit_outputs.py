@@ -16,6 +16,7 @@ from exitkit.engine import Engine, choose_device
 from exitkit.files import load_tensors, save_tensors, write_json
 from exitkit.network import MultiExitNetwork
 from exitkit.randomness import derive
+from exitkit.strategy import at_least_float32
 from exitkit.runs import RESULTS, RunFolder, table_of
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def measure(
         labels = batch.labels.to(engine.device)
         with engine.autocast():
             logits = network(engine.images(batch.images)).logits
-        losses = torch.stack([F.cross_entropy(output.float(), labels, reduction="sum") for output in logits])
+        losses = torch.stack([F.cross_entropy(at_least_float32(output), labels, reduction="sum") for output in logits])
         hits = torch.stack([(output.argmax(1) == labels).sum() for output in logits])
         sums += torch.stack([losses.cpu().double(), hits.cpu().double()])
     return torch.cat([sums.flatten(), torch.tensor([float(len(mine))], dtype=torch.float64)])

@@ -6,16 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 if TYPE_CHECKING:
     from exitkit.network import MultiExitNetwork
 
 
 class _Rescale(torch.autograd.Function):
-    """x -> x, with the gradient and the forward-mode tangent both multiplied by `factor`.
-
-    Keeps the factor only. Forward returns a view, so the forward-mode rule has to return one as well.
-    """
+    """x -> x, with gradient and tangent both multiplied by `factor`. Keeps the factor only, and copies nothing."""
 
     generate_vmap_rule = True
 
@@ -37,6 +35,19 @@ class _Rescale(torch.autograd.Function):
         return scaled.view_as(scaled)
 
 
+class _RescaleDual(_Rescale):
+    """The same for a dual tensor outside `torch.func`.
+
+    There the tangent of a view has to be a view of the tangent, which a multiple is not; so this one copies.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, factor: float) -> Tensor:
+        return x.clone()
+
+
 def rescale(x: Tensor, factor: float) -> Tensor:
     """Return x unchanged; whatever is differentiated through it is multiplied by `factor` (IMTA, equation 4).
 
@@ -44,7 +55,8 @@ def rescale(x: Tensor, factor: float) -> Tensor:
     """
     if factor == 1 or not x.is_floating_point():
         return x
-    scaled: Tensor = _Rescale.apply(x, factor)
+    is_dual = forward_ad.unpack_dual(x).tangent is not None
+    scaled: Tensor = (_RescaleDual if is_dual else _Rescale).apply(x, factor)
     return scaled
 
 

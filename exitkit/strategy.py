@@ -104,7 +104,7 @@ class TrainingStrategy:
     def exit_losses(self, run: Run, outputs: Outputs, batch: Batch) -> list[Tensor]:
         """Return what each exit is asked: K loss tensors [B], a list (stacked, every exit would own everything)."""
         _, labels = batch
-        return [F.cross_entropy(logits.float(), labels, reduction="none") for logits in outputs.logits]
+        return [F.cross_entropy(at_least_float32(logits), labels, reduction="none") for logits in outputs.logits]
 
     def exit_weights(self, run: Run) -> Sequence[float]:
         """Return how much each exit counts at this point of the schedule: K numbers."""
@@ -133,6 +133,11 @@ class TrainingStrategy:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` gave."""
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Return logits in float32 where autocast left them in half precision, and as they are otherwise."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
 def weighted_sum(losses: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

@@ -48,6 +48,20 @@ def test_vmap_equals_a_loop():
     assert torch.allclose(together, torch.stack([torch.func.grad(function)(row) for row in x]), atol=1e-15)
 
 
+def test_forward_mode_over_backward_and_under_vmap():
+    x = torch.randn(4, 5, dtype=torch.float64)
+    direction = torch.randn(5, dtype=torch.float64)
+
+    def tangent(row):
+        return torch.func.jvp(function, (row,), (direction,))[1]
+
+    assert torch.allclose(torch.func.vmap(tangent)(x), torch.stack([tangent(row) for row in x]), atol=1e-14)
+    # Hessian-vector product: the gradient's own tangent meets the rescaling once more.
+    _, product = torch.func.jvp(torch.func.grad(function), (x[0],), (direction,))
+    hessian = torch.func.jacrev(torch.func.grad(function))(x[0])
+    assert torch.allclose(product, hessian @ direction, atol=1e-13)
+
+
 def test_owners_of_a_chain_are_the_exits_from_that_stage_on():
     owned = owners(chain(exits=3))
     assert owned["stages.0.1.weight"] == (0, 1, 2)

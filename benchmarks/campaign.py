@@ -31,9 +31,7 @@ class Event:
 class _Worker:
     """One worker process and the thread that listens to it."""
 
-    def __init__(
-        self, threads: int, events: queue.SimpleQueue[tuple[_Worker, dict[str, Any] | None]]
-    ) -> None:
+    def __init__(self, threads: int, events: queue.SimpleQueue[tuple[_Worker, dict[str, Any] | None]]) -> None:
         self.index = -1
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         self.process = subprocess.Popen(
@@ -56,9 +54,7 @@ class _Worker:
         """Hand over a run."""
         self.index = index
         assert self.process.stdin is not None
-        self.process.stdin.write(
-            json.dumps({"recipe": recipe.model_dump(mode="json"), "out": str(out)}) + "\n"
-        )
+        self.process.stdin.write(json.dumps({"recipe": recipe.model_dump(mode="json"), "out": str(out)}) + "\n")
         self.process.stdin.flush()
 
     def end(self) -> None:
@@ -79,9 +75,7 @@ def default_jobs(device: str, threads: int) -> int:
     return max(cores // threads, 1)
 
 
-def run_campaign(
-    recipes: Sequence[Recipe], out: Path, jobs: int, tell: Callable[[Event], None]
-) -> dict[int, str]:
+def run_campaign(recipes: Sequence[Recipe], out: Path, jobs: int, tell: Callable[[Event], None]) -> dict[int, str]:
     """Train all recipes that are not finished yet, longest first, `jobs` at a time.
 
     Returns {index: reason} of those that diverged; the others are finished.

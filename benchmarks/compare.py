@@ -23,9 +23,7 @@ DEFAULT_METHODS = "ge,boostnet,metagf"
 @click.option("--seeds", type=int, help="How many seeds each.  [default: 2]")
 @click.option("--seed", type=int, help="The first seed.  [default: 0]")
 @click.option("--jobs", type=int, help="Runs at once.  [default: one a core, or one a GPU]")
-@click.option(
-    "--resume", is_flag=True, help="What compare always does: skip what is finished, go on with the rest."
-)
+@click.option("--resume", is_flag=True, help="What compare always does: skip what is finished, go on with the rest.")
 @recipe_options
 def compare(
     methods: str | None,
@@ -71,9 +69,7 @@ def compare(
         raise Interrupted("stopped; the same command goes on where it was") from None
     publish(recipes, folder)
     if diverged:
-        raise UserError(
-            "; ".join(f"left out {todo[index].id}: {reason}" for index, reason in diverged.items())
-        )
+        raise UserError("; ".join(f"left out {todo[index].id}: {reason}" for index, reason in diverged.items()))
 
 
 def split_methods(methods: str | list[str]) -> list[str]:
@@ -109,9 +105,7 @@ def plan(base: Recipe, methods: list[str], seeds: int, sets: Mapping[str, Any]) 
         known |= settable
         mine = {key: value for key, value in sets.items() if key in settable}
         # `boostnet.temperature` says which method is meant.
-        prefixed = {
-            k: v for k, v in sets.items() if k.startswith(f"{method}.") and k.split(".", 1)[1] in settable
-        }
+        prefixed = {k: v for k, v in sets.items() if k.startswith(f"{method}.") and k.split(".", 1)[1] in settable}
         used |= mine.keys() | prefixed.keys()
         mine |= {key.split(".", 1)[1]: value for key, value in prefixed.items()}
         for seed in range(base.seed, base.seed + seeds):

@@ -1,4 +1,4 @@
-"""A worker of a campaign: takes runs as JSON lines on standard input, says how they go as JSON lines on standard output.
+"""A worker of a campaign: takes runs as JSON lines on standard input, tells how they go on standard output.
 
 When standard input closes, whoever started it is gone or wants no more, and the process ends at once: whatever it was
 training goes on from its checkpoint next time. So a campaign that was killed leaves nothing running.
@@ -44,9 +44,7 @@ def _train(request: dict[str, Any], tell: Any) -> str:
     from exitkit.training import train
 
     recipe = Recipe.make(**request["recipe"])
-    run = train(
-        recipe, request["out"], report=lambda progress: tell("progress", **dataclasses.asdict(progress))
-    )
+    run = train(recipe, request["out"], report=lambda progress: tell("progress", **dataclasses.asdict(progress)))
     return str(run.path)
 
 

@@ -61,9 +61,7 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     value = getattr(import_module(_PUBLIC[name]), name)
-    globals()[name] = (
-        value  # over the submodule of the same name (`exitkit.cost`), and found at once next time
-    )
+    globals()[name] = value  # over the submodule of the same name (`exitkit.cost`), and found at once next time
     return value
 
 

@@ -58,9 +58,7 @@ def build_strategy(name: str, **settings: Any) -> TrainingStrategy:
 
     names = method_parts(name)
     chosen = assign_settings(name, settings)
-    parts: dict[str, TrainingStrategy] = {
-        part: plugins.configure("method", part, chosen[part]) for part in names
-    }
+    parts: dict[str, TrainingStrategy] = {part: plugins.configure("method", part, chosen[part]) for part in names}
     for part, strategy in parts.items():
         if not isinstance(strategy, TrainingStrategy):
             raise UserError(f"method {part!r} is a {type(strategy).__name__}; expected a TrainingStrategy")

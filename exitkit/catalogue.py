@@ -32,9 +32,7 @@ def entries(kind: str) -> list[Entry]:
         return [_recipe_entry(name, path) for name, path in sorted(recipe_files().items())]
     whole = _remembered()
     if whole is None:
-        whole = {
-            f"{each}s": [_entry(each, name) for name in plugins.registered(each)] for each in plugins.KINDS
-        }
+        whole = {f"{each}s": [_entry(each, name) for name in plugins.registered(each)] for each in plugins.KINDS}
         _remember(whole)
     return whole[kind]
 

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from exitkit.network import MultiExitNetwork
 
 aten = torch.ops.aten
+Shape = tuple[int, ...]
 
 
 class ExitCost(NamedTuple):
@@ -35,21 +36,21 @@ class ExitCost(NamedTuple):
 
 
 # What the papers' convention adds. The counter counts operations, two a multiply-add, and so do these.
-def _linear_with_bias(bias: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:
+def _linear_with_bias(bias: Shape, a: Shape, b: Shape, *_: Any, **__: Any) -> int:
     return 2 * (a[0] * a[1] * b[1] + math.prod(bias))
 
 
-def _relu(x: Any, *_: Any, **__: Any) -> int:
+def _relu(x: Shape, *_: Any, **__: Any) -> int:
     return 2 * math.prod(x)
 
 
-def _pool(x: Any, kernel: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+def _pool(x: Shape, kernel: list[int], *_: Any, out_shape: Any = None, **__: Any) -> int:
     # Max pooling gives two tensors, values and indices; its shape is then a pair of shapes.
-    values = out_shape[0] if isinstance(out_shape[0], torch.Size | tuple | list) else out_shape
+    values: Shape = out_shape if isinstance(out_shape[0], int) else out_shape[0]
     return 2 * math.prod(values) * math.prod(kernel if len(kernel) == 2 else kernel * 2)
 
 
-def _global_pool(x: Any, dims: Any = None, *_: Any, **__: Any) -> int:
+def _global_pool(x: Shape, dims: list[int] | None = None, *_: Any, **__: Any) -> int:
     spatial = len(x) == 4 and dims is not None and sorted(d % 4 for d in dims) == [2, 3]
     return 2 * math.prod(x) if spatial else 0
 

@@ -41,18 +41,14 @@ def choose_device(name: str) -> torch.device:
     if device.type not in here:
         raise UserError(f"device {name!r} is not available here; expected one of auto, {', '.join(here)}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"device {name!r} is not here; there are {torch.cuda.device_count()} CUDA devices, from cuda:0"
-        )
+        raise UserError(f"device {name!r} is not here; there are {torch.cuda.device_count()} CUDA devices, from cuda:0")
     return device
 
 
 class Engine:
     """One process's share of the work: its device, its precision and its rank among `world` processes."""
 
-    def __init__(
-        self, device: torch.device, precision: Precision = "fp32", rank: int = 0, world: int = 1
-    ) -> None:
+    def __init__(self, device: torch.device, precision: Precision = "fp32", rank: int = 0, world: int = 1) -> None:
         self.device = device
         self.precision = precision
         self.rank = rank
@@ -156,14 +152,14 @@ class Engine:
         """Set each parameter's `grad` to the gradient of `loss`, averaged over the ranks (scaled in fp16)."""
         for parameter in parameters:
             parameter.grad = None
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self.scaler.scale(loss).backward()
         self.average([parameter.grad for parameter in parameters])
 
     def gradients(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
         """Return the gradient of `loss`, averaged over the ranks, and keep the graph for the next loss."""
         found = torch.autograd.grad(self.scaler.scale(loss), parameters, retain_graph=True, allow_unused=True)
         scale = self.scaler.get_scale()
-        gradients = list(found) if scale == 1 else [None if g is None else g / scale for g in found]
+        gradients: list[Tensor | None] = [g if g is None or scale == 1 else g / scale for g in found]
         self.average(gradients)
         return gradients
 

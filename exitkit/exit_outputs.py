@@ -16,13 +16,13 @@ from exitkit.engine import Engine, choose_device
 from exitkit.files import load_tensors, save_tensors, write_json
 from exitkit.network import MultiExitNetwork
 from exitkit.randomness import derive
-from exitkit.strategy import at_least_float32
 from exitkit.runs import RESULTS, RunFolder, table_of
+from exitkit.strategy import at_least_float32
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from exitkit.data.base import Data
+    from exitkit.data.base import Data, Part
     from exitkit.recipe import Recipe
 
 _BATCH = 256
@@ -41,9 +41,7 @@ def make_network(recipe: Recipe, input_shape: tuple[int, int, int], num_classes:
     """Build a recipe's network with the weights that its seed gives, not yet adapted."""
     assert recipe.backbone is not None
     torch.manual_seed(derive(recipe.seed, "weights"))
-    return build_network(
-        recipe.backbone, num_classes=num_classes, input_shape=input_shape, **recipe.backbone_settings
-    )
+    return build_network(recipe.backbone, num_classes=num_classes, input_shape=input_shape, **recipe.backbone_settings)
 
 
 def load_network(run: RunFolder, data: Data) -> MultiExitNetwork:
@@ -91,7 +89,8 @@ def evaluate(run: RunFolder | str | Path, *, device: str | None = None) -> pd.Da
     write_json(run.path / "cost.json", [row._asdict() for row in cost(network)])
     engine.place(network)
     results = {}
-    for part in ("validation", "test"):
+    parts: tuple[Part, ...] = ("validation", "test")
+    for part in parts:
         outputs = collect_outputs(network, data, part, engine, augment_validation(recipe, part))
         save_tensors(run.path / f"outputs-{part}.safetensors", outputs)
         hits = outputs["logits"].argmax(2) == outputs["labels"][:, None]
@@ -100,14 +99,14 @@ def evaluate(run: RunFolder | str | Path, *, device: str | None = None) -> pd.Da
     return table_of([run])
 
 
-def augment_validation(recipe: Recipe, part: str) -> bool:
+def augment_validation(recipe: Recipe, part: Part) -> bool:
     """Whether a part is read through the training augmentation: the papers' habit for validation, as an option."""
     return part == "validation" and recipe.dataset_settings.get("val_transform") == "train"
 
 
 @torch.inference_mode()
 def collect_outputs(
-    network: MultiExitNetwork, data: Data, part: str, engine: Engine, augment: bool = False
+    network: MultiExitNetwork, data: Data, part: Part, engine: Engine, augment: bool = False
 ) -> dict[str, Tensor]:
     """Return logits [N, K, C] of all exits, labels [N] and indices [N] (in the data set's order) of one part."""
     network.eval()
@@ -125,9 +124,7 @@ def collect_outputs(
 
 
 @torch.inference_mode()
-def measure(
-    network: MultiExitNetwork, data: Data, part: str, engine: Engine, augment: bool = False
-) -> Tensor:
+def measure(network: MultiExitNetwork, data: Data, part: Part, engine: Engine, augment: bool = False) -> Tensor:
     """Return sums of losses and hits [2, K] and the count as one vector [2K + 1], over the ranks' shares of a part."""
     network.eval()
     mine = torch.arange(engine.rank, len(data.labels(part)), engine.world)

@@ -109,9 +109,7 @@ class EpochBatches:
             for group in run.optimizer.param_groups:
                 group["lr"] = learning_rate(recipe, at)
             torch.manual_seed(derive(recipe.seed, "noise", at.phase, at.epoch, step, self._engine.rank))
-            yield Batch(
-                self._engine.images(batch.images), batch.labels.to(self._engine.device, non_blocking=True)
-            )
+            yield Batch(self._engine.images(batch.images), batch.labels.to(self._engine.device, non_blocking=True))
             self._tell((step + 1) / (time.perf_counter() - began))
         at.passes += 1
 
@@ -136,9 +134,7 @@ class EpochBatches:
     ) -> Progress:
         before, share = self._done
         epochs = self._run.position.epochs
-        return Progress(
-            self._phase, epoch, epochs, before + share * behind / epochs, rate, losses, accuracies
-        )
+        return Progress(self._phase, epoch, epochs, before + share * behind / epochs, rate, losses, accuracies)
 
 
 def check_batches(recipe: Recipe, data: Data, world: int) -> None:

@@ -135,9 +135,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
     with written_whole(path) as temporary:
-        save_file(
-            {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, temporary
-        )
+        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, temporary)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -148,7 +146,8 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     """
     from safetensors.torch import load_file
 
-    return _safetensors(path, load_file)
+    tensors: dict[str, Tensor] = _safetensors(path, load_file)
+    return tensors
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -159,7 +158,8 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
     """
     from safetensors.numpy import load_file
 
-    return _safetensors(path, load_file)
+    arrays: dict[str, np.ndarray] = _safetensors(path, load_file)
+    return arrays
 
 
 def _safetensors(path: Path, reader: Any) -> Any:

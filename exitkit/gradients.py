@@ -79,9 +79,7 @@ def owners(network: MultiExitNetwork) -> dict[str, tuple[int, ...]]:
             logits = network(x).logits
             reached: dict[str, list[int]] = {name: [] for name, _ in named}
             for index, output in enumerate(logits):
-                grads = torch.autograd.grad(
-                    output.sum(), [p for _, p in named], retain_graph=True, allow_unused=True
-                )
+                grads = torch.autograd.grad(output.sum(), [p for _, p in named], retain_graph=True, allow_unused=True)
                 for (name, _), grad in zip(named, grads, strict=True):
                     if grad is not None:
                         reached[name].append(index)

@@ -63,11 +63,7 @@ class Meter:
     def totals(self) -> Tensor:
         """Return sums [2, K] of losses and hits and the number of images, as one vector [2K + 1]."""
         self._check()
-        sums = (
-            torch.zeros(2, self._exits, dtype=torch.float64)
-            if self._sums is None
-            else self._sums.cpu().double()
-        )
+        sums = torch.zeros(2, self._exits, dtype=torch.float64) if self._sums is None else self._sums.cpu().double()
         return torch.cat([sums.flatten(), torch.tensor([float(self._count)], dtype=torch.float64)])
 
     def averages(self) -> tuple[list[float], list[float]]:

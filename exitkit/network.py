@@ -11,7 +11,7 @@ Whole forward passes, early exit, cost and timing all run this one chain through
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -108,9 +108,7 @@ class MultiExitNetwork(nn.Module):
         self.stages = nn.ModuleList(stages)
         self.heads = nn.ModuleList(heads)
         if len(self.stages) != len(self.heads) or not self.heads:
-            raise UserError(
-                f"a cascade needs one head a stage: {len(self.stages)} stages, {len(self.heads)} heads"
-            )
+            raise UserError(f"a cascade needs one head a stage: {len(self.stages)} stages, {len(self.heads)} heads")
         self.link: LogitLink = LogitLink()
         self.taps: list[GradientTap] = []
         self.input_shape = input_shape
@@ -143,7 +141,7 @@ class MultiExitNetwork(nn.Module):
         taps = () if torch.is_inference_mode_enabled() else self.taps
         for tap in taps:
             view = tap.to_head(self, index, view)
-        head = self.heads[index]
+        head = cast(Head, self.heads[index])
         embedding = head.embed(view)
         raw = head.classify(embedding)
         logits, carry = self.link(index, raw, embedding, carry)
@@ -174,9 +172,7 @@ class MultiExitNetwork(nn.Module):
             return
         twin = next((other for other in self.taps if type(other) is type(tap)), None)
         if twin is not None:
-            raise UserError(
-                f"the network has {twin} already, and {tap} contradicts it; use one setting for both"
-            )
+            raise UserError(f"the network has {twin} already, and {tap} contradicts it; use one setting for both")
         self.taps.append(tap)
 
     def set_link(self, link: LogitLink) -> None:

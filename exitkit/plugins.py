@@ -10,8 +10,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -45,9 +46,7 @@ def resolve_variant(plugin: Any) -> None:
 @functools.cache
 def registered(kind: str) -> dict[str, EntryPoint]:
     """Return {name: entry point} of everything of this kind that is installed, by name."""
-    return {
-        point.name: point for point in sorted(entry_points(group=KINDS[kind]), key=lambda point: point.name)
-    }
+    return {point.name: point for point in sorted(entry_points(group=KINDS[kind]), key=lambda point: point.name)}
 
 
 @functools.cache
@@ -174,10 +173,8 @@ def summary(plugin: Any) -> str:
     return str(text).strip().split("\n", 1)[0]
 
 
-def _parts(kind: Any) -> Iterable[Any]:
+def _parts(kind: Any) -> tuple[Any, ...]:
     """The alternatives of a union, or the type alone."""
-    import types
-
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return typing.get_args(kind)
     return (kind,)

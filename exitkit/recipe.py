@@ -37,9 +37,7 @@ class Recipe(BaseModel):
     batch_size: int | None = Field(None, ge=2, description="images a step, over all ranks")
     lr: float | None = Field(None, gt=0, description="learning rate at the start (SGD)")
     schedule: Literal["cosine", "step", "constant"] | None = Field(None, description="how the rate falls")
-    milestones: tuple[float, ...] | None = Field(
-        None, description="shares of the schedule at which `step` drops"
-    )
+    milestones: tuple[float, ...] | None = Field(None, description="shares of the schedule at which `step` drops")
     decay: float = Field(0.1, gt=0, lt=1, description="factor of each such drop")
     momentum: float = Field(0.9, ge=0, lt=1, description="SGD momentum")
     weight_decay: float | None = Field(None, ge=0, description="SGD weight decay, of every parameter")
@@ -90,9 +88,7 @@ class Recipe(BaseModel):
         except OSError as error:
             raise UserError(f"recipe {path} can't be read: {error.strerror}") from None
         except (ValueError, RecursionError) as error:
-            raise UserError(
-                f"recipe {path} is not valid {path.suffix.lstrip('.') or 'TOML'}: {error}"
-            ) from None
+            raise UserError(f"recipe {path} is not valid {path.suffix.lstrip('.') or 'TOML'}: {error}") from None
         if not isinstance(values, dict):
             raise UserError(f"recipe {path} holds a {type(values).__name__}; expected a table of keys")
         return values
@@ -113,9 +109,7 @@ class Recipe(BaseModel):
             filled = filled.with_values(milestones=())
         return filled.with_values(
             method_settings=_plain(strategy.settings()),
-            backbone_settings=_plain(
-                {name: getattr(backbone, name) for name in plugins.fields(type(backbone))}
-            ),
+            backbone_settings=_plain({name: getattr(backbone, name) for name in plugins.fields(type(backbone))}),
             dataset_settings=_plain({name: getattr(dataset, name) for name in plugins.fields(type(dataset))}),
         )
 
@@ -134,16 +128,10 @@ class Recipe(BaseModel):
             UserError: a field that none of them has (the nearest are given), or several.
         """
         known = self._fields()
-        changed: dict[str, dict[str, Any]] = {
-            kind: dict(getattr(self, f"{kind}_settings")) for kind in _KINDS
-        }
+        changed: dict[str, dict[str, Any]] = {kind: dict(getattr(self, f"{kind}_settings")) for kind in _KINDS}
         for key, value in pairs.items():
             prefix, _, rest = key.partition(".")
-            kinds = (
-                [prefix]
-                if prefix in _KINDS and rest in known[prefix]
-                else [k for k in _KINDS if key in known[k]]
-            )
+            kinds = [prefix] if prefix in _KINDS and rest in known[prefix] else [k for k in _KINDS if key in known[k]]
             field = rest if kinds == [prefix] else key
             if not kinds:
                 raise unknown(
@@ -164,19 +152,13 @@ class Recipe(BaseModel):
         return set().union(*known.values()) | {f"{kind}.{field}" for kind in _KINDS for field in known[kind]}
 
     def _backbone(self) -> str:
-        return self.backbone or str(
-            plugins.underlying(plugins.load("dataset", self.dataset)).house["backbone"]
-        )
+        return self.backbone or str(plugins.underlying(plugins.load("dataset", self.dataset)).house["backbone"])
 
     def _fields(self) -> dict[str, set[str]]:
         from exitkit.build import method_parts
 
-        parts = {
-            part: set(plugins.fields(plugins.load("method", part))) for part in method_parts(self.method)
-        }
-        method = set().union(*parts.values()) | {
-            f"{part}.{field}" for part, names in parts.items() for field in names
-        }
+        parts = {part: set(plugins.fields(plugins.load("method", part))) for part in method_parts(self.method)}
+        method = set().union(*parts.values()) | {f"{part}.{field}" for part, names in parts.items() for field in names}
         return {
             "method": method,
             "backbone": set(plugins.fields(plugins.load("backbone", self._backbone()))),

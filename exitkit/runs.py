@@ -193,9 +193,7 @@ def differences(recipe: Recipe, out: Path) -> str:
         except UserError:
             continue
         changed = [key for key in wanted.keys() | there.keys() if wanted.get(key) != there.get(key)]
-        told = ", ".join(
-            f"{key}={there.get(key)!r} there, {wanted.get(key)!r} here" for key in sorted(changed)[:3]
-        )
+        told = ", ".join(f"{key}={there.get(key)!r} there, {wanted.get(key)!r} here" for key in sorted(changed)[:3])
         if best is None or len(changed) < best[0]:
             best = len(changed), f"; the nearest is {path.parent.name} ({told})"
     return best[1] if best else ""
@@ -205,9 +203,7 @@ def _flat(identity: Mapping[str, Any]) -> dict[str, str]:
     flat: dict[str, str] = {}
     for key, value in identity.items():
         if isinstance(value, Mapping):
-            flat.update(
-                {f"{key.removesuffix('_settings')}.{name}": json.dumps(item) for name, item in value.items()}
-            )
+            flat.update({f"{key.removesuffix('_settings')}.{name}": json.dumps(item) for name, item in value.items()})
         else:
             flat[key] = json.dumps(value)
     return flat

@@ -80,9 +80,7 @@ class TrainingStrategy:
         super().__init_subclass__(**kwargs)
         missing = {slot for hook, slot in _HOOKS.items() if hook in vars(cls)} - cls.slots
         if missing:
-            raise TypeError(
-                f"{cls.__name__} overrides a hook of the slots {sorted(missing)}: name them in `slots`"
-            )
+            raise TypeError(f"{cls.__name__} overrides a hook of the slots {sorted(missing)}: name them in `slots`")
 
     def claims(self) -> frozenset[str]:
         """Return the slots that this instance claims, given its field values."""
@@ -144,9 +142,7 @@ def weighted_sum(losses: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Return sum_k weights[k] * mean(losses[k]); an exit of weight zero is left out of the graph."""
     terms = [loss.mean() * weight for loss, weight in zip(losses, weights, strict=True) if weight != 0]
     if not terms:
-        raise UserError(
-            "every exit's weight is zero, so that there is nothing to train on; expected one above zero"
-        )
+        raise UserError("every exit's weight is zero, so that there is nothing to train on; expected one above zero")
     return torch.stack(terms).sum()
 
 
@@ -185,11 +181,7 @@ class Composition(TrainingStrategy):
 
     def settings(self) -> dict[str, Any]:
         """Return every part's fields, named `part.field`."""
-        return {
-            f"{name}.{key}": value
-            for name, part in self.parts.items()
-            for key, value in part.settings().items()
-        }
+        return {f"{name}.{key}": value for name, part in self.parts.items() for key, value in part.settings().items()}
 
     def adapt(self, network: MultiExitNetwork) -> None:
         """Apply every part's adaptation."""

@@ -35,7 +35,8 @@ class SyncedBatchNorm(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalise [B, C, ...]: two sums over the ranks, one for the means and one for the variances."""
         if not self.training or not dist.is_initialized():
-            return super().forward(input)
+            plain: Tensor = super().forward(input)
+            return plain
         x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
         dims = [dim for dim in range(x.dim()) if dim != 1]
         shape = [1, -1] + [1] * (x.dim() - 2)
@@ -49,7 +50,7 @@ class SyncedBatchNorm(_BatchNorm):
         scale = torch.rsqrt(variance + self.eps)
         if self.affine:
             scale = scale * self.weight
-        normalised = centred * scale.view(shape)
+        normalised: Tensor = centred * scale.view(shape)
         if self.affine:
             normalised = normalised + self.bias.view(shape)
         return normalised.to(input.dtype)

@@ -53,9 +53,7 @@ class Session:
     def save(self, run: Run) -> None:
         """Write a checkpoint (main rank), unless the weights are no longer finite."""
         if not all(
-            tensor.isfinite().all()
-            for tensor in run.network.state_dict().values()
-            if tensor.is_floating_point()
+            tensor.isfinite().all() for tensor in run.network.state_dict().values() if tensor.is_floating_point()
         ):
             raise NonFiniteError(
                 f"weights are not finite after epoch {run.position.epoch + 1}; try a lower --lr "
@@ -129,13 +127,9 @@ def _find(path: Path, recipe: Recipe, resume: bool | None) -> RunFolder | None:
         return None
     folder = RunFolder(path)
     if folder.recipe.identity() != recipe.identity():
-        raise UserError(
-            f"run folder {path} was made by other settings than its name says; choose another --out"
-        )
+        raise UserError(f"run folder {path} was made by other settings than its name says; choose another --out")
     if resume is False and not folder.finished:
-        raise UserError(
-            f"run {path} is there, unfinished; go on with it by --resume, or choose another --out"
-        )
+        raise UserError(f"run {path} is there, unfinished; go on with it by --resume, or choose another --out")
     return folder
 
 
@@ -249,9 +243,7 @@ def _end_epoch(session: Session, run: Run, phase: Phase, batches: EpochBatches, 
     engine, recipe = session.engine, session.recipe
     losses, accuracies = split_totals(engine.total(run.meter.totals()))
     augment = augment_validation(recipe, "validation")
-    checked = split_totals(
-        engine.total(measure(session.network, session.data, "validation", engine, augment))
-    )
+    checked = split_totals(engine.total(measure(session.network, session.data, "validation", engine, augment)))
     row: dict[str, Any] = {
         "phase": phase.name,
         "epoch": run.position.epoch + 1,

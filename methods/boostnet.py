@@ -72,9 +72,7 @@ class BoostNet(TrainingStrategy):
         resolve_variant(self)
         values = self.temperature if isinstance(self.temperature, tuple) else (self.temperature,)
         if not values or not all(math.isfinite(value) and value >= 0 for value in values):
-            raise UserError(
-                f"temperature is {self.temperature}; expected numbers of at least 0 (the paper's is 0.5)"
-            )
+            raise UserError(f"temperature is {self.temperature}; expected numbers of at least 0 (the paper's is 0.5)")
 
     def claims(self) -> frozenset[str]:
         """Claim the tap only where gradients are rescaled."""

@@ -32,9 +32,7 @@ class Joint(TrainingStrategy):
     weights: tuple[float, ...] | None = setting(None, "one weight an exit, first to last; none: all 1")
 
     def __post_init__(self) -> None:
-        if self.weights is not None and not all(
-            math.isfinite(weight) and weight >= 0 for weight in self.weights
-        ):
+        if self.weights is not None and not all(math.isfinite(weight) and weight >= 0 for weight in self.weights):
             raise UserError(f"weights is {self.weights}; expected numbers of at least 0")
 
     def claims(self) -> frozenset[str]:
@@ -46,7 +44,5 @@ class Joint(TrainingStrategy):
         if self.weights is None:
             return super().exit_weights(run)
         if len(self.weights) != run.network.num_exits:
-            raise UserError(
-                f"weights has {len(self.weights)} values; expected {run.network.num_exits}, one an exit"
-            )
+            raise UserError(f"weights has {len(self.weights)} values; expected {run.network.num_exits}, one an exit")
         return self.weights

@@ -68,9 +68,7 @@ class MetaGF(TrainingStrategy):
     """Meta-GF: one branch of training an exit, fused by learned weights, every epoch."""
 
     slots: ClassVar[frozenset[str]] = frozenset({UPDATE})
-    paper: ClassVar[str] = (
-        "Sun et al., Meta-GF: Training Dynamic-Depth Neural Networks Harmoniously, ECCV 2022"
-    )
+    paper: ClassVar[str] = "Sun et al., Meta-GF: Training Dynamic-Depth Neural Networks Harmoniously, ECCV 2022"
 
     auxiliary_weight: float = setting(0.1, "weight of the other exits' losses in a branch")
     fusion_lr: float = setting(0.1, "learning rate of the fusion weights (Adam)")
@@ -82,9 +80,7 @@ class MetaGF(TrainingStrategy):
 
     def __post_init__(self) -> None:
         if self.auxiliary_weight < 0:
-            raise UserError(
-                f"auxiliary_weight is {self.auxiliary_weight}; expected at least 0 (the paper's is 0.1)"
-            )
+            raise UserError(f"auxiliary_weight is {self.auxiliary_weight}; expected at least 0 (the paper's is 0.1)")
         if self.fusion_lr <= 0:
             raise UserError(f"fusion_lr is {self.fusion_lr}; expected above 0 (the paper's is 0.1)")
 
@@ -107,9 +103,7 @@ class MetaGF(TrainingStrategy):
         start = {name: tensor.clone() for name, tensor in run.network.state_dict().items()}
         for index in range(len(self._endpoints), run.network.num_exits):
             self._train_branch(run, batches, index)
-            self._endpoints.append(
-                {name: run.network.get_parameter(name).detach().clone() for name in self._owners}
-            )
+            self._endpoints.append({name: run.network.get_parameter(name).detach().clone() for name in self._owners})
             _restart(run, start)
             run.checkpoint()
         self._fuse(run, batches)

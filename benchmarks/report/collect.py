@@ -116,9 +116,7 @@ def _check_comparable(runs: Sequence[FinishedRun]) -> None:
             )
         first = first_of.setdefault(run.label, run)
         if list(map(dict, run.costs())) != list(map(dict, first.costs())):
-            raise UserError(
-                f"{first.path} and {run.path} are both {run.label}, but their exits cost different amounts"
-            )
+            raise UserError(f"{first.path} and {run.path} are both {run.label}, but their exits cost different amounts")
 
 
 def _macs(run: FinishedRun) -> np.ndarray:
@@ -159,9 +157,7 @@ def _measure(
     cost, accuracy = result.cost, 100 * result.accuracy
     return {
         "anytime": pd.DataFrame({**same, **anytime}),
-        "budgeted": pd.DataFrame(
-            {**same, "budget": grid, "cost": cost[points:], "accuracy": accuracy[points:]}
-        ),
+        "budgeted": pd.DataFrame({**same, "budget": grid, "cost": cost[points:], "accuracy": accuracy[points:]}),
         "curve": pd.DataFrame(
             {**same, "point": range(1, points + 1), "cost": cost[:points], "accuracy": accuracy[:points]}
         ),

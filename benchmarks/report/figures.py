@@ -5,7 +5,6 @@ Figures are made on matplotlib's objects, not on pyplot's global state, so that 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
-from matplotlib.transforms import ScaledTranslation
 
 from exitkit.benchmarks.report.collect import GROUP, Comparison
 from exitkit.benchmarks.report.layout import group_name, unit_for
@@ -53,16 +50,13 @@ STYLE: dict[Any, Any] = {
 
 
 def anytime_figure(comparison: Comparison) -> Figure:
-    """Draw the accuracy of each exit against its multiply-adds; bars are one sd over seeds.
-
-    Methods are set a few points apart in x, so that the bars of one exit can be told from one another.
-    """
-    return _panels(comparison.anytime, _draw_exits)
+    """Draw the accuracy of each exit against its multiply-adds; bands are one sd over seeds."""
+    return _panels(comparison.anytime, "macs")
 
 
 def budgeted_figure(comparison: Comparison) -> Figure:
     """Draw the papers' 39 budgeted-batch points at their realised mean cost; bands are one sd over seeds."""
-    return _panels(comparison.curve, _draw_curve)
+    return _panels(comparison.curve, "cost_mean")
 
 
 def save_figure(figure: Figure, path: Path, kind: str) -> None:
@@ -71,23 +65,18 @@ def save_figure(figure: Figure, path: Path, kind: str) -> None:
         figure.savefig(path, format=kind, metadata={"CreationDate" if kind == "pdf" else "Software": None})
 
 
-Draw = Callable[[Axes, pd.DataFrame, float, int, int], None]
-"""Draws one method: (axes, its rows, size of the x-axis's unit, its place among all methods, how many)."""
-
-
-def _panels(frame: pd.DataFrame, draw: Draw) -> Figure:
+def _panels(frame: pd.DataFrame, cost: str) -> Figure:
     methods = list(dict.fromkeys(frame["method"]))
     groups = [rows for _, rows in frame.groupby(GROUP, sort=False)]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH * len(groups), HEIGHT), layout="constrained")
         panels = figure.subplots(1, len(groups), squeeze=False)[0]
         for axes, rows in zip(panels, groups, strict=True):
-            cost = "macs" if "macs" in rows else "cost_mean"
             unit, size = unit_for(rows[cost])
             for place, method in enumerate(methods):
                 mine = rows[rows["method"] == method]
                 if len(mine):
-                    draw(axes, mine, size, place, len(methods))
+                    _draw(axes, mine, cost, size, place)
             axes.set_title(group_name(rows))
             axes.set_xlabel(f"multiply-adds ({unit})" if unit else "multiply-adds")
             axes.grid(axis="y")
@@ -108,34 +97,13 @@ def _look(place: int) -> dict[str, Any]:
     }
 
 
-def _draw_exits(axes: Axes, rows: pd.DataFrame, size: float, place: int, count: int) -> None:
-    step = min(2.5, 12 / count)
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    aside = ScaledTranslation((place - (count - 1) / 2) * step / 72, 0, figure.dpi_scale_trans)
-    x, y, sd = rows["macs"] / size, rows["accuracy_mean"], rows["accuracy_sd"]
-    axes.errorbar(
-        x,
-        y,
-        yerr=sd,
-        label=rows["method"].iloc[0],
-        capsize=1.5,
-        elinewidth=0.7,
-        capthick=0.7,
-        transform=axes.transData + aside,
-        **_look(place),
-    )
-    # Lines that are shifted so do not move the limits by themselves.
-    for bound in (y - sd.fillna(0), y + sd.fillna(0)):
-        axes.update_datalim(np.column_stack([x, bound]))
-    axes.autoscale_view()
-
-
-def _draw_curve(axes: Axes, rows: pd.DataFrame, size: float, place: int, count: int) -> None:
-    x, y, sd = rows["cost_mean"] / size, rows["accuracy_mean"], rows["accuracy_sd"]
+def _draw(axes: Axes, rows: pd.DataFrame, cost: str, size: float, place: int) -> None:
+    """Draw one method's line and a band of one sd; `place` is its place among all methods."""
+    x, y, sd = rows[cost] / size, rows["accuracy_mean"], rows["accuracy_sd"]
     look = _look(place)
-    # Markers of different methods fall on different points, since curves often run together.
-    axes.plot(x, y, label=rows["method"].iloc[0], markevery=(2 * place % 6, 6), **look)
+    # On a curve of many points the methods' markers fall on different ones, since curves often run together.
+    every = (2 * place % 6, 6) if cost == "cost_mean" else 1
+    axes.plot(x, y, label=rows["method"].iloc[0], markevery=every, **look)
     axes.fill_between(x, y - sd, y + sd, color=look["color"], alpha=0.12, lw=0)
 
 
@@ -144,7 +112,7 @@ def _legend(figure: Figure, methods: list[str]) -> None:
     found: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle[0] if isinstance(handle, ErrorbarContainer) else handle)
+            found.setdefault(label, handle)
     widths = {n: _legend_width(methods, n) for n in range(len(methods), 0, -1)}
     columns = next((n for n, width in widths.items() if width < figure.get_figwidth()), 1)
     figure.legend(

@@ -121,9 +121,7 @@ def _cells(means: pd.DataFrame, sds: pd.DataFrame, decimals: int) -> dict[str, l
     for method, mean, sd in zip(means.index, means.to_numpy(), sds.to_numpy(), strict=True):
         shown = [text(value, MISSING) for value in mean]
         spread = [text(value, "") for value in sd]
-        cells[str(method)] = [
-            Cell(m, s, best=m == top) for m, s, top in zip(shown, spread, best, strict=True)
-        ]
+        cells[str(method)] = [Cell(m, s, best=m == top) for m, s, top in zip(shown, spread, best, strict=True)]
     return cells
 
 

@@ -59,8 +59,7 @@ def _latex_table(table: Wide) -> str:
     heads = [(over or name, (cost + table.unit).translate(SPECIAL)) for name, cost in table.heads]
     columns = pd.MultiIndex.from_tuples([*heads, ("", "$n$")])
     rows = {
-        name: [*(cell.text(r"$\pm$") for cell in cells), str(table.seeds[name])]
-        for name, cells in table.cells.items()
+        name: [*(cell.text(r"$\pm$") for cell in cells), str(table.seeds[name])] for name, cells in table.cells.items()
     }
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=range(len(columns)))
     frame.columns = columns

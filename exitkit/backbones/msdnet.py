@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -52,10 +53,11 @@ class Stem(nn.Module):
         if large_images:
             conv = nn.Conv2d(channels, widths[0], 7, 2, 3)
             first = nn.Sequential(conv, nn.BatchNorm2d(widths[0]), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
-        rest = [conv_bn_relu(finer, coarser, 3, 2) for finer, coarser in zip(widths, widths[1:], strict=False)]
+        rest = [conv_bn_relu(finer, coarser, 3, 2) for finer, coarser in pairwise(widths)]
         self.scales = nn.ModuleList([first, *rest])
 
     def forward(self, x: Tensor) -> Scales:
+        """Return the first tensors of all scales."""
         scales = []
         for scale in self.scales:
             x = scale(x)
@@ -80,6 +82,7 @@ class Layer(nn.Module):
         self.dropped = dropped
 
     def forward(self, x: Scales) -> Scales:
+        """Return the surviving scales, grown."""
         grown = []
         for index, (same, down) in enumerate(zip(self.same, self.down, strict=True)):
             at = index + self.dropped
@@ -96,6 +99,7 @@ class Transition(nn.Module):
         self.scales = nn.ModuleList([conv_bn_relu(wide, narrow, 1) for wide, narrow in pairs])
 
     def forward(self, x: Scales) -> Scales:
+        """Return the scales, narrowed."""
         return [scale(tensor) for scale, tensor in zip(self.scales, x, strict=True)]
 
 

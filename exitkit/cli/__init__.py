@@ -28,10 +28,7 @@ class Verbs(click.Group):
     @property
     def points(self) -> dict[str, EntryPoint]:
         """The verbs by name."""
-        return {
-            point.name: point
-            for point in sorted(entry_points(group="exitkit.commands"), key=lambda p: p.name)
-        }
+        return {point.name: point for point in sorted(entry_points(group="exitkit.commands"), key=lambda p: p.name)}
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Name all verbs."""

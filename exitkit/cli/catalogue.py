@@ -30,9 +30,7 @@ def list_command(what: str | None, as_json: bool) -> None:
         if what:
             click.echo(json.dumps(wanted[what], indent=2))
         else:
-            merged = [
-                {"kind": kind.removesuffix("s"), **entry} for kind, found in wanted.items() for entry in found
-            ]
+            merged = [{"kind": kind.removesuffix("s"), **entry} for kind, found in wanted.items() for entry in found]
             click.echo(json.dumps(merged, indent=2))
     elif what is None:
         _print_names()
@@ -53,9 +51,7 @@ def _print_names() -> None:
             table.add_row(entry["name"], entry["summary"])
         console.print(f"[bold]{kind}[/bold]")
         console.print(table)
-    console.print(
-        "`exitkit list methods` (backbones, datasets) shows the fields that --set takes", highlight=False
-    )
+    console.print("`exitkit list methods` (backbones, datasets) shows the fields that --set takes", highlight=False)
 
 
 def _print_entries(kind: str) -> None:

@@ -11,17 +11,11 @@ from exitkit.errors import UserError
 
 
 @click.command(short_help="Print multiply-adds and parameters of every exit.")
-@click.option(
-    "--backbone", metavar="NAME", default="msdnet-tiny", show_default=True, help="Network or preset."
-)
+@click.option("--backbone", metavar="NAME", default="msdnet-tiny", show_default=True, help="Network or preset.")
 @click.option("--method", metavar="NAME", help="Count what this method puts into the network, too.")
 @click.option("--num-classes", type=int, help="Classes.  [default: what the preset was published for]")
-@click.option(
-    "--input-shape", metavar="C,H,W", help="One image.  [default: what the preset was published for]"
-)
-@click.option(
-    "--set", "sets", metavar="FIELD=VALUE", multiple=True, help="Any field of the backbone; repeatable."
-)
+@click.option("--input-shape", metavar="C,H,W", help="One image.  [default: what the preset was published for]")
+@click.option("--set", "sets", metavar="FIELD=VALUE", multiple=True, help="Any field of the backbone; repeatable.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def cost(
     backbone: str,
@@ -44,9 +38,7 @@ def cost(
     from exitkit.build import build_network, build_strategy
     from exitkit.costs import cost as count
 
-    network = build_network(
-        backbone, num_classes=num_classes, input_shape=_shape(input_shape), **parse_sets(sets)
-    )
+    network = build_network(backbone, num_classes=num_classes, input_shape=_shape(input_shape), **parse_sets(sets))
     if method:
         build_strategy(method).adapt(network)
     rows = [row._asdict() for row in count(network)]
@@ -71,8 +63,6 @@ def _shape(text: str | None) -> tuple[int, int, int] | None:
         return None
     parts = text.replace("x", ",").split(",")
     if len(parts) != 3 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
-        raise UserError(
-            f"--input-shape {text!r} is no image; expected channels,height,width, such as 3,32,32"
-        )
+        raise UserError(f"--input-shape {text!r} is no image; expected channels,height,width, such as 3,32,32")
     channels, height, width = (int(part) for part in parts)
     return channels, height, width

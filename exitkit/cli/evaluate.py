@@ -7,9 +7,7 @@ import click
 
 @click.command(short_help="Evaluate a trained run again.")
 @click.argument("run", metavar="RUN")
-@click.option(
-    "--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.  [default: where it was trained]"
-)
+@click.option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.  [default: where it was trained]")
 def evaluate(run: str, device: str | None) -> None:
     """Evaluate a trained run again, and write its outputs, costs and results anew.
 

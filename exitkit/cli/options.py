@@ -13,9 +13,7 @@ if TYPE_CHECKING:
     from exitkit.recipe import Recipe
 
 _OPTIONS = [
-    click.option(
-        "--dataset", metavar="NAME", help="Data set (see `exitkit list datasets`).  [default: digits]"
-    ),
+    click.option("--dataset", metavar="NAME", help="Data set (see `exitkit list datasets`).  [default: digits]"),
     click.option(
         "--backbone",
         metavar="NAME",
@@ -35,9 +33,7 @@ _OPTIONS = [
         multiple=True,
         help="Any field of method, backbone or data set; repeatable.",
     ),
-    click.option(
-        "--recipe", "recipe_file", metavar="FILE", help="TOML (or a run's recipe.json); options override it."
-    ),
+    click.option("--recipe", "recipe_file", metavar="FILE", help="TOML (or a run's recipe.json); options override it."),
     click.option("--out", metavar="DIR", default="runs", show_default=True, help="Where run folders go."),
 ]
 

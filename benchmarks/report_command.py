@@ -20,10 +20,11 @@ def report(folder: str, out: str | None) -> None:
     """
     from rich.console import Console
 
+    from exitkit.benchmarks.compare import BASELINE
     from exitkit.benchmarks.report import collect, print_report, write_report
     from exitkit.runs import find_runs
 
-    comparison = collect(find_runs(folder))
+    comparison = collect(sorted(find_runs(folder), key=lambda run: run.label != BASELINE))
     target = Path(out) if out else Path(folder) / "report"
     write_report(comparison, target)
     print_report(comparison, Console())

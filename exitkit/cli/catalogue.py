@@ -57,14 +57,16 @@ def _print_names() -> None:
 def _print_entries(kind: str) -> None:
     from rich.console import Console
     from rich.markup import escape
+    from rich.padding import Padding
 
     console = Console(highlight=False)
     for entry in entries(kind):
         console.print(f"[bold cyan]{entry['name']}[/]  {escape(entry['summary'])}")
         for line in _facts(kind, entry):
-            console.print(f"  {escape(line)}", style="dim")
-        if entry.get("fields"):
-            console.print(_field_table(entry))
+            console.print(Padding(escape(line), (0, 0, 0, 2)), style="dim")
+        for name, values, default, meaning in settings_of(entry):
+            console.print(f"  [bold]{name}[/] = {escape(default)}  [dim]{escape(values)}[/]")
+            console.print(Padding(escape(meaning), (0, 0, 0, 6)))
         console.print()
 
 
@@ -74,21 +76,10 @@ def _facts(kind: str, entry: dict[str, Any]) -> list[str]:
     values = {"datasets": "house", "recipes": "values"}.get(kind)
     if values is None:
         return []
-    return [", ".join(f"{key} {_short(value)}" for key, value in entry[values].items() if key != "title")]
+    return [", ".join(f"{key} {_short(value)}" for key, value in entry[values].items() if key != "title" and value)]
 
 
 def _short(value: Any) -> str:
     if isinstance(value, list):
         return ",".join(f"{item:.3g}" if isinstance(item, float) else str(item) for item in value)
     return str(value)
-
-
-def _field_table(entry: dict[str, Any]) -> Any:
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 2), header_style="dim")
-    for heading in ("field", "type", "default", "meaning"):
-        table.add_column(heading, no_wrap=heading == "field", overflow="fold")
-    for row in settings_of(entry):
-        table.add_row(*row)
-    return table

@@ -25,6 +25,7 @@ class Digits(DataSet):
         "backbone": "msdnet-tiny",
         "epochs": 30,
         "schedule": "cosine",
+        "milestones": (),
     }
 
     validation: int = setting(200, "images held out of the training images, stratified")

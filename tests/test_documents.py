@@ -1,0 +1,105 @@
+"""What the documents show is what the project does: their code runs, their numbers and commands are its own."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def blocks(text, language):
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def exitkit(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "exitkit", *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_readme_shows_the_table_that_the_comparison_wrote():
+    written = (ROOT / "docs/default-comparison/anytime.md").read_text(encoding="utf-8")
+    table = [line for line in written.splitlines() if line.startswith("|")]
+    assert len(table) == 6
+    assert "\n".join(table) in README
+
+
+def test_ci_runs_the_commands_of_the_readme():
+    script = (ROOT / ".ci/run").read_text(encoding="utf-8")
+    compare, test, cpu = (block.strip() for block in blocks(README, "sh")[:3])
+    assert test in script
+    assert cpu.replace("pip install", "pip install -q") in script
+    assert compare.replace("pip install -e .", "pip install -q -e .").split(" && ")[1] in script
+
+
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    space = {}
+    for block in blocks(README, "python"):
+        exec(compile(block, "README.md", "exec"), space)
+    assert "boostnet" in capsys.readouterr().out
+
+
+@pytest.fixture
+def contributed(tmp_path):
+    """The method of CONTRIBUTING, as an installed package looks to Python."""
+    (python,), (toml,) = blocks(CONTRIBUTING, "python"), blocks(CONTRIBUTING, "toml")
+    project = tomllib.loads(toml)["project"]
+    (tmp_path / "random_exits.py").write_text(python)
+    info = tmp_path / "random_exits-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+    points = project["entry-points"]["exitkit.methods"]
+    listed = "".join(f"{name} = {value}\n" for name, value in points.items())
+    (info / "entry_points.txt").write_text(f"[exitkit.methods]\n{listed}")
+    return tmp_path
+
+
+def test_the_method_of_contributing_trains_by_name_and_is_listed(contributed, tmp_path):
+    place = {"PYTHONPATH": str(contributed), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    out = str(tmp_path / "runs")
+    trained = exitkit(
+        "train", "--method", "ge+random-exits", "--set", "keep=0.8", "--epochs", "1", "--out", out, **place
+    )
+    assert trained.returncode == 0, trained.stderr
+    (run,) = (tmp_path / "runs").iterdir()
+    assert json.loads((run / "recipe.json").read_text())["method_settings"]["random-exits.keep"] == 0.8
+    listed = json.loads(exitkit("list", "methods", "--json", **place).stdout)
+    (entry,) = [entry for entry in listed if entry["name"] == "random-exits"]
+    assert entry["slots"] == ["exit weights"] and entry["fields"][0]["default"] == 0.5
+    wrong = exitkit("train", "--method", "random-exits", "--set", "keep=2", "--out", out, **place)
+    assert wrong.returncode == 2 and "expected a share between 0 and 1" in wrong.stderr
+
+
+def test_the_method_of_contributing_draws_alike_at_one_place_and_anew_at_the_next(contributed, monkeypatch):
+    import torch
+
+    import exitkit
+
+    from toy import chain, sgd
+
+    monkeypatch.syspath_prepend(str(contributed))
+    from random_exits import RandomExits
+
+    network = chain(exits=6)
+    run = exitkit.Run.local(network, RandomExits(), sgd(network))
+    drawn = []
+    for step in range(400):
+        run.position.step = step
+        torch.rand(step % 3)  # what ran before must not matter
+        assert run.exit_weights() == run.exit_weights()
+        drawn.append(run.exit_weights())
+    means = torch.tensor(drawn).mean(0)
+    assert means[-1] == 1 and ((means[:-1] - 0.5).abs() < 0.1).all()

@@ -30,6 +30,8 @@ def written_whole(path: Path) -> Iterator[Path]:
         os.close(handle)
     except OSError as error:
         raise disk_error(path, error) from None
+    from safetensors import SafetensorError
+
     temporary = Path(name)
     try:
         yield temporary
@@ -39,10 +41,10 @@ def written_whole(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     except OSError as error:
         raise disk_error(path, error) from None
-    except RuntimeError as error:
-        # torch reports a failed write (a full disk) as a RuntimeError of its own.
-        if "write" in str(error) or "PytorchStreamWriter" in str(error):
-            raise UserError(f"{path} can't be written: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, SafetensorError) as error:
+        # torch and safetensors report a failed write (a full disk) by errors of their own.
+        if "write" in str(error) or "I/O error" in str(error):
+            raise UserError(f"{path} can't be written (is the disk full?): {str(error).splitlines()[0]}") from None
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -76,6 +78,19 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file whole."""
     with written_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a text file.
+
+    Raises:
+        UserError: it can't be written.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise disk_error(path, error) from None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -10,12 +10,15 @@ results.json         accuracy of each exit; written last: a folder that has it i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
 
 from exitkit.errors import UserError
 from exitkit.files import disk_error, load_arrays, make_folder, read_json, write_json
@@ -23,7 +26,6 @@ from exitkit.files import disk_error, load_arrays, make_folder, read_json, write
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
-    from filelock import BaseFileLock
 
     from exitkit.recipe import Recipe
 
@@ -51,32 +53,50 @@ class RunFolder:
     def create(cls, out: Path, recipe: Recipe, writers: Mapping[str, Callable[[Path], None]]) -> RunFolder:
         """Make the folder of a new run with its recipe and what `writers` {name: function of the path} write.
 
-        The folder appears whole or not at all.
+        The folder appears whole or not at all; where another process was faster, its folder is the one.
         """
         make_folder(out)
         path = out / recipe.id
         try:
-            draft = Path(tempfile.mkdtemp(prefix=f".{recipe.id}.", suffix=".part", dir=out))
-            try:
-                for name, write in writers.items():
-                    write(draft / name)
-                write_json(draft / "recipe.json", recipe.model_dump(mode="json"))
-                draft.chmod(0o755)
-                draft.rename(path)
-            finally:
-                shutil.rmtree(draft, ignore_errors=True)
+            with FileLock(out / ".lock"):
+                for leftover in out.glob(f".{recipe.id}.*.part"):  # of a process that was killed at this very point
+                    shutil.rmtree(leftover)
+                if not path.exists():
+                    draft = Path(tempfile.mkdtemp(prefix=f".{recipe.id}.", suffix=".part", dir=out))
+                    try:
+                        for name, write in writers.items():
+                            write(draft / name)
+                        write_json(draft / "recipe.json", recipe.model_dump(mode="json"))
+                        draft.chmod(0o755)
+                        draft.rename(path)
+                    finally:
+                        shutil.rmtree(draft, ignore_errors=True)
         except OSError as error:
             raise disk_error(path, error) from None
         return cls(path)
 
-    def lock(self) -> BaseFileLock:
-        """Return the lock that whoever trains this run holds; it goes with its process.
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the run for training, and clear away what a killed process was writing; the hold goes with its process.
 
-        Entering it raises `filelock.Timeout` where another process holds it.
+        Raises:
+            UserError: another process holds it.
         """
-        from filelock import FileLock
-
-        return FileLock(self.path / "run.lock", timeout=_LOCK_PATIENCE)
+        try:
+            lock = FileLock(self.path / "run.lock", timeout=_LOCK_PATIENCE)
+            lock.acquire()
+        except Timeout:
+            raise UserError(
+                f"run {self.path} is being trained by another process; wait for it, or choose another --out"
+            ) from None
+        except OSError as error:
+            raise disk_error(self.path, error) from None
+        try:
+            for leftover in self.path.glob(".*.part"):
+                leftover.unlink()
+            yield
+        finally:
+            lock.release()
 
     @property
     def recipe(self) -> Recipe:
@@ -183,20 +203,25 @@ def table_of(runs: Iterable[RunFolder]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def differences(recipe: Recipe, out: Path) -> str:
-    """Say how the run nearest to `recipe` among those in `out` differs from it, for an error message; "" if none."""
-    best: tuple[int, str] | None = None
+def unfinished_twin(recipe: Recipe, out: Path) -> str:
+    """Say how an unfinished run in `out` of the same method, backbone, data set and seed differs, nearest first.
+
+    For an error message; "" if there is none.
+    """
+    told: list[tuple[int, str]] = []
     wanted = _flat(recipe.identity())
     for path in sorted(out.glob("*/recipe.json")):
         try:
-            there = _flat(RunFolder(path.parent).recipe.identity())
+            run = RunFolder(path.parent)
+            there = _flat(run.recipe.identity())
         except UserError:
             continue
-        changed = [key for key in wanted.keys() | there.keys() if wanted.get(key) != there.get(key)]
-        told = ", ".join(f"{key}={there.get(key)!r} there, {wanted.get(key)!r} here" for key in sorted(changed)[:3])
-        if best is None or len(changed) < best[0]:
-            best = len(changed), f"; the nearest is {path.parent.name} ({told})"
-    return best[1] if best else ""
+        if run.finished or any(there[key] != wanted[key] for key in ("method", "backbone", "dataset", "seed")):
+            continue
+        changed = sorted(key for key in wanted.keys() | there.keys() if wanted.get(key) != there.get(key))
+        facts = ", ".join(f"{key}={there.get(key)} there, {wanted.get(key)} here" for key in changed[:3])
+        told.append((len(changed), f"{path.parent} has {facts}"))
+    return min(told)[1] if told else ""
 
 
 def _flat(identity: Mapping[str, Any]) -> dict[str, str]:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import Timeout
 from torch import nn
 
 import exitkit
@@ -23,13 +22,13 @@ from exitkit.engine import Engine, ranks_left_at_exit
 from exitkit.errors import NonFiniteError, UserError
 from exitkit.exit_outputs import augment_validation, evaluate, load_data, make_network, measure
 from exitkit.feed import EpochBatches, Progress, check_batches
-from exitkit.files import load_checkpoint, save_checkpoint, save_tensors, write_json, write_text
+from exitkit.files import append_line, load_checkpoint, save_checkpoint, save_tensors, write_json, write_text
 from exitkit.meter import split_totals
 from exitkit.network import MultiExitNetwork
 from exitkit.randomness import derive
 from exitkit.recipe import Recipe
 from exitkit.run import Position, Run
-from exitkit.runs import RunFolder, differences
+from exitkit.runs import RunFolder, unfinished_twin
 from exitkit.schedule import learning_rate
 from exitkit.strategy import Phase
 
@@ -78,8 +77,9 @@ def train(
     Args:
         recipe: what to train; a mapping is made into a `Recipe`.
         out: where run folders go.
-        resume: True: go on with a run of these settings, if there is one; False: refuse where there is an unfinished
-            one; None: whichever fits. A finished run is returned as it is.
+        resume: True: go on with the run of these settings, or begin it, but refuse where only an unfinished run of
+            other settings is there; False: refuse where this run is unfinished; None: begin or go on. A finished run
+            is returned as it is.
         report: called with a `Progress` a few times a second.
 
     Returns:
@@ -101,29 +101,22 @@ def train(
         if not engine.is_main:
             _train_phases(session)
             return session.folder
-        try:
-            with session.folder.lock():
-                if not session.folder.finished:
-                    _train_phases(session)
-                    save_tensors(path / "weights.safetensors", session.network.state_dict())
-                    evaluate(session.folder, device=str(engine.device))
-        except Timeout:
-            raise UserError(
-                f"run {path} is being trained by another process; wait for it, or choose another --out"
-            ) from None
-        except OSError as error:
-            from exitkit.files import disk_error
-
-            raise disk_error(path, error) from None
+        with session.folder.held():
+            if not session.folder.finished:
+                _train_phases(session)
+                save_tensors(path / "weights.safetensors", session.network.state_dict())
+                evaluate(session.folder, device=str(engine.device))
         return session.folder
 
 
 def _find(path: Path, recipe: Recipe, resume: bool | None) -> RunFolder | None:
     """Return the run of this recipe, if there is one, and refuse what `resume` does not allow."""
     if not path.exists():
-        near = differences(recipe, path.parent) if resume else ""
-        if near:
-            raise UserError(f"nothing to resume: no run in {path.parent} has these settings{near}")
+        twin = unfinished_twin(recipe, path.parent) if resume else ""
+        if twin:
+            raise UserError(
+                f"the unfinished run is of other settings: {twin}; give its settings, or leave --resume out"
+            )
         return None
     folder = RunFolder(path)
     if folder.recipe.identity() != recipe.identity():
@@ -259,8 +252,7 @@ def _end_epoch(session: Session, run: Run, phase: Phase, batches: EpochBatches, 
     session.save(run)
     if engine.is_main:
         assert session.folder is not None
-        with (session.folder.path / "timing.csv").open("a", encoding="utf-8") as file:
-            file.write(f"{phase.name},{row['epoch']},{seconds:.3f}\n")
+        append_line(session.folder.path / "timing.csv", f"{phase.name},{row['epoch']},{seconds:.3f}")
     batches.end(row["epoch"], seconds, losses, accuracies)
 
 

@@ -46,13 +46,19 @@ def choose_device(name: str) -> torch.device:
 
 
 class Engine:
-    """One process's share of the work: its device, its precision and its rank among `world` processes."""
+    """One process's share of the work: its device, its precision and its rank among `world` processes.
+
+    Attributes:
+        share: what this rank's mean over its batch counts in the mean over all ranks: its images times `world`, over
+            the images of the global batch. 1 wherever the ranks' batches are equal; set with every batch.
+    """
 
     def __init__(self, device: torch.device, precision: Precision = "fp32", rank: int = 0, world: int = 1) -> None:
         self.device = device
         self.precision = precision
         self.rank = rank
         self.world = world
+        self.share = 1.0
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
     @classmethod
@@ -136,12 +142,17 @@ class Engine:
 
     @torch.no_grad()
     def gather(self, tensor: Tensor) -> Tensor:
-        """Return the ranks' tensors (of one shape) one after the other along the batch."""
+        """Return the ranks' tensors one after the other along the batch, which may be of different lengths."""
         if self.world == 1:
             return tensor
-        parts = [torch.empty_like(tensor) for _ in range(self.world)]
-        dist.all_gather(parts, tensor.contiguous())
-        return torch.cat(parts)
+        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world)]
+        dist.all_gather(sizes, torch.tensor([len(tensor)], device=self.device))
+        lengths = [int(size) for size in sizes]
+        padded = tensor.new_zeros(max(lengths), *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+        parts = [torch.empty_like(padded) for _ in range(self.world)]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -152,16 +163,26 @@ class Engine:
         """Set each parameter's `grad` to the gradient of `loss`, averaged over the ranks (scaled in fp16)."""
         for parameter in parameters:
             parameter.grad = None
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(self._weighed(loss)).backward()
         self.average([parameter.grad for parameter in parameters])
 
     def gradients(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
         """Return the gradient of `loss`, averaged over the ranks, and keep the graph for the next loss."""
-        found = torch.autograd.grad(self.scaler.scale(loss), parameters, retain_graph=True, allow_unused=True)
+        scaled = self.scaler.scale(self._weighed(loss))
+        found = torch.autograd.grad(scaled, parameters, retain_graph=True, allow_unused=True)
         scale = self.scaler.get_scale()
         gradients: list[Tensor | None] = [g if g is None or scale == 1 else g / scale for g in found]
         self.average(gradients)
         return gradients
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """Return the mean over the global batch of what is a mean over the local one."""
+        averaged = self._weighed(tensor.detach()).clone()
+        self.average([averaged])
+        return averaged
+
+    def _weighed(self, local_mean: Tensor) -> Tensor:
+        return local_mean if self.share == 1 else local_mean * self.share
 
     def update(self, optimizer: torch.optim.Optimizer) -> None:
         """Step the optimiser on the gradients in place (in fp16: unscaled, and not at all if one overflowed)."""

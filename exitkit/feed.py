@@ -83,29 +83,28 @@ class EpochBatches:
     def __len__(self) -> int:
         return len(self._positions())
 
-    def _positions(self) -> list[Tensor]:
-        """This rank's share of every batch of the epoch, as positions within the training part."""
+    def _positions(self) -> list[tuple[Tensor, float]]:
+        """This rank's share of every batch of the epoch: positions within the training part, and `Engine.share`."""
         recipe, engine, at = self._recipe, self._engine, self._run.position
         assert recipe.batch_size is not None
         count = len(self._data.split.train)
         order = torch.randperm(count, generator=generator(recipe.seed, "order", at.phase, at.epoch))
-        batches = []
-        for batch in order.split(recipe.batch_size):
-            share = len(batch) // engine.world
-            # Ranks take equal shares; a last batch with a single image a rank has no batch statistics to speak of.
-            if share >= 2:
-                batches.append(batch[engine.rank * share : (engine.rank + 1) * share])
-        return batches
+        # A last batch of a single image has no batch statistics, and one of fewer than ranks leaves some without any.
+        whole = [batch for batch in order.split(recipe.batch_size) if len(batch) >= max(2, engine.world)]
+        shares = [batch.tensor_split(engine.world)[engine.rank] for batch in whole]
+        return [(share, len(share) * engine.world / len(batch)) for share, batch in zip(shares, whole, strict=True)]
 
     def __iter__(self) -> Iterator[Batch]:
         run, recipe, at = self._run, self._recipe, self._run.position
-        positions = self._positions()
-        at.steps = len(positions)
+        shares = self._positions()
+        positions = [share for share, _ in shares]
+        at.steps = len(shares)
         run.meter.reset()
         seed = derive(recipe.seed, "augment", at.phase, at.epoch)
         began = time.perf_counter()
         for step, batch in enumerate(self._data.batches("train", positions, augment=True, seed=seed)):
             at.step = step
+            self._engine.share = shares[step][1]
             for group in run.optimizer.param_groups:
                 group["lr"] = learning_rate(recipe, at)
             torch.manual_seed(derive(recipe.seed, "noise", at.phase, at.epoch, step, self._engine.rank))
@@ -141,7 +140,7 @@ def check_batches(recipe: Recipe, data: Data, world: int) -> None:
     """Refuse batches that the data or the ranks can't make.
 
     Raises:
-        UserError: more images a batch than there are, or a batch that does not divide among the ranks.
+        UserError: more images a batch than there are, or fewer than two a rank.
     """
     assert recipe.batch_size is not None
     count = len(data.split.train)
@@ -149,8 +148,5 @@ def check_batches(recipe: Recipe, data: Data, world: int) -> None:
         raise UserError(
             f"batch_size is {recipe.batch_size}, larger than the {count} training images; expected at most {count}"
         )
-    if recipe.batch_size % world or recipe.batch_size < 2 * world:
-        raise UserError(
-            f"batch_size {recipe.batch_size} does not divide among {world} ranks; expected a multiple of {world}, "
-            f"such as {max(2, round(recipe.batch_size / world)) * world}"
-        )
+    if recipe.batch_size < 2 * world:
+        raise UserError(f"batch_size is {recipe.batch_size} for {world} ranks; expected at least {2 * world}")

@@ -191,10 +191,8 @@ class Run:
         return self.auxiliaries[name]
 
     def mean(self, tensor: Tensor) -> Tensor:
-        """Return the mean of a local mean over the ranks."""
-        averaged = tensor.clone()
-        self._engine.average([averaged])
-        return averaged
+        """Return the mean over the global batch of what is a mean over the local one."""
+        return self._engine.mean(tensor)
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Return the global batch of a tensor whose first dimension is the local one."""

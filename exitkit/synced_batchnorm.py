@@ -40,13 +40,14 @@ class SyncedBatchNorm(_BatchNorm):
         x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
         dims = [dim for dim in range(x.dim()) if dim != 1]
         shape = [1, -1] + [1] * (x.dim() - 2)
-        # Ranks hold batches of one size (the engine cuts them so), which makes the count a local product.
-        count = x.numel() // x.shape[1] * dist.get_world_size()
-        mean = _SumOverRanks.apply(x.sum(dims)) / count
+        local = x.new_full((1,), x.numel() // x.shape[1])
+        sums = _SumOverRanks.apply(torch.cat([x.sum(dims), local]))
+        count = sums[-1].detach()
+        mean = sums[:-1] / count
         centred = x - mean.view(shape)
         variance = _SumOverRanks.apply((centred * centred).sum(dims)) / count
         if self.track_running_stats:
-            self._move_statistics(mean.detach(), variance.detach() * count / max(count - 1, 1))
+            self._move_statistics(mean.detach(), variance.detach() * count / (count - 1).clamp(min=1))
         scale = torch.rsqrt(variance + self.eps)
         if self.affine:
             scale = scale * self.weight

@@ -11,6 +11,7 @@ results.json         accuracy of each exit; written last: a folder that has it i
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import shutil
 import tempfile
@@ -58,21 +59,20 @@ class RunFolder:
         make_folder(out)
         path = out / recipe.id
         try:
-            with FileLock(out / ".lock"):
-                for leftover in out.glob(f".{recipe.id}.*.part"):  # of a process that was killed at this very point
-                    shutil.rmtree(leftover)
-                if not path.exists():
-                    draft = Path(tempfile.mkdtemp(prefix=f".{recipe.id}.", suffix=".part", dir=out))
-                    try:
-                        for name, write in writers.items():
-                            write(draft / name)
-                        write_json(draft / "recipe.json", recipe.model_dump(mode="json"))
-                        draft.chmod(0o755)
-                        draft.rename(path)
-                    finally:
-                        shutil.rmtree(draft, ignore_errors=True)
+            draft = Path(tempfile.mkdtemp(prefix=f".{recipe.id}.", suffix=".part", dir=out))
         except OSError as error:
             raise disk_error(path, error) from None
+        try:
+            for name, write in writers.items():
+                write(draft / name)
+            write_json(draft / "recipe.json", recipe.model_dump(mode="json"))
+            draft.chmod(0o755)
+            draft.rename(path)
+        except (OSError, UserError) as error:
+            if not path.exists():
+                raise error if isinstance(error, UserError) else disk_error(path, error) from None
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
         return cls(path)
 
     @contextlib.contextmanager
@@ -94,6 +94,9 @@ class RunFolder:
         try:
             for leftover in self.path.glob(".*.part"):
                 leftover.unlink()
+            # Folders of this run that never became it; who is still at one will find this one in its place.
+            for draft in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.part"):
+                shutil.rmtree(draft, ignore_errors=True)
             yield
         finally:
             lock.release()

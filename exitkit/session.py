@@ -1,0 +1,140 @@
+"""What one training holds on to, and how it is set up: data, network, phases, folder, a phase's run."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import io
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import exitkit
+from exitkit.build import build_strategy
+from exitkit.data.base import Data
+from exitkit.engine import Engine
+from exitkit.errors import NonFiniteError, UserError
+from exitkit.exit_outputs import load_data, make_network
+from exitkit.feed import Progress, check_batches
+from exitkit.files import save_checkpoint, write_json, write_text
+from exitkit.network import MultiExitNetwork
+from exitkit.randomness import derive
+from exitkit.recipe import Recipe
+from exitkit.run import Position, Run
+from exitkit.runs import RunFolder
+from exitkit.strategy import Phase
+
+Report = Callable[[Progress], None]
+"""Whoever wants to know how training goes."""
+
+
+@dataclass
+class Session:
+    """All that one training holds on to."""
+
+    recipe: Recipe
+    engine: Engine
+    data: Data
+    network: MultiExitNetwork
+    phases: list[Phase]
+    folder: RunFolder | None = None
+    report: Report = lambda progress: None
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+
+    def save(self, run: Run) -> None:
+        """Write a checkpoint (main rank), unless the weights are no longer finite."""
+        if not all(
+            tensor.isfinite().all() for tensor in run.network.state_dict().values() if tensor.is_floating_point()
+        ):
+            raise NonFiniteError(
+                f"weights are not finite after epoch {run.position.epoch + 1}; try a lower --lr "
+                "(the last good checkpoint is kept)"
+            )
+        if self.engine.is_main:
+            assert self.folder is not None
+            save_checkpoint(self.folder.path / "checkpoint.pt", run.state_dict() | {"metrics": self.metrics})
+            write_text(self.folder.path / "metrics.csv", _csv(self.metrics))
+        self.engine.barrier()
+
+
+def prepare(recipe: Recipe, engine: Engine, path: Path, report: Report) -> Session:
+    """Make data, network and phases, and try everything that can fail before a folder is made."""
+    stored = path / "split.safetensors"
+    data = load_data(recipe, stored if stored.exists() else None)
+    check_batches(recipe, data, engine.world)
+    network = make_network(recipe, data.input_shape, data.num_classes)
+    assert recipe.epochs is not None
+    phases = build_strategy(recipe.method, **recipe.method_settings).phases(recipe.epochs)
+    rehearsal = copy.deepcopy(network)
+    for phase in phases:
+        phase.strategy.adapt(rehearsal)
+    return Session(recipe, engine, data, network, phases, report=report)
+
+
+def open_folder(session: Session, path: Path) -> RunFolder:
+    """Make the run's folder (main rank), unless it is there."""
+    if session.engine.is_main and not path.exists():
+        environment = _environment(session)
+        RunFolder.create(
+            path.parent,
+            session.recipe,
+            {
+                "environment.json": lambda target: write_json(target, environment),
+                "split.safetensors": session.data.split.save,
+                "timing.csv": lambda target: write_text(target, "phase,epoch,seconds\n"),
+            },
+        )
+    session.engine.barrier()
+    return RunFolder(path)
+
+
+def begin_phase(session: Session, number: int, phase: Phase) -> Run:
+    """Adapt the network for a phase, and make its optimiser and what its strategy needs."""
+    recipe, network = session.recipe, session.network
+    torch.manual_seed(derive(recipe.seed, "adapt", number))
+    before = {name for name, _ in network.named_parameters()}
+    phase.strategy.adapt(network)
+    session.engine.place(network)
+    for name, parameter in network.named_parameters():
+        new, head = name not in before, name.startswith(("heads.", "link."))
+        parameter.requires_grad_({"all": True, "new": new, "heads": head}[phase.train])
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    if not trained:
+        raise UserError(f"phase {phase.name} of method {recipe.method} has no parameter to train")
+    assert recipe.lr is not None and recipe.weight_decay is not None
+    optimizer = torch.optim.SGD(trained, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
+    position = Position(phase=number, epochs=phase.epochs)
+    run = Run(network, phase.strategy, optimizer, session.engine, recipe.seed, position)
+    torch.manual_seed(derive(recipe.seed, "prepare", number))
+    phase.strategy.prepare(run)
+    return run
+
+
+def _csv(rows: list[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n") if rows else None
+    if writer:
+        writer.writeheader()
+        writer.writerows(rows)
+    return text.getvalue()
+
+
+def _environment(session: Session) -> dict[str, Any]:
+    engine = session.engine
+    gpu = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else None
+    return {
+        "exitkit": exitkit.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "device": str(engine.device),
+        "gpu": gpu,
+        "ranks": engine.world,
+        "parameters": sum(parameter.numel() for parameter in session.network.parameters()),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
@@ -36,7 +36,7 @@ class DataSet:
         split_seed: the seed of the hold-out split; the data set's own, so that all runs share one split.
     """
 
-    house: ClassVar[Mapping[str, Any]] = {
+    house: ClassVar[dict[str, Any]] = {
         "backbone": "msdnet-cifar-k7",
         "epochs": 300,
         "batch_size": 64,

@@ -26,7 +26,8 @@ def find_binary(folder: Path, name: str, train: Sequence[str], test: Sequence[st
         if not missing:
             return paths
         if place.name == name and place.is_dir():
-            raise UserError(f"{place} lacks {', '.join(path.name for path in missing)}; expected the whole binary release")
+            lacking = ", ".join(path.name for path in missing)
+            raise UserError(f"{place} lacks {lacking}; expected the whole binary release")
     return None
 
 
@@ -43,7 +44,7 @@ def read_binary(files: Sequence[Path], label_bytes: int, classes: int) -> tuple[
     for path in files:
         raw = np.fromfile(path, dtype=np.uint8)
         if len(raw) == 0 or len(raw) % size:
-            raise UserError(f"{path} has {len(raw)} bytes, no whole number of {size}-byte records; it is cut or foreign")
+            raise UserError(f"{path} has {len(raw)} bytes, no whole number of {size}-byte records; it is damaged")
         records = raw.reshape(-1, size)
         if records[:, label_bytes - 1].max() >= classes:
             raise UserError(f"{path} holds the label {records[:, label_bytes - 1].max()}; expected 0 to {classes - 1}")

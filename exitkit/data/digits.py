@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,7 +20,7 @@ _TEST = 500
 class Digits(DataSet):
     """1,797 handwritten digits of scikit-learn, 8x8 brought to 16x16, 10 classes; 500 are for testing."""
 
-    house: ClassVar[Mapping[str, Any]] = DataSet.house | {
+    house: ClassVar[dict[str, Any]] = DataSet.house | {
         "backbone": "msdnet-tiny",
         "epochs": 30,
         "schedule": "cosine",

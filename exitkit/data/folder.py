@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -104,7 +104,7 @@ class FolderData(Data):
 class ImageFolder(DataSet):
     """Your own images: DIR/train and DIR/test (or val) with a folder a class, or class folders alone."""
 
-    house: ClassVar[Mapping[str, Any]] = DataSet.house | {
+    house: ClassVar[dict[str, Any]] = DataSet.house | {
         "backbone": "msdnet-imagenet-s4",
         "epochs": 90,
         "milestones": (1 / 3, 2 / 3),
@@ -163,7 +163,7 @@ class ImageFolder(DataSet):
 class ImageNet(ImageFolder):
     """ImageNet: DIR/train and DIR/val with a folder a class; the papers' crops and flips."""
 
-    house: ClassVar[Mapping[str, Any]] = ImageFolder.house | {"batch_size": 256}
+    house: ClassVar[dict[str, Any]] = ImageFolder.house | {"batch_size": 256}
     testing: ClassVar[tuple[str, ...]] = ("val",)
 
     validation: int | None = setting(50000, "images held out of the training images, stratified")
@@ -171,8 +171,10 @@ class ImageNet(ImageFolder):
     def _parts(self, folder: Path) -> list[Path]:
         parts = super()._parts(folder)
         if len(parts) == 1:
-            raise UserError(f"{folder} is not laid out as ImageNet; expected the folders train and val, each with a "
-                            "folder a class (for class folders alone: --dataset folder)")
+            raise UserError(
+                f"{folder} is not laid out as ImageNet; expected the folders train and val, each with a "
+                "folder a class (for class folders alone: --dataset folder)"
+            )
         return parts
 
 

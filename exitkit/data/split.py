@@ -80,7 +80,5 @@ def hold_out(labels: Tensor, pool: Tensor, count: int, seed: int, what: str) -> 
         )
     if sizes.min() < 2:
         raise UserError(f"a class has a single training image, and {what} needs one of each; expected 2 or more")
-    rest, drawn = train_test_split(
-        pool.numpy(), test_size=count, random_state=seed, stratify=labels[pool].numpy()
-    )
+    rest, drawn = train_test_split(pool.numpy(), test_size=count, random_state=seed, stratify=labels[pool].numpy())
     return torch.from_numpy(rest).sort().values, torch.from_numpy(drawn).sort().values

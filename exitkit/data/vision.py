@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -92,7 +91,7 @@ class Small(DataSet):
 class FashionMNIST(Small):
     """Fashion-MNIST: 70,000 grey images of 28x28, 10 classes; no augmentation."""
 
-    house: ClassVar[Mapping[str, Any]] = DataSet.house | {"backbone": "msdnet-cifar-lg5", "epochs": 60}
+    house: ClassVar[dict[str, Any]] = DataSet.house | {"backbone": "msdnet-cifar-lg5", "epochs": 60}
     title: ClassVar[str] = "Fashion-MNIST"
     torchvision_name: ClassVar[str] = "FashionMNIST"
     mean: ClassVar[tuple[float, ...]] = (0.2860,)

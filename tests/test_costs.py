@@ -1,6 +1,7 @@
 """Costs against those measured on the networks behind the papers' tables, to the last multiply-add."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -63,9 +64,16 @@ PRINTED = {
 }
 
 
+@functools.cache
+def rows_of(preset):
+    """A preset's costs, counted once, on a network without storage."""
+    with torch.device("meta"):
+        return exitkit.cost(exitkit.build_network(preset))
+
+
 @pytest.mark.parametrize("preset", MEASURED)
 def test_every_exit_costs_what_was_measured(preset):
-    rows = exitkit.cost(exitkit.build_network(preset))
+    rows = rows_of(preset)
     papers, macs, params = MEASURED[preset]
     assert [row.papers for row in rows] == papers
     assert [row.macs for row in rows] == macs
@@ -75,7 +83,7 @@ def test_every_exit_costs_what_was_measured(preset):
 
 @pytest.mark.parametrize("preset", PRINTED)
 def test_the_papers_columns_come_out_to_the_printed_digit(preset):
-    rows = exitkit.cost(exitkit.build_network(preset))
+    rows = rows_of(preset)
     for row, printed in zip(rows, PRINTED[preset].split(), strict=True):
         digits = len(printed.partition(".")[2])
         assert f"{row.papers / 1e6:.{digits}f}" == printed
@@ -120,3 +128,62 @@ def test_another_image_size_costs_by_its_area():
     head = 10 * 12  # its pooled width does not depend on the image
     assert large[0].macs - head == 4 * (small[0].macs - head)
     assert [row.params for row in small] == [row.params for row in large]
+
+
+def by_hand(inplace=False):
+    """One exit whose head also normalises a 1x1 map, which in training mode one image alone can't."""
+    from torch import nn
+
+    from exitkit.network import Head, MultiExitNetwork
+
+    stages = [
+        nn.Sequential(nn.Conv2d(2, 4, 3, 2, 1, groups=2), nn.ReLU(inplace), nn.Dropout(0.5)),
+        nn.Sequential(nn.Conv2d(4, 4, 2), nn.BatchNorm2d(4), nn.ReLU(inplace)),
+    ]
+    heads = [Head(nn.Flatten(), nn.Linear(16, 3, bias=False)), Head(nn.Flatten(), nn.Linear(4, 3))]
+    return MultiExitNetwork(stages, heads, (2, 4, 4), 3)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_groups_missing_biases_and_in_place_relu_by_hand(inplace):
+    first, second = exitkit.cost(by_hand(inplace))
+    grouped, plain = 2 * 2 * 4 * 9, 4 * 4 * 4
+    assert (first.macs, second.macs) == (grouped + 48, grouped + 48 + plain + 12)
+    assert (first.papers - first.macs, second.papers - second.macs) == (16, 16 + 4 + 3)
+    assert (first.params, second.params) == (36 + 4 + 48, 36 + 4 + 48 + 64 + 4 + 8 + 15)
+
+
+def test_a_logit_link_is_counted_where_it_first_works():
+    from torch import nn
+
+    from exitkit.network import LogitLink
+
+    class Path(LogitLink):
+        def __init__(self):
+            super().__init__()
+            self.path = nn.Linear(3, 3)
+
+        def forward(self, index, raw, embedding, carry):
+            logits = raw if carry is None else raw + self.path(carry)
+            return logits, logits
+
+    plain, linked = by_hand(), by_hand()
+    linked.set_link(Path())
+    more = [
+        (b.macs - a.macs, b.papers - a.papers, b.params - a.params)
+        for a, b in zip(exitkit.cost(plain), exitkit.cost(linked), strict=True)
+    ]
+    assert more == [(0, 0, 0), (9, 9 + 3, 9 + 3)]
+
+
+def test_neither_number_format_nor_gradient_mode_changes_a_count():
+    expected = exitkit.cost(by_hand())
+    assert exitkit.cost(by_hand().to(torch.bfloat16)) == exitkit.cost(by_hand().double()) == expected
+    with torch.inference_mode():
+        assert exitkit.cost(by_hand()) == expected
+
+
+def test_an_exit_costs_differently_in_networks_of_different_depth():
+    # Scales are dropped by the total depth, so that the third exit of the lin_grow family is not one network.
+    third = [rows_of(f"msdnet-cifar-lg{exits}")[2].papers for exits in (4, 5, 6, 8)]
+    assert [f"{papers / 1e6:.2f}" for papers in third] == ["26.13", "27.54", "27.29", "27.29"]

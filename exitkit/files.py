@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
 import tempfile
@@ -30,8 +31,6 @@ def written_whole(path: Path) -> Iterator[Path]:
         os.close(handle)
     except OSError as error:
         raise disk_error(path, error) from None
-    from safetensors import SafetensorError
-
     temporary = Path(name)
     try:
         yield temporary
@@ -41,11 +40,6 @@ def written_whole(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     except OSError as error:
         raise disk_error(path, error) from None
-    except (RuntimeError, SafetensorError) as error:
-        # torch and safetensors report a failed write (a full disk) by errors of their own.
-        if "write" in str(error) or "I/O error" in str(error):
-            raise UserError(f"{path} can't be written (is the disk full?): {str(error).splitlines()[0]}") from None
-        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -116,8 +110,11 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     """Write a checkpoint whole."""
     import torch
 
+    # Through memory: what torch says of a failed write does not tell that the disk is full.
+    content = io.BytesIO()
+    torch.save(dict(state), content)
     with written_whole(path) as temporary:
-        torch.save(dict(state), temporary)
+        temporary.write_bytes(content.getbuffer())
 
 
 def load_checkpoint(path: Path, keys: set[str]) -> dict[str, Any]:
@@ -147,10 +144,11 @@ def load_checkpoint(path: Path, keys: set[str]) -> dict[str, Any]:
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors by name, whole (safetensors)."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
+    content = save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
     with written_whole(path) as temporary:
-        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, temporary)
+        temporary.write_bytes(content)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,13 @@ class RunFolder:
         self.path = Path(path)
         if not (self.path / "recipe.json").is_file():
             what = "holds no run (no recipe.json)" if self.path.is_dir() else "does not exist"
-            raise UserError(f"run folder {self.path} {what}; expected a folder that `exitkit train` made")
+            near = get_close_matches(
+                self.path.name, [run.parent.name for run in self.path.parent.glob("*/recipe.json")]
+            )
+            hint = (
+                f"; did you mean {self.path.parent / near[0]}?" if near else "; expected one that `exitkit train` made"
+            )
+            raise UserError(f"run folder {self.path} {what}{hint}")
 
     @classmethod
     def create(cls, out: Path, recipe: Recipe, writers: Mapping[str, Callable[[Path], None]]) -> RunFolder:

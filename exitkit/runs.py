@@ -50,7 +50,7 @@ class RunFolder:
         if not (self.path / "recipe.json").is_file():
             what = "holds no run (no recipe.json)" if self.path.is_dir() else "does not exist"
             near = get_close_matches(
-                self.path.name, [run.parent.name for run in self.path.parent.glob("*/recipe.json")]
+                self.path.name, [run.parent.name for run in self.path.parent.glob("[!.]*/recipe.json")]
             )
             hint = (
                 f"; did you mean {self.path.parent / near[0]}?" if near else "; expected one that `exitkit train` made"
@@ -173,7 +173,7 @@ def find_runs(folder: str | Path) -> list[RunFolder]:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"folder {folder} does not exist; expected one that holds runs")
-    found = sorted(path.parent for path in folder.glob(f"*/{RESULTS}"))
+    found = sorted(path.parent for path in folder.glob(f"[!.]*/{RESULTS}"))
     if not found:
         raise UserError(f"folder {folder} holds no finished run")
     return [RunFolder(path) for path in found]
@@ -220,7 +220,7 @@ def unfinished_twin(recipe: Recipe, out: Path) -> str:
     """
     told: list[tuple[int, str]] = []
     wanted = _flat(recipe.identity())
-    for path in sorted(out.glob("*/recipe.json")):
+    for path in sorted(out.glob("[!.]*/recipe.json")):
         try:
             run = RunFolder(path.parent)
             there = _flat(run.recipe.identity())

@@ -84,6 +84,4 @@ def test_owners_finds_parameters_that_no_exit_reads_and_leaves_no_trace():
 
 def test_a_cascade_needs_one_head_a_stage():
     with pytest.raises(ValueError, match="2 stages, 1 heads"):
-        MultiExitNetwork(
-            [torch.nn.Identity()] * 2, [Head(torch.nn.Identity(), torch.nn.Identity())], (1, 2, 2), 2
-        )
+        MultiExitNetwork([torch.nn.Identity()] * 2, [Head(torch.nn.Identity(), torch.nn.Identity())], (1, 2, 2), 2)

@@ -58,9 +58,7 @@ def reference_epoch(network, data, eta, adam, learned, rate, auxiliary=0.1):
 
     flat = [(name, e) for name in learned for e in exits_below(name, exits)]
     for batch in data:
-        leaves = {
-            name: {e: v.clone().requires_grad_() for e, v in values.items()} for name, values in eta.items()
-        }
+        leaves = {name: {e: v.clone().requires_grad_() for e, v in values.items()} for name, values in eta.items()}
         fused = fuse(leaves)
         outputs = torch.func.functional_call(network, fused, (batch[0],))
         loss = sum(F.cross_entropy(logits, batch[1]) for logits in outputs.logits)

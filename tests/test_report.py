@@ -15,9 +15,7 @@ from exitkit.errors import UserError
 from exitkit.evaluation import budgeted, confidence, correct, exit_counts, share_for_budget
 
 MACS = (123_456, 251_000, 322_100, 401_777)
-FILES = [
-    f"{kind}.{suffix}" for kind in ("anytime", "budgeted") for suffix in ("csv", "md", "tex", "png", "pdf")
-]
+FILES = [f"{kind}.{suffix}" for kind in ("anytime", "budgeted") for suffix in ("csv", "md", "tex", "png", "pdf")]
 
 
 class FakeRun:
@@ -114,9 +112,7 @@ def test_budgeted_uses_validation_thresholds_and_realised_cost():
         results.append(budgeted(confidence(val["logits"]), confidence(test["logits"]), hits, MACS, counts))
     np.testing.assert_allclose(found["cost_mean"], np.mean([r.cost for r in results], axis=0))
     np.testing.assert_allclose(found["accuracy_mean"], 100 * np.mean([r.accuracy for r in results], axis=0))
-    np.testing.assert_allclose(
-        found["accuracy_sd"], 100 * np.std([r.accuracy for r in results], axis=0, ddof=1)
-    )
+    np.testing.assert_allclose(found["accuracy_sd"], 100 * np.std([r.accuracy for r in results], axis=0, ddof=1))
     assert (abs(found["cost_mean"] / found["budget"] - 1) < 0.15).all()
 
 

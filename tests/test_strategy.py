@@ -42,9 +42,7 @@ def test_weights_of_joint_weigh_the_exits_and_a_zero_leaves_an_exit_out():
     network, (x, y) = chain(), batches(1)[0]
     gradients = exit_gradients(network, x, y)
     run = exitkit.Run.local(network, exitkit.build_strategy("joint", weights=(2.0, 0.0, 0.5)), sgd(network))
-    run.backward(
-        sum(w * loss.mean() for w, loss in zip(run.exit_weights(), run.exit_losses((x, y)), strict=True))
-    )
+    run.backward(sum(w * loss.mean() for w, loss in zip(run.exit_weights(), run.exit_losses((x, y)), strict=True)))
     name = "stages.0.1.weight"
     assert torch.allclose(network.get_parameter(name).grad, 2 * gradients[0][name] + 0.5 * gradients[2][name])
     run.strategy.train_step(run, (x, y))

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from exitkit.cli.options import make_recipe, parse_sets, read_recipe, recipe_options
+from exitkit.cli.options import COMPARISON_KEYS, make_recipe, parse_sets, read_recipe, recipe_options
 from exitkit.errors import Interrupted, UserError, unknown
+from exitkit.plugins import check_value
 
 if TYPE_CHECKING:
     from exitkit.recipe import Recipe
@@ -47,10 +48,11 @@ def compare(
       exitkit compare --methods ge --dataset cifar100 --data-dir data --device cuda
     """
     values = read_recipe(recipe_file)
-    names = split_methods(methods if methods is not None else values.pop("methods", DEFAULT_METHODS))
-    count = int(values.pop("seeds", 2)) if seeds is None else seeds
-    for key in ("methods", "seeds", "title"):
-        values.pop(key, None)
+    # What a recipe of a comparison has beyond one of a run.
+    asked = {key: values.pop(key) for key in COMPARISON_KEYS if key in values}
+    listed = check_value("methods", list[str] | str, asked.get("methods", DEFAULT_METHODS))
+    names = split_methods(listed if methods is None else methods)
+    count = check_value("seeds", int, asked.get("seeds", 2)) if seeds is None else seeds
     recipes = plan(make_recipe(values, given), names, count, parse_sets(sets))
 
     from exitkit.benchmarks.campaign import default_jobs, run_campaign

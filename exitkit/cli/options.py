@@ -12,6 +12,9 @@ from exitkit.errors import UserError
 if TYPE_CHECKING:
     from exitkit.recipe import Recipe
 
+COMPARISON_KEYS = ("title", "methods", "seeds")
+"""The keys that a recipe of a comparison has beyond those of a run."""
+
 _OPTIONS = [
     click.option("--dataset", metavar="NAME", help="Data set (see `exitkit list datasets`).  [default: digits]"),
     click.option(

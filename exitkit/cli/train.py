@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from exitkit.cli.options import make_recipe, parse_sets, read_recipe, recipe_options
+from exitkit.cli.options import COMPARISON_KEYS, make_recipe, parse_sets, read_recipe, recipe_options
+from exitkit.errors import Interrupted, UserError
 
 
 @click.command(short_help="Train and evaluate one run.")
@@ -26,10 +27,12 @@ def train(sets: tuple[str, ...], recipe_file: str | None, out: str, resume: bool
       exitkit train --method ge --dataset cifar100 --data-dir data --device cuda --precision bf16
       torchrun --nproc-per-node 2 -m exitkit train --method metagf
     """
-    recipe = make_recipe(read_recipe(recipe_file), given).with_settings(parse_sets(sets))
+    values = read_recipe(recipe_file)
+    if set(values) & set(COMPARISON_KEYS):
+        raise UserError(f"recipe {recipe_file} is of a comparison; use it with: exitkit compare --recipe {recipe_file}")
+    recipe = make_recipe(values, given).with_settings(parse_sets(sets))
 
     from exitkit.cli.progress import TrainProgress
-    from exitkit.errors import Interrupted
     from exitkit.training import train as train_run
 
     try:

@@ -99,9 +99,9 @@ class Data:
         """Return the same images under a stored split.
 
         Raises:
-            UserError: it points to images that are not there.
+            UserError: it is another data set's, or damaged.
         """
-        split.check(len(self.train_labels), len(self.test_labels))
+        split.check(self.split, len(self.train_labels), len(self.test_labels))
         return dataclasses.replace(self, split=split)
 
     def batches(self, part: Part, positions: Sequence[Tensor], *, augment: bool, seed: int) -> Iterator[Batch]:

@@ -31,23 +31,27 @@ def find_binary(folder: Path, name: str, train: Sequence[str], test: Sequence[st
     return None
 
 
-def read_binary(files: Sequence[Path], label_bytes: int, classes: int) -> tuple[Tensor, Tensor]:
-    """Read records of `label_bytes` labels (the last is the class) and 3 x 32 x 32 pixels.
+def read_binary(files: Sequence[Path], records: int, label_bytes: int, classes: int) -> tuple[Tensor, Tensor]:
+    """Read files of `records` records, each `label_bytes` labels (the last is the class) and 3 x 32 x 32 pixels.
 
     Returns images uint8 [N, 3, 32, 32] and labels int64 [N].
 
     Raises:
-        UserError: a file that is not a whole number of records, or holds labels that are no class.
+        UserError: a file that can't be read, has another size, or holds labels that are no class.
     """
     size = label_bytes + _PIXELS
     images, labels = [], []
     for path in files:
-        raw = np.fromfile(path, dtype=np.uint8)
-        if len(raw) == 0 or len(raw) % size:
-            raise UserError(f"{path} has {len(raw)} bytes, no whole number of {size}-byte records; it is damaged")
-        records = raw.reshape(-1, size)
-        if records[:, label_bytes - 1].max() >= classes:
-            raise UserError(f"{path} holds the label {records[:, label_bytes - 1].max()}; expected 0 to {classes - 1}")
-        labels.append(records[:, label_bytes - 1].astype(np.int64))
-        images.append(records[:, label_bytes:].reshape(-1, 3, 32, 32))
+        try:
+            raw = np.fromfile(path, dtype=np.uint8)
+        except OSError as error:
+            raise UserError(f"{path} can't be read: {error.strerror}") from None
+        if len(raw) != records * size:
+            raise UserError(f"{path} has {len(raw)} bytes; expected {records * size} ({records} records of {size})")
+        table = raw.reshape(records, size)
+        classes_read = table[:, label_bytes - 1]
+        if classes_read.max() >= classes:
+            raise UserError(f"{path} holds the label {classes_read.max()}; expected 0 to {classes - 1}")
+        labels.append(classes_read.astype(np.int64))
+        images.append(table[:, label_bytes:].reshape(-1, 3, 32, 32))
     return torch.from_numpy(np.concatenate(images)), torch.from_numpy(np.concatenate(labels))

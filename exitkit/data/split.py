@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,29 +33,42 @@ class Split:
             UserError: the file is missing, damaged or no split.
         """
         tensors = load_tensors(path)
-        if tensors.keys() != {"train", "validation", "test"} or any(t.dtype != torch.int64 for t in tensors.values()):
+        if tensors.keys() != {"train", "validation", "test"} or any(
+            tensor.dtype != torch.int64 or tensor.dim() != 1 for tensor in tensors.values()
+        ):
             raise UserError(f"{path} is no split; expected indices called train, validation and test")
         return cls(**tensors)
 
-    def check(self, training: int, testing: int) -> None:
-        """Check that it fits `training` and `testing` images.
+    def check(self, own: Split, training: int, testing: int) -> None:
+        """Check that it can stand in for `own`, the split that the images were loaded with.
+
+        Args:
+            own: what it has to count as many images as: one more in a folder, and the indices mean other images.
+            training, testing: how many images the indices may point to.
 
         Raises:
-            UserError: it points to images that are not there.
+            UserError: it is of fewer or more images, points to some that are not there, or to some twice.
         """
-        for name, indices, count in (
-            ("train", self.train, training),
-            ("validation", self.validation, training),
-            ("test", self.test, testing),
+        learning, whole = torch.cat([self.train, self.validation]), torch.cat([own.train, own.validation])
+        for name, indices, expected, count in (
+            ("training and validation", learning, len(whole), training),
+            ("test", self.test, len(own.test), testing),
         ):
-            if len(indices) == 0 or indices.min() < 0 or indices.max() >= count:
+            if len(indices) != expected:
                 raise UserError(
-                    f"the stored split's {name} part does not fit these images ({count} are here); "
-                    "is --data-dir another data set than the run's?"
+                    f"the stored split has {len(indices)} {name} images and here are {expected}; "
+                    "is --data-dir another data set than the run's, or were files added or removed?"
+                )
+            if indices.min() < 0 or indices.max() >= count or len(indices.unique()) < len(indices):
+                raise UserError(
+                    f"the stored split's {name} indices are not {expected} different ones from 0 to {count - 1}; "
+                    "it is damaged"
                 )
 
 
-def hold_out(labels: Tensor, pool: Tensor, count: int, seed: int, what: str) -> tuple[Tensor, Tensor]:
+def hold_out(
+    labels: Tensor, pool: Tensor, count: int, seed: int, what: str, names: Sequence[str] | None = None
+) -> tuple[Tensor, Tensor]:
     """Draw `count` of the indices in `pool`, with each class's share kept.
 
     Args:
@@ -63,6 +77,7 @@ def hold_out(labels: Tensor, pool: Tensor, count: int, seed: int, what: str) -> 
         count: how many to draw.
         seed: the data set's.
         what: what they are for, for error messages.
+        names: what the classes are called, for error messages.
 
     Returns:
         (the rest, those drawn), each in ascending order.
@@ -76,9 +91,12 @@ def hold_out(labels: Tensor, pool: Tensor, count: int, seed: int, what: str) -> 
     if not len(classes) <= count <= len(pool) - len(classes):
         raise UserError(
             f"{what} of {count} images can't be drawn from {len(pool)} images in {len(classes)} classes; "
-            f"expected {len(classes)} to {len(pool) - len(classes)}, so that every class is on both sides"
+            f"expected {len(classes)} to {len(pool) - len(classes)}, one a class at least on both sides"
         )
     if sizes.min() < 2:
-        raise UserError(f"a class has a single training image, and {what} needs one of each; expected 2 or more")
+        rare = int(classes[sizes.argmin()])
+        raise UserError(
+            f"class {names[rare] if names else rare} has a single image to draw {what} from; expected 2 or more"
+        )
     rest, drawn = train_test_split(pool.numpy(), test_size=count, random_state=seed, stratify=labels[pool].numpy())
     return torch.from_numpy(rest).sort().values, torch.from_numpy(drawn).sort().values

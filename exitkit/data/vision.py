@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from exitkit.data.base import Data, DataSet, TensorData
@@ -28,7 +30,8 @@ class Small(DataSet):
         torchvision_name: torchvision's class that downloads and reads it.
         mean, std: of each channel, as the papers have them.
         padding: of the papers' augmentation; 0: none.
-        class_names: in the order of the labels.
+        classes: how many; they are called by their numbers.
+        layouts: where below the folder its files may lie, for messages.
     """
 
     title: ClassVar[str]
@@ -37,6 +40,7 @@ class Small(DataSet):
     std: ClassVar[tuple[float, ...]]
     padding: ClassVar[int]
     classes: ClassVar[int]
+    layouts: ClassVar[str]
 
     def load(self, data_dir: Path | None, download: bool = True) -> Data:
         """See `DataSet.load`; without `data_dir` it is the folder `data` here."""
@@ -65,24 +69,32 @@ class Small(DataSet):
         return [self._read_with_torchvision(folder, train, download) for train in (True, False)]
 
     def _read_with_torchvision(self, folder: Path, train: bool, download: bool) -> tuple[Tensor, Tensor]:
-        reader = getattr(torchvision("datasets"), self.torchvision_name)
+        reader = functools.partial(getattr(torchvision("datasets"), self.torchvision_name), str(folder), train=train)
         try:
-            found = reader(str(folder), train=train, download=False)
-        except (RuntimeError, OSError, ValueError, EOFError) as missing:
-            if not download:
-                raise self._missing(folder, missing) from None
             try:
-                found = reader(str(folder), train=train, download=True)
-            except Exception as error:  # whatever the network, an archive or the disk throws
-                raise self._missing(folder, error) from None
+                found = reader()
+            except RuntimeError:  # torchvision's word for files that are not there, or not the official ones
+                if not download:
+                    raise
+                folder.mkdir(parents=True, exist_ok=True)
+                with FileLock(folder / ".download.lock"):  # ranks and runs side by side: one fetches, the others wait
+                    found = reader(download=True)
+        except Exception as error:  # whatever torchvision, the network, an archive or the disk throws
+            raise self._missing(folder, error, download) from None
         images = torch.as_tensor(np.asarray(found.data))
         images = images.unsqueeze(1) if images.dim() == 3 else images.movedim(-1, 1).contiguous()
         return images, torch.as_tensor(np.asarray(found.targets)).long()
 
-    def _missing(self, folder: Path, error: Exception) -> UserError:
+    def _missing(self, folder: Path, error: Exception, download: bool) -> UserError:
+        if not isinstance(error, RuntimeError | OSError):  # it is there, and reading stumbled
+            return UserError(
+                f"{self.title} in {folder.resolve()} is damaged ({type(error).__name__}); delete {self.layouts} there "
+                "to have it fetched anew, or say where it lies by --data-dir DIR"
+            )
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        fetched = f"can't be fetched ({reason})" if download else "may not be fetched"
         return UserError(
-            f"{self.title} is not in {folder.resolve()} and can't be fetched ({reason}); "
+            f"{self.title} is not in {folder.resolve()} (looked for {self.layouts}) and {fetched}; "
             "say where it lies by --data-dir DIR"
         )
 
@@ -98,6 +110,7 @@ class FashionMNIST(Small):
     std: ClassVar[tuple[float, ...]] = (0.3530,)
     padding: ClassVar[int] = 0
     classes: ClassVar[int] = 10
+    layouts: ClassVar[str] = "FashionMNIST/raw"
 
 
 @dataclass(frozen=True)
@@ -106,17 +119,23 @@ class CIFAR(Small):
 
     Class attributes:
         binary: the folder of the binary layout, its training and test files.
+        records: images in a training and in a test file of that layout.
+        label_bytes: labels before each image, the class last.
     """
 
     padding: ClassVar[int] = 4
     binary: ClassVar[tuple[str, tuple[str, ...], tuple[str, ...]]]
+    records: ClassVar[tuple[int, int]]
     label_bytes: ClassVar[int]
 
     def _read(self, folder: Path, download: bool) -> list[tuple[Tensor, Tensor]]:
         layout = find_binary(folder, *self.binary)
         if layout is None:
             return super()._read(folder, download)
-        return [read_binary(files, self.label_bytes, self.classes) for files in layout]
+        return [
+            read_binary(files, records, self.label_bytes, self.classes)
+            for files, records in zip(layout, self.records, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -133,7 +152,9 @@ class CIFAR10(CIFAR):
         tuple(f"data_batch_{number}.bin" for number in range(1, 6)),
         ("test_batch.bin",),
     )
+    records: ClassVar[tuple[int, int]] = (10000, 10000)
     label_bytes: ClassVar[int] = 1
+    layouts: ClassVar[str] = "cifar-10-batches-bin or cifar-10-batches-py"
 
 
 @dataclass(frozen=True)
@@ -150,4 +171,6 @@ class CIFAR100(CIFAR):
         ("train.bin",),
         ("test.bin",),
     )
+    records: ClassVar[tuple[int, int]] = (50000, 10000)
     label_bytes: ClassVar[int] = 2
+    layouts: ClassVar[str] = "cifar-100-binary or cifar-100-python"

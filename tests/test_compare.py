@@ -1,0 +1,159 @@
+"""The comparison as one command: its tables, its files, killed and started again."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import exitkit
+from exitkit.benchmarks.compare import plan, split_methods
+from exitkit.recipe import Recipe
+
+COMMAND = [sys.executable, "-m", "exitkit", "compare", "--methods", "metagf,boostnet", "--epochs", "2", "--jobs", "2"]
+COMMAND += ["--batch-size", "256"]
+
+
+def compare(out, *more):
+    return subprocess.run([*COMMAND, "--out", str(out), *more], capture_output=True, text=True, check=False)
+
+
+def report(out):
+    return {path.name: path.read_bytes() for path in (out / "report").iterdir()}
+
+
+def status(pid):
+    """A process's state and its parent's number, from the kernel; None where there is no such process."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return fields[0], int(fields[1])
+
+
+def workers_of(process):
+    """The processes that a campaign started."""
+    everyone = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    return [pid for pid in everyone if (status(pid) or ("", 0))[1] == process.pid]
+
+
+def alive(pid):
+    return (status(pid) or ("Z", 0))[0] != "Z"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("compare")
+    done = compare(out)
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+def test_the_tables_are_printed_and_the_last_line_says_where_they_are(finished):
+    out, done = finished
+    for title in ("Anytime accuracy (%)", "Budgeted-batch accuracy (%)"):
+        assert title in done.stdout
+    assert done.stdout.strip().endswith(f"tables and figures: {out / 'report'}")
+    assert "6/6" in done.stderr
+
+
+def test_the_files_are_those_of_the_issue(finished):
+    out, _ = finished
+    anytime, budgeted = (pd.read_csv(out / "report" / f"{name}.csv") for name in ("anytime", "budgeted"))
+    columns = ["method", "backbone", "dataset", "exit", "papers", "macs", "accuracy_mean", "accuracy_sd", "n"]
+    assert list(anytime) == columns
+    columns = ["method", "backbone", "dataset", "budget", "cost_mean", "accuracy_mean", "accuracy_sd", "n"]
+    assert list(budgeted) == columns
+    assert list(dict.fromkeys(anytime.method)) == ["joint", "metagf", "boostnet"]
+    assert (anytime.groupby("method").exit.apply(list).map(tuple) == (1, 2, 3, 4)).all()
+    assert (anytime.n == 2).all() and (anytime.dataset == "digits").all()
+    for name in ("anytime", "budgeted"):
+        for kind in ("csv", "md", "tex", "png", "pdf"):
+            assert (out / "report" / f"{name}.{kind}").stat().st_size > 100
+    runs = [path for path in out.iterdir() if path.name != "report"]
+    assert len(runs) == 6 and all((run / "results.json").exists() for run in runs)
+
+
+def test_the_table_is_what_the_runs_say(finished):
+    out, _ = finished
+    runs = exitkit.load_runs(out)
+    anytime = pd.read_csv(out / "report" / "anytime.csv").set_index(["method", "exit"])
+    groups = runs.groupby(["method", "exit"]).accuracy
+    assert anytime.accuracy_mean.to_dict() == pytest.approx(groups.mean().to_dict())
+    assert anytime.accuracy_sd.to_dict() == pytest.approx(groups.std(ddof=1).to_dict())
+    assert anytime.macs.to_dict() == runs.groupby(["method", "exit"]).macs.first().to_dict()
+
+
+def test_all_methods_share_split_start_and_order(finished):
+    out, _ = finished
+    splits = {path.read_bytes() for path in out.glob("*/split.safetensors")}
+    assert len(splits) == 1
+
+
+def test_killed_it_leaves_no_worker_and_goes_on_to_the_same_bytes(finished, tmp_path):
+    whole, _ = finished
+    process = subprocess.Popen([*COMMAND, "--out", str(tmp_path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("*/results.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    workers = workers_of(process)
+    assert len(workers) == 2
+    process.kill()
+    process.wait()
+    time.sleep(1)
+    assert not any(map(alive, workers))
+    finished_before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/results.json")}
+    assert 1 <= len(finished_before) < 6
+
+    again = compare(tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert f"{len(finished_before)} of 6 runs are finished already" in again.stderr
+    assert all(path.stat().st_mtime_ns == before for path, before in finished_before.items())
+    assert report(tmp_path) == report(whole)
+
+
+def test_interrupted_it_ends_its_workers_and_says_how_to_go_on(tmp_path):
+    process = subprocess.Popen(
+        [*COMMAND, "--out", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("*/checkpoint.pt")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    workers = workers_of(process)
+    process.send_signal(signal.SIGINT)
+    asked = time.monotonic()
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130 and time.monotonic() - asked < 5
+    assert errors.strip().splitlines()[-1] == "exitkit: stopped; the same command goes on where it was"
+    assert workers and not any(map(alive, workers))
+
+
+def test_a_method_that_diverges_leaves_the_others_table(tmp_path):
+    # Branches that overflow stop Meta-GF alone.
+    done = compare(tmp_path, "--set", "auxiliary_weight=1e30", "--seeds", "1")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("exitkit: left out metagf-") and "not finite" in last
+    anytime = pd.read_csv(tmp_path / "report" / "anytime.csv")
+    assert list(dict.fromkeys(anytime.method)) == ["joint", "boostnet"]
+
+
+def test_methods_are_named_once_with_the_baseline_first():
+    assert split_methods("ge, boostnet,ge") == ["joint", "ge", "boostnet"]
+    assert split_methods("boostnet,joint") == ["joint", "boostnet"]
+    assert split_methods("ge+metagf") == ["joint", "ge+metagf"]
+    assert split_methods("all")[0] == "joint" and {"ge", "metagf"} <= set(split_methods("all"))
+
+
+def test_a_field_is_set_in_every_method_that_has_it():
+    recipes = plan(Recipe.make(seed=5), ["joint", "ge", "boostnet"], 2, {"variant": "released", "growth": "6"})
+    assert [recipe.seed for recipe in recipes] == [5, 6] * 3
+    settings = {recipe.method: recipe.method_settings for recipe in recipes}
+    assert settings["ge"]["ge_scope"] == settings["boostnet"]["ge_scope"] == "coarsest"
+    assert all(recipe.backbone_settings["growth"] == 6 for recipe in recipes)
+    prefixed = plan(Recipe.make(), ["joint", "ge", "boostnet"], 1, {"boostnet.variant": "released"})
+    assert [recipe.method_settings.get("variant") for recipe in prefixed] == [None, "paper", "released"]

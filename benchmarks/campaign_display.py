@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -26,6 +27,7 @@ class CampaignDisplay:
     def __init__(self, recipes: Sequence[Recipe], planned: int) -> None:
         self._names = [f"{recipe.method} seed {recipe.seed}" for recipe in recipes]
         self._planned = planned
+        self._began = time.monotonic()
         self._finished = planned - len(recipes)
         self._console = Console(stderr=True, highlight=False)
         self._bars = Progress(
@@ -52,6 +54,9 @@ class CampaignDisplay:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bars.stop()
+        if error is None and self._shares:
+            minutes, seconds = divmod(round(time.monotonic() - self._began), 60)
+            self._say(f"trained {len(self._shares)} runs in {minutes} min {seconds} s")
 
     def __call__(self, event: Event) -> None:
         """Show one event."""

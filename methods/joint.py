@@ -17,6 +17,7 @@ from exitkit.plugins import setting
 from exitkit.strategy import EXIT_WEIGHTS, TrainingStrategy
 
 if TYPE_CHECKING:
+    from exitkit.network import MultiExitNetwork
     from exitkit.run import Run
 
 
@@ -32,17 +33,19 @@ class Joint(TrainingStrategy):
     weights: tuple[float, ...] | None = setting(None, "one weight an exit, first to last; none: all 1")
 
     def __post_init__(self) -> None:
-        if self.weights is not None and not all(math.isfinite(weight) and weight >= 0 for weight in self.weights):
-            raise UserError(f"weights is {self.weights}; expected numbers of at least 0")
+        given = self.weights
+        if given is not None and not (all(math.isfinite(weight) and weight >= 0 for weight in given) and any(given)):
+            raise UserError(f"weights is {given}; expected numbers of at least 0, at least one above 0")
 
     def claims(self) -> frozenset[str]:
         """Claim the exit weights only where they are set, so that `joint+x` is x."""
         return frozenset() if self.weights is None else self.slots
 
+    def adapt(self, network: MultiExitNetwork) -> None:
+        """Check that there is a weight an exit."""
+        if self.weights is not None and len(self.weights) != network.num_exits:
+            raise UserError(f"weights has {len(self.weights)} values; expected {network.num_exits}, one an exit")
+
     def exit_weights(self, run: Run) -> Sequence[float]:
         """Return the weights, all 1 unless set."""
-        if self.weights is None:
-            return super().exit_weights(run)
-        if len(self.weights) != run.network.num_exits:
-            raise UserError(f"weights has {len(self.weights)} values; expected {run.network.num_exits}, one an exit")
-        return self.weights
+        return super().exit_weights(run) if self.weights is None else self.weights

@@ -73,29 +73,26 @@ class Small(DataSet):
         try:
             try:
                 found = reader()
-            except RuntimeError:  # torchvision's word for files that are not there, or not the official ones
+            except Exception:  # not there, not the official files, or half there while another process fetches them
                 if not download:
                     raise
                 folder.mkdir(parents=True, exist_ok=True)
                 with FileLock(folder / ".download.lock"):  # ranks and runs side by side: one fetches, the others wait
                     found = reader(download=True)
+            images, labels = torch.as_tensor(np.asarray(found.data)), torch.as_tensor(np.asarray(found.targets)).long()
+            if len(images) != len(labels):
+                raise ValueError(f"{len(images)} images and {len(labels)} labels")
         except Exception as error:  # whatever torchvision, the network, an archive or the disk throws
-            raise self._missing(folder, error, download) from None
-        images = torch.as_tensor(np.asarray(found.data))
-        images = images.unsqueeze(1) if images.dim() == 3 else images.movedim(-1, 1).contiguous()
-        return images, torch.as_tensor(np.asarray(found.targets)).long()
+            raise self._unreadable(folder, error, download) from None
+        return (images.unsqueeze(1) if images.dim() == 3 else images.movedim(-1, 1).contiguous()), labels
 
-    def _missing(self, folder: Path, error: Exception, download: bool) -> UserError:
-        if not isinstance(error, RuntimeError | OSError):  # it is there, and reading stumbled
-            return UserError(
-                f"{self.title} in {folder.resolve()} is damaged ({type(error).__name__}); delete {self.layouts} there "
-                "to have it fetched anew, or say where it lies by --data-dir DIR"
-            )
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        fetched = f"can't be fetched ({reason})" if download else "may not be fetched"
+    def _unreadable(self, folder: Path, error: Exception, download: bool) -> UserError:
+        # On one line, and without torchvision's advice, which is for those who call it.
+        reason = " ".join(str(error).split()).partition(". You can use download")[0] or type(error).__name__
         return UserError(
-            f"{self.title} is not in {folder.resolve()} (looked for {self.layouts}) and {fetched}; "
-            "say where it lies by --data-dir DIR"
+            f"{self.title} can't be read from {folder.resolve()}{' or fetched' if download else ''} "
+            f"(looked for {self.layouts}: {reason.rstrip('.')}); say where it lies by --data-dir DIR, "
+            "or delete what is damaged there"
         )
 
 

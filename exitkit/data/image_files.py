@@ -1,0 +1,146 @@
+"""Images in files: listing a folder of class folders, and reading images as they are needed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from exitkit.data.base import Batch, Data, Part
+from exitkit.data.torchvision_import import torchvision
+from exitkit.errors import UserError
+from exitkit.randomness import derive
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+Listing = tuple[list[str], list[str], Tensor]
+"""Class names, image paths and labels."""
+
+
+def list_images(folder: Path) -> Listing:
+    """List a folder's images: each subfolder is a class, and all images at any depth below it belong to it.
+
+    What begins with a dot is passed over, be it a file or a folder: thumbnails and the like are no images.
+
+    Raises:
+        UserError: no subfolders, or one without images.
+    """
+    try:
+        classes = sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"{folder} can't be read: {error.strerror}") from None
+    if len(classes) < 2:
+        raise UserError(f"{folder} has {len(classes)} class folders; expected at least 2, each with its images")
+    paths: list[str] = []
+    labels: list[int] = []
+    for label, child in enumerate(classes):
+        found = sorted(_images_below(child))
+        if not found:
+            raise UserError(f"class folder {child} holds no images; expected {', '.join(SUFFIXES[:3])}, ...")
+        paths += found
+        labels += [label] * len(found)
+    return [child.name for child in classes], paths, torch.tensor(labels)
+
+
+def _images_below(folder: Path) -> Iterator[str]:
+    # os.walk and not rglob: it asks the disk nothing about single files, and ImageNet has 1.3 million.
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+                yield f"{place}{os.sep}{name}"
+
+
+def read_image(path: str) -> Any:
+    """Open an image as RGB (grey and palette images are turned into it).
+
+    Raises:
+        UserError: it is damaged, no image, or has more than 8 bits a channel (Pillow would cut them off at 255).
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as file:
+            mode = file.mode
+            image = file.convert("RGB")
+    except Exception as error:  # Pillow raises many kinds for a file that is not what it should be
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"image {path} can't be read: {reason}") from None
+    if mode.startswith(("I", "F")):
+        raise UserError(f"image {path} has more than 8 bits a channel (mode {mode}); expected 8")
+    return image
+
+
+class _Images(Dataset[tuple[Tensor, int]]):
+    """Reads, transforms and seeds one image at a time, in whichever worker it falls to."""
+
+    def __init__(self, paths: list[str], labels: Tensor, indices: Tensor, size: int, seed: int | None) -> None:
+        self.paths, self.labels, self.indices = paths, labels, indices
+        self.size, self.seed = size, seed
+
+    def __getitem__(self, position: int) -> tuple[Tensor, int]:
+        index = int(self.indices[position])
+        image, label = read_image(self.paths[index]), int(self.labels[index])
+        transform = _transform(self.size, self.seed is not None)
+        if self.seed is None:
+            return transform(image), label
+        # The transforms draw from the CPU's global generator; what it was is put back, and other devices' stay.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(derive(self.seed, position))
+            return transform(image), label
+
+
+def _transform(size: int, augment: bool) -> Any:
+    """Return the papers' transform of an image to [3, size, size]."""
+    v2 = torchvision("transforms.v2")
+    if augment:
+        shape = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
+    else:
+        shape = [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)]
+    return v2.Compose([*shape, v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+
+
+@dataclass(frozen=True)
+class FolderData(Data):
+    """Images read from files as they are needed.
+
+    Attributes:
+        train_paths, test_paths: the files that the indices count.
+        workers: processes that read them.
+    """
+
+    train_paths: list[str]
+    test_paths: list[str]
+    workers: int = 0
+
+    def batches(self, part: Part, positions: Sequence[Tensor], *, augment: bool, seed: int) -> Iterator[Batch]:
+        """See `Data.batches`."""
+        testing = part == "test"
+        images = _Images(
+            self.test_paths if testing else self.train_paths,
+            self.test_labels if testing else self.train_labels,
+            getattr(self.split, part),
+            self.input_shape[1],
+            seed if augment else None,
+        )
+        torchvision("transforms.v2")  # here, so that workers do not each import (and mend) it
+        loader = DataLoader(
+            images,
+            batch_sampler=[batch.tolist() for batch in positions],
+            num_workers=self.workers,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator().manual_seed(seed),  # else it would draw from the global one
+        )
+        try:
+            for pixels, labels in loader:
+                yield Batch(pixels, labels)
+        except UserError as error:
+            # A worker hands its error on with the whole traceback as text; the last line is what it said.
+            raise UserError(str(error).strip().splitlines()[-1].removeprefix("exitkit.errors.UserError: ")) from None

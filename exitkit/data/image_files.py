@@ -71,7 +71,8 @@ def read_image(path: str) -> Any:
             mode = file.mode
             image = file.convert("RGB")
     except Exception as error:  # Pillow raises many kinds for a file that is not what it should be
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        # An OSError's own words would name the file a second time.
+        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"image {path} can't be read: {reason}") from None
     if mode.startswith(("I", "F")):
         raise UserError(f"image {path} has more than 8 bits a channel (mode {mode}); expected 8")

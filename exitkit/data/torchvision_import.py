@@ -12,6 +12,8 @@ import importlib
 import warnings
 from typing import Any
 
+from exitkit.errors import Note, UserError
+
 _SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 _MENDED: list[Any] = []  # operator definitions live as long as their library object
 
@@ -23,8 +25,6 @@ def torchvision(submodule: str = "") -> Any:
     Raises:
         UserError: it is not installed, or broken beyond the case that can be mended.
     """
-    from exitkit.errors import UserError
-
     try:
         _import_mended()
         return importlib.import_module(f"torchvision.{submodule}" if submodule else "torchvision")
@@ -60,5 +60,6 @@ def _import_mended() -> None:
         importlib.import_module("torchvision")
     warnings.warn(
         "torchvision's compiled library does not fit this torch; data sets, transforms and models work all the same",
+        Note,
         stacklevel=3,
     )

@@ -136,7 +136,7 @@ def _remember(whole: dict[str, list[Entry]]) -> None:
 
 def settings_of(entry: Entry) -> Iterator[tuple[str, str, str, str]]:
     """Yield name, type, default and meaning of each field, as text."""
-    for field in entry["fields"]:
+    for field in entry.get("fields", ()):
         yield field["name"], field["type"], _default(field), field["meaning"]
 
 

@@ -7,9 +7,11 @@ plugins come in by this door alone, as anyone else's do.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -118,16 +120,12 @@ def check_value(label: str, kind: Any, value: Any) -> Any:
     if isinstance(value, str) and value.lower() in ("none", "null"):
         candidates = [None, value]
     elif isinstance(value, str) and any(typing.get_origin(part) is tuple for part in _parts(kind)):
-        pieces = value.replace("-", ",") if value[:1].isdigit() and "e-" not in value else value
-        candidates = [value, [piece.strip() for piece in pieces.split(",") if piece.strip()]]
-    problem: ValidationError | None = None
+        separator = "-" if re.fullmatch(r"\d+(-\d+)+", value) else ","
+        candidates = [value, [piece.strip() for piece in value.split(separator)]]
     for candidate in candidates:
-        try:
+        with contextlib.suppress(ValidationError):
             return adapter.validate_python(candidate)
-        except ValidationError as error:
-            problem = problem or error
-    reasons = dict.fromkeys(str(item["msg"]).removeprefix("Input should be ") for item in problem.errors())  # type: ignore[union-attr]
-    raise UserError(f"{label} is {value!r}; expected {' or '.join(reasons)}")
+    raise UserError(f"{label} is {value!r}; expected {type_name(kind)}")
 
 
 def describe(plugin: Any) -> list[dict[str, Any]]:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from exitkit.data import Split, hold_out
 from exitkit.data.digits import Digits
+from exitkit.data.split import Split, hold_out
 from exitkit.errors import UserError
 
 PARTS = ("train", "validation", "test")

@@ -116,7 +116,7 @@ def test_any_image_that_fits(shape):
         ({"growth_factors": (1, 2)}, "one factor a scale"),
         ({"blocks": 0}, "blocks is 0; expected at least 1"),
         ({"reduction": 1.5}, "between 0 and 1"),
-        ({"step_mode": "evn"}, "'even' or 'lin_grow'"),
+        ({"step_mode": "evn"}, "expected even . lin_grow"),
         ({"growth_factors": (1,) * 7, "bottleneck_factors": (1,) * 7}, "too small for 7 scales"),
         ({"depth": 3}, "unknown field of backbone msdnet 'depth'"),
     ],

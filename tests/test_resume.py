@@ -1,5 +1,6 @@
 """A run killed with SIGKILL at any moment and started again ends in the same bits as one that never was."""
 
+import json
 import os
 import random
 import signal
@@ -19,6 +20,19 @@ SAME = ("weights.safetensors", "outputs-validation.safetensors", "outputs-test.s
 SAME += ("results.json", "cost.json", "recipe.json", "split.safetensors")
 SMALL = {"epochs": 2, "batch_size": 256}
 
+# Imports once, then forks a process for every command line that it is given and tells how that one ended.
+FORKS = """
+import json, os, runpy, sys
+import exitkit.cli.show, exitkit.cli.train, exitkit.training, sklearn.datasets
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        os.dup2(2, 1)
+        sys.argv = json.loads(line)
+        runpy.run_path("deadly.py", run_name="__main__")
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
 
 def arguments(method, out):
     return ["train", "--method", method, "--epochs", "2", "--batch-size", "256", "--out", str(out), "--resume"]
@@ -29,6 +43,25 @@ def run(*command, check=True):
     if check:
         assert done.returncode == 0, done.stderr
     return done
+
+
+@pytest.fixture(scope="module")
+def die(tmp_path_factory):
+    """die(event, count, *arguments): run `exitkit` on the arguments, and see it killed at the count-th event."""
+    errors = tmp_path_factory.mktemp("forks") / "stderr"
+    with errors.open("w") as log:
+        forks = subprocess.Popen(
+            [sys.executable, "-c", FORKS], cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+        )
+
+    def ends(event, count, *arguments, code=-signal.SIGKILL):
+        forks.stdin.write(json.dumps(["deadly.py", event, str(count), *arguments]) + "\n")
+        forks.stdin.flush()
+        assert int(forks.stdout.readline()) == code, (event, count, errors.read_text()[-2000:])
+
+    yield ends
+    forks.stdin.close()
+    forks.wait()
 
 
 def bits(out):
@@ -49,28 +82,39 @@ def reference(tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_killed_at_every_kind_of_moment(method, reference, tmp_path):
+def test_killed_at_every_kind_of_moment(method, reference, die, tmp_path):
     # While the folder is made; in the first epoch; with half a checkpoint written; with it written but not in place;
     # in place, its metrics not; in the second epoch; trained (metagf: between passes); evaluated by half.
     moments = [("renamed", 3), ("step", 2), ("write", 1), ("rename", 1), ("renamed", 1), ("step", 3), ("renamed", 3)]
     moments += [("rename", 3)]
     out = tmp_path / "killed"
     for event, count in moments:
-        died = run("deadly.py", event, str(count), *arguments(method, out), check=False)
-        assert died.returncode == -signal.SIGKILL, (event, count, died.stderr)
-    run("-m", "exitkit", *arguments(method, out))
+        die(event, count, *arguments(method, out))
+    die("never", 0, *arguments(method, out), code=0)
     assert bits(out) == reference(method)
     assert not list(out.rglob("*.part"))
 
 
-def test_killed_between_the_passes_of_metagf(reference, tmp_path):
+def test_killed_between_and_within_the_passes_of_metagf(reference, die, tmp_path):
     # Each checkpoint of a branch is a `renamed`: the folder and four first files, then checkpoint and metrics a pass.
+    # The last two die at a step of a branch and, five steps a pass, at the third one of a fusion.
     out = tmp_path / "killed"
-    for count in (7, 3, 3, 5):
-        died = run("deadly.py", "renamed", str(count), *arguments("metagf", out), check=False)
-        assert died.returncode == -signal.SIGKILL, died.stderr
-    run("-m", "exitkit", *arguments("metagf", out))
+    for event, count in [("renamed", 7), ("renamed", 3), ("renamed", 3), ("step", 3), ("step", 13), ("renamed", 5)]:
+        die(event, count, *arguments("metagf", out))
+    die("never", 0, *arguments("metagf", out), code=0)
     assert bits(out) == reference("metagf")
+
+
+@pytest.mark.parametrize("first", [1, 2, 5, 7, 9])
+def test_killed_again_and_again_ever_later(first, reference, die, tmp_path):
+    # From `first` on, each attempt gets one rename further than the one before, until one gets through.
+    out, count = tmp_path / "killed", first
+    while not list(out.glob("*/results.json")):
+        die("renamed", count, *arguments("joint", out))
+        count += 1
+    die("never", 0, *arguments("joint", out), code=0)
+    assert bits(out) == reference("joint")
+    assert not list(out.rglob("*.part")) and not list(out.glob(".*"))
 
 
 def test_killed_at_random_times(reference, tmp_path):

@@ -1,10 +1,7 @@
 """Data sets, their splits, augmentation and batches.
 
-A data set is a plugin (entry-point group `exitkit.datasets`): a dataclass derived from `DataSet` whose `load` returns
-`Data`. What fits into memory is a `TensorData`; `hold_out` draws its parts, stratified.
+A data set is a plugin (entry-point group `exitkit.datasets`): a dataclass derived from `base.DataSet` whose `load`
+returns `base.Data`. What fits into memory is a `base.TensorData`; `split.hold_out` draws its parts, stratified.
 """
 
-from exitkit.data.base import Batch, Data, DataSet, TensorData
-from exitkit.data.split import Split, hold_out
-
-__all__ = ["Batch", "Data", "DataSet", "Split", "TensorData", "hold_out"]
+# Nothing is imported here: `exitkit list` looks for the data sets' files through this package without loading torch.

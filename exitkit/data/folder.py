@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -37,14 +38,14 @@ class ImageFolder(DataSet):
         None, "images held out of the training images, stratified; none: those in val, if there is test too, or a tenth"
     )
     image_size: int = setting(224, "height and width that images are brought to")
-    workers: int = setting(4, "processes that read images")
+    workers: int | None = setting(None, "processes that read images; none: one a core, at most 4")
 
     def __post_init__(self) -> None:
         if self.validation is not None:
             super().__post_init__()
         if self.image_size < 8:
             raise UserError(f"image_size is {self.image_size}; expected at least 8")
-        if self.workers < 0:
+        if self.workers is not None and self.workers < 0:
             raise UserError(f"workers is {self.workers}; expected at least 0")
 
     def load(self, data_dir: Path | None, download: bool = True) -> Data:
@@ -72,7 +73,8 @@ class ImageFolder(DataSet):
             train, validation = hold_out(labels, pool, count, self.split_seed, "a validation set", names)
         shape = (3, self.image_size, self.image_size)
         split = Split(train, validation, test)
-        return FolderData(names, shape, labels, test_labels, split, paths, test_paths, self.workers)
+        workers = min(_cores(), 4) if self.workers is None else self.workers
+        return FolderData(names, shape, labels, test_labels, split, paths, test_paths, workers)
 
     def _parts(self, folder: Path) -> list[Path]:
         """Return the folders of training, test and (if it is used) validation images, or one that has them all."""
@@ -102,6 +104,11 @@ class ImageNet(ImageFolder):
                 "folder a class (for class folders alone: --dataset folder)"
             )
         return parts
+
+
+def _cores() -> int:
+    """Return how many cores this process may use; not all systems tell, and then how many there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _list_same(names: list[str], train: Path, other: Path) -> tuple[list[str], Tensor]:

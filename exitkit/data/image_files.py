@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from exitkit.data.base import Batch, Data, Part
 from exitkit.data.torchvision_import import torchvision
@@ -30,7 +30,7 @@ def list_images(folder: Path) -> Listing:
     What begins with a dot is passed over, be it a file or a folder: thumbnails and the like are no images.
 
     Raises:
-        UserError: no subfolders, or one without images.
+        UserError: no subfolders, one without images, or a folder that can't be read.
     """
     try:
         classes = sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
@@ -51,11 +51,16 @@ def list_images(folder: Path) -> Listing:
 
 def _images_below(folder: Path) -> Iterator[str]:
     # os.walk and not rglob: it asks the disk nothing about single files, and ImageNet has 1.3 million.
-    for place, folders, files in os.walk(folder):
+    for place, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):
                 yield f"{place}{os.sep}{name}"
+
+
+def _refuse(error: OSError) -> None:
+    # os.walk would pass over a folder that can't be read, and train on what is left.
+    raise UserError(f"{error.filename} can't be read: {error.strerror}") from None
 
 
 def read_image(path: str) -> Any:
@@ -79,16 +84,23 @@ def read_image(path: str) -> Any:
     return image
 
 
-class _Images(Dataset[tuple[Tensor, int]]):
-    """Reads, transforms and seeds one image at a time, in whichever worker it falls to."""
+class _Images(Dataset[tuple[Tensor, int] | str]):
+    """Reads, transforms and seeds one image at a time, in whichever worker it falls to.
+
+    Of an image that can't be read it gives the error's words: an error that a worker raises comes wrapped in its
+    traceback, and keeps the other workers from being shut down.
+    """
 
     def __init__(self, paths: list[str], labels: Tensor, indices: Tensor, size: int, seed: int | None) -> None:
         self.paths, self.labels, self.indices = paths, labels, indices
         self.size, self.seed = size, seed
 
-    def __getitem__(self, position: int) -> tuple[Tensor, int]:
+    def __getitem__(self, position: int) -> tuple[Tensor, int] | str:
         index = int(self.indices[position])
-        image, label = read_image(self.paths[index]), int(self.labels[index])
+        try:
+            image, label = read_image(self.paths[index]), int(self.labels[index])
+        except UserError as error:
+            return str(error)
         transform = _transform(self.size, self.seed is not None)
         if self.seed is None:
             return transform(image), label
@@ -96,6 +108,11 @@ class _Images(Dataset[tuple[Tensor, int]]):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(derive(self.seed, position))
             return transform(image), label
+
+
+def _together(items: list[tuple[Tensor, int] | str]) -> Any:
+    """Make a batch of images and labels, or hand on the first error's words."""
+    return next((item for item in items if isinstance(item, str)), None) or default_collate(items)
 
 
 def _transform(size: int, augment: bool) -> Any:
@@ -136,12 +153,11 @@ class FolderData(Data):
             images,
             batch_sampler=[batch.tolist() for batch in positions],
             num_workers=self.workers,
+            collate_fn=_together,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(seed),  # else it would draw from the global one
         )
-        try:
-            for pixels, labels in loader:
-                yield Batch(pixels, labels)
-        except UserError as error:
-            # A worker hands its error on with the whole traceback as text; the last line is what it said.
-            raise UserError(str(error).strip().splitlines()[-1].removeprefix("exitkit.errors.UserError: ")) from None
+        for batch in loader:
+            if isinstance(batch, str):
+                raise UserError(batch)
+            yield Batch(*batch)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import multiprocessing
 import warnings
 from typing import Any
 
@@ -58,8 +59,10 @@ def _import_mended() -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Failed to load image Python extension")
         importlib.import_module("torchvision")
-    warnings.warn(
-        "torchvision's compiled library does not fit this torch; data sets, transforms and models work all the same",
-        Note,
-        stacklevel=3,
-    )
+    if multiprocessing.parent_process() is None:  # loader workers have had it said by the process that starts them
+        warnings.warn(
+            "torchvision's compiled library does not fit this torch; "
+            "data sets, transforms and models work all the same",
+            Note,
+            stacklevel=3,
+        )

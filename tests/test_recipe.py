@@ -1,0 +1,115 @@
+"""What a run is: recipes, their files, their identity."""
+
+import json
+
+import pytest
+
+from exitkit.catalogue import entries, find_recipe, recipe_files
+from exitkit.cli.options import COMPARISON_KEYS
+from exitkit.errors import UserError
+from exitkit.plugins import check_value, type_name
+from exitkit.recipe import EXECUTION, Recipe
+
+
+def test_resolving_fills_in_the_house_recipe_and_every_field():
+    recipe = Recipe.make(method="boostnet").resolve()
+    assert (recipe.backbone, recipe.epochs, recipe.batch_size, recipe.lr) == ("msdnet-tiny", 30, 64, 0.1)
+    assert recipe.schedule == "cosine" and recipe.milestones == ()
+    assert recipe.method_settings == {
+        "variant": "paper",
+        "temperature": 0.5,
+        "stop_gradient": True,
+        "rescale": True,
+        "ge_scope": "all",
+    }
+    assert recipe.backbone_settings["growth_factors"] == [1, 1, 2]
+    assert recipe.resolve() == recipe and recipe.resolve().id == recipe.id
+    cifar = Recipe.make(dataset="cifar100").resolve()
+    assert (cifar.epochs, cifar.schedule, cifar.milestones) == (300, "step", (0.5, 0.75))
+
+
+def test_the_id_changes_with_everything_that_changes_the_run_and_with_nothing_else():
+    base = Recipe.make().resolve()
+    changes = {
+        "seed": 1,
+        "epochs": 31,
+        "batch_size": 32,
+        "lr": 0.2,
+        "momentum": 0.8,
+        "weight_decay": 0.0,
+        "decay": 0.2,
+        "precision": "bf16",
+        "schedule": "constant",
+        "method": "ge",
+        "backbone": "msdnet-cifar-lg4",
+    }
+    ids = [base.id, *(Recipe.make(**{key: value}).resolve().id for key, value in changes.items())]
+    ids += [
+        Recipe.make().with_settings({name: value}).resolve().id for name, value in (("growth", 6), ("validation", 100))
+    ]
+    assert len(set(ids)) == len(ids)
+    where = {"device": "cpu", "threads": 2, "data_dir": "elsewhere", "download": False}
+    assert where.keys() == EXECUTION
+    assert all(Recipe.make(**{key: value}).resolve().id == base.id for key, value in where.items())
+
+
+def test_a_written_recipe_is_the_recipe_that_is_read(tmp_path):
+    recipe = Recipe.make(method="boostnet", method_settings={"temperature": (0.1, 0.2, 0.3, 0.4)}).resolve()
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(recipe.model_dump(mode="json")))
+    again = Recipe.make(**Recipe.read(path))
+    assert again == recipe and again.resolve().id == recipe.id
+
+
+def test_fields_find_their_home():
+    recipe = Recipe.make(method="boostnet").with_settings(
+        {"temperature": "0.3", "backbone.growth": "8", "validation": "150", "method.rescale": "no"}
+    )
+    assert recipe.method_settings == {"temperature": "0.3", "rescale": "no"}
+    resolved = recipe.resolve()
+    assert resolved.method_settings["temperature"] == 0.3 and resolved.method_settings["rescale"] is False
+    assert resolved.backbone_settings["growth"] == 8 and resolved.dataset_settings["validation"] == 150
+    composed = Recipe.make(method="ge+boostnet").with_settings({"ge.variant": "released"}).resolve()
+    assert composed.method_settings["ge.ge_scope"] == "coarsest"
+    assert composed.method_settings["boostnet.ge_scope"] == "all"
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "value"),
+    [
+        (tuple[int, ...], "1,2,4", (1, 2, 4)),
+        (tuple[int, ...], "1-2-4", (1, 2, 4)),
+        (tuple[float, ...] | None, "none", None),
+        (float | tuple[float, ...], "0.5", 0.5),
+        (float | tuple[float, ...], "1e-3,2e-3", (0.001, 0.002)),
+        (float, "-1", -1.0),
+        (bool, "true", True),
+        (bool, "0", False),
+        (int | None, "7", 7),
+    ],
+)
+def test_text_is_read_as_the_fields_type(kind, text, value):
+    assert check_value("x", kind, text) == value
+
+
+def test_text_that_is_no_such_thing_says_what_was_expected():
+    with pytest.raises(UserError, match=r"x is .a,b.; expected number, ..."):
+        check_value("x", tuple[float, ...], "a,b")
+    assert type_name(float | tuple[float, ...]) == "number | number, ..."
+
+
+def test_every_shipped_recipe_resolves():
+    assert {entry["name"] for entry in entries("recipes")} == set(recipe_files())
+    for name in recipe_files():
+        values = Recipe.read(find_recipe(name))
+        assert values["title"] and values["methods"]
+        for method in values["methods"]:
+            plain = {key: value for key, value in values.items() if key not in COMPARISON_KEYS}
+            assert Recipe.make(**plain, method=method).resolve().epochs
+
+
+def test_a_recipe_that_is_no_table_is_refused(tmp_path):
+    path = tmp_path / "list.json"
+    path.write_text("[1, 2]")
+    with pytest.raises(UserError, match="holds a list; expected a table of keys"):
+        Recipe.read(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from exitkit.recipe import Recipe
 
 
+_LAUNCHERS = ("WORLD_SIZE", "RANK", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
+
+
 @dataclass(frozen=True)
 class Event:
     """What a campaign says while it goes: run number `index` has begun, progressed, is done or has failed."""
@@ -33,7 +37,9 @@ class _Worker:
 
     def __init__(self, threads: int, events: queue.SimpleQueue[tuple[_Worker, dict[str, Any] | None]]) -> None:
         self.index = -1
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        # Whatever launched the campaign may have left its ranks' variables; a run here is one process.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHERS)}
+        environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "exitkit.benchmarks.worker"],
             stdin=subprocess.PIPE,
@@ -54,8 +60,9 @@ class _Worker:
         """Hand over a run."""
         self.index = index
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"recipe": recipe.model_dump(mode="json"), "out": str(out)}) + "\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # a worker that is dead already says so by its closed output
+            self.process.stdin.write(json.dumps({"recipe": recipe.model_dump(mode="json"), "out": str(out)}) + "\n")
+            self.process.stdin.flush()
 
     def end(self) -> None:
         """End the process, now; a run that it was at goes on from its checkpoint another time."""
@@ -67,9 +74,11 @@ def default_jobs(device: str, threads: int) -> int:
     """Return how many runs to have at once: one a GPU, or as many as there are cores for their threads."""
     import torch
 
-    if torch.cuda.is_available() and device in ("auto", "cuda"):
+    from exitkit.engine import choose_device
+
+    if device in ("auto", "cuda") and torch.cuda.is_available():
         return torch.cuda.device_count()
-    if device not in ("auto", "cpu"):
+    if choose_device(device).type != "cpu":
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(cores // threads, 1)

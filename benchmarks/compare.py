@@ -10,6 +10,7 @@ import click
 
 from exitkit.cli.options import COMPARISON_KEYS, make_recipe, parse_sets, read_recipe, recipe_options
 from exitkit.errors import Interrupted, UserError, unknown
+from exitkit.files import exists
 from exitkit.plugins import check_value
 
 if TYPE_CHECKING:
@@ -57,21 +58,24 @@ def compare(
 
     from exitkit.benchmarks.campaign import default_jobs, run_campaign
     from exitkit.benchmarks.campaign_display import CampaignDisplay
+    from exitkit.runs import RESULTS
 
     workers = default_jobs(recipes[0].device, recipes[0].threads) if jobs is None else jobs
     if workers < 1:
         raise UserError(f"--jobs is {workers}; expected at least 1")
     folder = Path(out)
-    todo = [recipe for recipe in recipes if not (folder / recipe.id / "results.json").exists()]
+    todo = [recipe for recipe in recipes if not exists(folder / recipe.id / RESULTS)]
     diverged: dict[int, str] = {}
     try:
         with CampaignDisplay(todo, len(recipes)) as display:
             diverged = run_campaign(todo, folder, workers, display) if todo else {}
     except KeyboardInterrupt:
         raise Interrupted("stopped; the same command goes on where it was") from None
-    publish(recipes, folder)
-    if diverged:
-        raise UserError("; ".join(f"left out {todo[index].id}: {reason}" for index, reason in diverged.items()))
+    left_out = "; ".join(f"left out {todo[index].id}: {reason}" for index, reason in diverged.items())
+    if len(diverged) < len(recipes):
+        publish(recipes, folder)
+    if left_out:
+        raise UserError(left_out)
 
 
 def split_methods(methods: str | list[str]) -> list[str]:
@@ -123,11 +127,9 @@ def publish(recipes: list[Recipe], out: Path) -> None:
     from rich.console import Console
 
     from exitkit.benchmarks.report import collect, print_report, write_report
-    from exitkit.runs import RunFolder
+    from exitkit.runs import RESULTS, RunFolder
 
-    runs = [RunFolder(out / recipe.id) for recipe in recipes if (out / recipe.id / "results.json").exists()]
-    if not runs:
-        raise UserError(f"no run of this comparison is finished in {out}")
+    runs = [RunFolder(out / recipe.id) for recipe in recipes if exists(out / recipe.id / RESULTS)]
     comparison = collect(runs)
     write_report(comparison, out / "report")
     print_report(comparison, Console())

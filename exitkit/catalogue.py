@@ -78,8 +78,9 @@ def _entry(kind: str, name: str) -> Entry:
             entry |= {"paper": blank.paper, "slots": sorted(blank.claims())}
         if kind == "dataset":
             entry["house"] = dict(plugins.underlying(plugin).house)
-    except UserError as error:
-        # One package that is broken must not hide the others; what is wrong with it stands in its place.
+        plain: Entry = json.loads(json.dumps(entry))
+    except Exception as error:
+        # One package that is broken, however, must not hide the others; what is wrong stands in its place.
         return {
             "name": name,
             "summary": f"not usable: {error}",
@@ -88,7 +89,6 @@ def _entry(kind: str, name: str) -> Entry:
             "slots": [],
             "house": {},
         }
-    plain: Entry = json.loads(json.dumps(entry))
     return plain
 
 
@@ -121,7 +121,7 @@ def _remembered() -> dict[str, list[Entry]] | None:
         stored = json.loads(_store().read_text(encoding="utf-8"))
         whole: dict[str, list[Entry]] = stored["catalogue"]
         return whole if stored["fingerprint"] == _fingerprint() else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError):  # RuntimeError: there is no home
         return None
 
 

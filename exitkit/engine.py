@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -59,6 +59,7 @@ class Engine:
         self.rank = rank
         self.world = world
         self.share = 1.0
+        self._made_group = False
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
     @classmethod
@@ -71,23 +72,40 @@ class Engine:
             threads: CPU threads of this process.
         """
         torch.set_num_threads(threads)
-        world = int(os.environ.get("WORLD_SIZE", "1"))
-        chosen = choose_device(device)
+        world, rank, local = (_from_torchrun(name, default) for name, default in _TORCHRUN.items())
+        if world > 1 and device == "auto" and not torch.cuda.is_available():
+            device = "cpu"  # ranks can't talk to one another on MPS
+        chosen = choose_device(f"cuda:{local}" if world > 1 and device in ("auto", "cuda") else device)
+        if world > 1 and chosen.type == "mps":
+            raise UserError("several ranks can't train on mps; expected --device cpu, or one process")
         if precision == "tf32" and chosen.type != "cuda":
             raise UserError(
                 f"precision tf32 needs a CUDA device, and this is {chosen.type}; expected fp32, bf16 or fp16"
             )
-        if chosen.type == "cuda":
-            index = int(os.environ.get("LOCAL_RANK", "0")) if world > 1 else chosen.index or 0
-            chosen = torch.device("cuda", index)
-            torch.cuda.set_device(chosen)
-            torch.backends.cudnn.deterministic = True
-            torch.backends.cudnn.benchmark = False
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+        engine = cls(chosen, precision, rank, world)
+        engine.set_arithmetic()
         if world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-        rank = dist.get_rank() if world > 1 else 0
-        return cls(chosen, precision, rank, world)
+            engine._made_group = True
+        return engine
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Leave the process group, so that no rank waits for one that is gone."""
+        if self._made_group:
+            dist.destroy_process_group()
+
+    def set_arithmetic(self) -> None:
+        """Make CUDA reproducible, and let it use TensorFloat-32 only where the precision says so."""
+        if self.device.type != "cuda":
+            return
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.cuda.set_device(self.device)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.precision == "tf32"
 
     @property
     def is_main(self) -> bool:
@@ -111,7 +129,11 @@ class Engine:
     def images(self, images: Tensor) -> Tensor:
         """Move a batch of images here, in the layout that the network has."""
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        return images.to(self.device, non_blocking=True, memory_format=layout)
+        return images.to(self.device, non_blocking=self.device.type == "cuda", memory_format=layout)
+
+    def labels(self, labels: Tensor) -> Tensor:
+        """Move a batch of labels here."""
+        return labels.to(self.device, non_blocking=self.device.type == "cuda")
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context that forward passes run in."""
@@ -202,11 +224,16 @@ class Engine:
         self.update(optimizer)
 
 
-@contextlib.contextmanager
-def ranks_left_at_exit() -> Iterator[None]:
-    """Leave the process group on the way out, so that no rank waits for one that is gone."""
+_TORCHRUN = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0}
+"""What torchrun tells its processes, and what holds without it."""
+
+
+def _from_torchrun(name: str, default: int) -> int:
+    told = [variable for variable in _TORCHRUN if variable in os.environ]
+    if told and len(told) < len(_TORCHRUN):
+        missing = ", ".join(sorted(set(_TORCHRUN) - set(told)))
+        raise UserError(f"{', '.join(told)} is set but {missing} is not; start several ranks by torchrun, or unset it")
     try:
-        yield
-    finally:
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
+        return int(os.environ.get(name, default))
+    except ValueError:
+        raise UserError(f"{name} is {os.environ[name]!r}; expected a number, as torchrun sets it") from None

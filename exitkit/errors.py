@@ -19,7 +19,7 @@ class Note(UserWarning):
 
 
 class Interrupted(Exception):
-    """Training was stopped by the user (SIGINT or SIGTERM); the message says how to resume."""
+    """Training was stopped by the user (SIGINT); the message says how to resume."""
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> UserError:

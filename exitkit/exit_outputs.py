@@ -81,11 +81,21 @@ def evaluate(run: RunFolder | str | Path, *, device: str | None = None) -> pd.Da
         UserError: no such run, or one whose weights or images are missing.
     """
     run = run if isinstance(run, RunFolder) else RunFolder(run)
+    with run.held():
+        evaluate_held(run, device or run.recipe.device)
+    return table_of([run])
+
+
+def evaluate_held(run: RunFolder, device: str) -> None:
+    """Do what `evaluate` does for whoever holds the run already."""
     recipe = run.recipe
     torch.set_num_threads(recipe.threads)
-    engine = Engine(choose_device(device or recipe.device))
+    engine = Engine(choose_device(device))
+    engine.set_arithmetic()
     data = load_data(recipe, run.path / "split.safetensors")
     network = load_network(run, data)
+    # While the new outputs appear one by one, the run is not finished.
+    (run.path / RESULTS).unlink(missing_ok=True)
     write_json(run.path / "cost.json", [row._asdict() for row in cost(network)])
     engine.place(network)
     results = {}
@@ -96,7 +106,6 @@ def evaluate(run: RunFolder | str | Path, *, device: str | None = None) -> pd.Da
         hits = outputs["logits"].argmax(2) == outputs["labels"][:, None]
         results[part] = (100 * hits.double().mean(0)).tolist()
     write_json(run.path / RESULTS, results)
-    return table_of([run])
 
 
 def augment_validation(recipe: Recipe, part: Part) -> bool:
@@ -130,7 +139,7 @@ def measure(network: MultiExitNetwork, data: Data, part: Part, engine: Engine, a
     mine = torch.arange(engine.rank, len(data.labels(part)), engine.world)
     sums = torch.zeros(2, network.num_exits, dtype=torch.float64)
     for batch in data.batches(part, mine.split(_BATCH), augment=augment, seed=0):
-        labels = batch.labels.to(engine.device)
+        labels = engine.labels(batch.labels)
         with engine.autocast():
             logits = network(engine.images(batch.images)).logits
         losses = torch.stack([F.cross_entropy(at_least_float32(output), labels, reduction="sum") for output in logits])

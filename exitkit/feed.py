@@ -108,7 +108,7 @@ class EpochBatches:
             for group in run.optimizer.param_groups:
                 group["lr"] = learning_rate(recipe, at)
             torch.manual_seed(derive(recipe.seed, "noise", at.phase, at.epoch, step, self._engine.rank))
-            yield Batch(self._engine.images(batch.images), batch.labels.to(self._engine.device, non_blocking=True))
+            yield Batch(self._engine.images(batch.images), self._engine.labels(batch.labels))
             self._tell((step + 1) / (time.perf_counter() - began))
         at.passes += 1
 

@@ -7,7 +7,7 @@ import errno
 import io
 import json
 import os
-import tempfile
+import uuid
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,22 +27,41 @@ def written_whole(path: Path) -> Iterator[Path]:
     Raises:
         UserError: no space, no permission, or another failure of the disk.
     """
+    # Made by open(), so that it has the permissions that the user's umask gives.
+    temporary = beside(path)
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-        os.close(handle)
+        temporary.open("xb").close()
     except OSError as error:
         raise disk_error(path, error) from None
-    temporary = Path(name)
     try:
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
-        temporary.chmod(0o644)
         temporary.replace(path)
     except OSError as error:
         raise disk_error(path, error) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def beside(path: Path) -> Path:
+    """Return a name in the same folder that nobody else has, for what is to become `path`."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+
+
+def exists(path: Path) -> bool:
+    """Whether there is something at `path`.
+
+    Raises:
+        UserError: it can't be told (a name too long, a folder without permission).
+    """
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise disk_error(path, error) from None
+    return True
 
 
 def disk_error(path: Path, error: OSError) -> UserError:

@@ -23,11 +23,12 @@ class Meter:
     def __init__(self, exits: int, position: Position) -> None:
         self._exits = exits
         self._position = position
+        self._pending: list[tuple[int, Tensor]] = []
         self.reset()
 
     def reset(self) -> None:
-        """Begin a pass."""
-        self._pending: list[tuple[int, Tensor]] = []
+        """Begin a pass, after a look at what the last one left."""
+        self._check()
         self._sums: Tensor | None = None
         self._count = 0
 

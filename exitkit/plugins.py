@@ -63,8 +63,9 @@ def load(kind: str, name: str) -> Any:
         raise unknown(WORDS[kind], name, points)
     try:
         return points[name].load()
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"{WORDS[kind]} {name!r} ({points[name].value}) does not load: {error}") from error
+    except Exception as error:  # whatever someone's module raises while it is imported
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{WORDS[kind]} {name!r} ({points[name].value}) does not load: {reason}") from error
 
 
 def underlying(plugin: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A recipe: everything that a run is. Two runs of the same resolved recipe are the same run, to the bit."""
+"""A recipe: everything that a run is. Two runs of one resolved recipe, on one machine, are the same to the bit."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from exitkit.data.base import Batch
 from exitkit.engine import Engine
 from exitkit.meter import Meter
-from exitkit.network import MultiExitNetwork, Outputs
+from exitkit.network import MultiExitNetwork, Outputs, map_tensors
 from exitkit.randomness import derive, generator
 from exitkit.strategy import TrainingStrategy
 
@@ -226,7 +226,8 @@ class Run:
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self._engine.scaler.load_state_dict(state["scaler"])
-        self.strategy.load_state_dict(state["strategy"])
+        device = self._engine.device  # optimisers and modules move what they load; a strategy's state is moved here
+        self.strategy.load_state_dict(map_tensors(lambda tensor: tensor.to(device), state["strategy"]))
         for name, side in self.auxiliaries.items():
             side.load_state_dict(state["auxiliaries"][name])
         self.position.phase, self.position.epoch, self.position.passes = state["position"]

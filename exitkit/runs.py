@@ -14,7 +14,6 @@ import contextlib
 import glob
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from exitkit.errors import UserError
-from exitkit.files import disk_error, load_arrays, make_folder, read_json, write_json
+from exitkit.files import beside, disk_error, exists, load_arrays, make_folder, read_json, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,18 +64,15 @@ class RunFolder:
         """
         make_folder(out)
         path = out / recipe.id
+        draft = beside(path)
         try:
-            draft = Path(tempfile.mkdtemp(prefix=f".{recipe.id}.", suffix=".part", dir=out))
-        except OSError as error:
-            raise disk_error(path, error) from None
-        try:
+            draft.mkdir()
             for name, write in writers.items():
                 write(draft / name)
             write_json(draft / "recipe.json", recipe.model_dump(mode="json"))
-            draft.chmod(0o755)
             draft.rename(path)
         except (OSError, UserError) as error:
-            if not path.exists():
+            if not exists(path):
                 raise error if isinstance(error, UserError) else disk_error(path, error) from None
         finally:
             shutil.rmtree(draft, ignore_errors=True)
@@ -100,7 +96,7 @@ class RunFolder:
             raise disk_error(self.path, error) from None
         try:
             for leftover in self.path.glob(".*.part"):
-                leftover.unlink()
+                leftover.unlink(missing_ok=True)
             # Folders of this run that never became it; who is still at one will find this one in its place.
             for draft in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.part"):
                 shutil.rmtree(draft, ignore_errors=True)
@@ -117,6 +113,11 @@ class RunFolder:
         if not isinstance(values, dict):
             raise UserError(f"{self.path / 'recipe.json'} is damaged; expected a table of keys")
         return Recipe.make(**values)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What makes the run this run, flat: {key, or `method.field`, `backbone.field`, `dataset.field`: JSON}."""
+        return _flat(self.recipe.identity())
 
     @property
     def label(self) -> str:
@@ -223,7 +224,7 @@ def unfinished_twin(recipe: Recipe, out: Path) -> str:
     for path in sorted(out.glob("[!.]*/recipe.json")):
         try:
             run = RunFolder(path.parent)
-            there = _flat(run.recipe.identity())
+            there = run.identity
         except UserError:
             continue
         if run.finished or any(there[key] != wanted[key] for key in ("method", "backbone", "dataset", "seed")):

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
 import exitkit
 from exitkit.build import build_strategy
@@ -21,7 +23,7 @@ from exitkit.engine import Engine
 from exitkit.errors import NonFiniteError, UserError
 from exitkit.exit_outputs import load_data, make_network
 from exitkit.feed import Progress, check_batches
-from exitkit.files import save_checkpoint, write_json, write_text
+from exitkit.files import exists, save_checkpoint, write_json, write_text
 from exitkit.network import MultiExitNetwork
 from exitkit.randomness import derive
 from exitkit.recipe import Recipe
@@ -45,27 +47,30 @@ class Session:
     folder: RunFolder | None = None
     report: Report = lambda progress: None
     metrics: list[dict[str, Any]] = field(default_factory=list)
+    added: set[str] = field(default_factory=set)
+    """Names of the modules that this phase's `adapt` has put into the network."""
 
     def save(self, run: Run) -> None:
-        """Write a checkpoint (main rank), unless the weights are no longer finite."""
-        if not all(
-            tensor.isfinite().all() for tensor in run.network.state_dict().values() if tensor.is_floating_point()
-        ):
+        """Write a checkpoint (main rank), unless something in it is no longer finite."""
+        state = run.state_dict() | {"metrics": self.metrics}
+        tensors = [leaf for leaf in pytree.tree_leaves(state) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        if not all(tensor.isfinite().all() for tensor in tensors):
             raise NonFiniteError(
                 f"weights are not finite after epoch {run.position.epoch + 1}; try a lower --lr "
                 "(the last good checkpoint is kept)"
             )
         if self.engine.is_main:
             assert self.folder is not None
-            save_checkpoint(self.folder.path / "checkpoint.pt", run.state_dict() | {"metrics": self.metrics})
+            # The metrics first: killed between the two, the epoch is trained again and they are written again.
             write_text(self.folder.path / "metrics.csv", _csv(self.metrics))
+            save_checkpoint(self.folder.path / "checkpoint.pt", state)
         self.engine.barrier()
 
 
 def prepare(recipe: Recipe, engine: Engine, path: Path, report: Report) -> Session:
     """Make data, network and phases, and try everything that can fail before a folder is made."""
     stored = path / "split.safetensors"
-    data = load_data(recipe, stored if stored.exists() else None)
+    data = load_data(recipe, stored if exists(stored) else None)
     check_batches(recipe, data, engine.world)
     network = make_network(recipe, data.input_shape, data.num_classes)
     assert recipe.epochs is not None
@@ -78,7 +83,7 @@ def prepare(recipe: Recipe, engine: Engine, path: Path, report: Report) -> Sessi
 
 def open_folder(session: Session, path: Path) -> RunFolder:
     """Make the run's folder (main rank), unless it is there."""
-    if session.engine.is_main and not path.exists():
+    if session.engine.is_main and not exists(path):
         environment = _environment(session)
         RunFolder.create(
             path.parent,
@@ -98,7 +103,9 @@ def begin_phase(session: Session, number: int, phase: Phase) -> Run:
     recipe, network = session.recipe, session.network
     torch.manual_seed(derive(recipe.seed, "adapt", number))
     before = {name for name, _ in network.named_parameters()}
+    modules = {name for name, _ in network.named_modules()}
     phase.strategy.adapt(network)
+    session.added = {name for name, _ in network.named_modules()} - modules
     session.engine.place(network)
     for name, parameter in network.named_parameters():
         new, head = name not in before, name.startswith(("heads.", "link."))

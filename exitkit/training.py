@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from exitkit.engine import Engine, ranks_left_at_exit
+from exitkit.engine import Engine
 from exitkit.errors import UserError
-from exitkit.exit_outputs import augment_validation, evaluate, measure
+from exitkit.exit_outputs import augment_validation, evaluate_held, measure
 from exitkit.feed import EpochBatches
-from exitkit.files import append_line, load_checkpoint, save_tensors
+from exitkit.files import append_line, exists, load_checkpoint, save_tensors
 from exitkit.meter import split_totals
 from exitkit.recipe import Recipe
 from exitkit.run import Run
@@ -52,28 +53,28 @@ def train(
     """
     recipe = (recipe if isinstance(recipe, Recipe) else Recipe.make(**recipe)).resolve()
     path = Path(out) / recipe.id
-    with ranks_left_at_exit():
-        engine = Engine.launch(recipe.device, recipe.precision, recipe.threads)
+    with Engine.launch(recipe.device, recipe.precision, recipe.threads) as engine:
         done = _find(path, recipe, resume)
         engine.barrier()  # all ranks have looked before the first makes the folder
         if done is not None and done.finished:
             return done
         session = prepare(recipe, engine, path, report)
         session.folder = open_folder(session, path)
-        if not engine.is_main:
-            _train_phases(session)
-            return session.folder
-        with session.folder.held():
-            if not session.folder.finished:
+        with session.folder.held() if engine.is_main else nullcontext():
+            engine.barrier()  # whoever held the run before has written its last checkpoint
+            finished = session.folder.finished
+            engine.barrier()
+            if not finished:
                 _train_phases(session)
-                save_tensors(path / "weights.safetensors", session.network.state_dict())
-                evaluate(session.folder, device=str(engine.device))
+                if engine.is_main:
+                    save_tensors(path / "weights.safetensors", session.network.state_dict())
+                    evaluate_held(session.folder, str(engine.device))
         return session.folder
 
 
 def _find(path: Path, recipe: Recipe, resume: bool | None) -> RunFolder | None:
     """Return the run of this recipe, if there is one, and refuse what `resume` does not allow."""
-    if not path.exists():
+    if not exists(path):
         twin = unfinished_twin(recipe, path.parent) if resume else ""
         if twin:
             raise UserError(
@@ -92,7 +93,7 @@ def _train_phases(session: Session) -> None:
     """Train what is not trained yet, phase by phase and epoch by epoch, with a checkpoint after each."""
     assert session.folder is not None
     saved = session.folder.path / "checkpoint.pt"
-    state = load_checkpoint(saved, _CHECKPOINT_KEYS) if saved.exists() else None
+    state = load_checkpoint(saved, _CHECKPOINT_KEYS) if exists(saved) else None
     session.metrics = list(state["metrics"]) if state else []
     first = state["position"][0] if state else 0
     for number, phase in enumerate(session.phases):
@@ -104,7 +105,7 @@ def _train_phases(session: Session) -> None:
         while run.position.epoch < phase.epochs:
             began = time.perf_counter()
             batches = _batches(session, run, number, phase)
-            _train_mode(session.network, phase)
+            _train_mode(session.network, session.added, phase)
             run.on_checkpoint = lambda run=run: session.save(run)  # type: ignore[misc]
             phase.strategy.train_epoch(run, batches)
             _end_epoch(session, run, phase, batches, time.perf_counter() - began)
@@ -118,11 +119,12 @@ def _restore(run: Run, state: Mapping[str, Any], path: Path) -> None:
         raise UserError(f"{path} does not fit this run ({reason}); delete it to start the run anew") from None
 
 
-def _train_mode(network: nn.Module, phase: Phase) -> None:
+def _train_mode(network: nn.Module, added: set[str], phase: Phase) -> None:
+    """Put the network into training mode; frozen batch norm is that which was there before the phase."""
     network.train()
     if phase.batchnorm == "frozen":
-        for module in network.modules():
-            if isinstance(module, _BatchNorm):
+        for name, module in network.named_modules():
+            if isinstance(module, _BatchNorm) and name not in added:
                 module.eval()
 
 

@@ -12,9 +12,10 @@ Every epoch starts from W and has K + 1 passes over the data:
 
 The paper prints the update with a minus sign although it defines the gradient as end point minus start; the sum above
 is what it means. Where the paper leaves something open, this file decides: the momentum is cleared and batch-norm
-statistics are set back to W's before every branch and before the fusion pass; eta starts at 1, its learning rate
-falls to a tenth at half and at three quarters of the schedule; batch norm's scales and shifts are fused with equal
-weights (its last section leaves batch norm out) unless `fuse_batchnorm` is set.
+statistics are set back to W's before every branch and before the fusion pass; all K + 1 passes of an epoch see the same
+images, augmented alike; eta starts at 1, its learning rate falls to a tenth at half and at three quarters of the
+schedule; batch norm's scales and shifts are fused with equal weights (the paper's last section leaves batch norm out)
+unless `fuse_batchnorm` is set.
 
 What differs from the published code: its layer-wise script uses sigmoid weights, learns eta in the first epoch only
 (by a re-bound tensor), and lets momentum and batch-norm statistics leak from branch to branch. None of that is here.

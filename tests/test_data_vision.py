@@ -92,19 +92,26 @@ def test_cifar_comes_from_its_binary_layout_in_the_official_order(tmp_path, data
     assert torch.equal(torch.bincount(data.labels("validation")), torch.full((classes,), dataset.validation // classes))
 
 
-def test_cifar_is_normalised_by_the_papers_constants_and_augmented(tmp_path):
-    write_cifar10(tmp_path / "cifar-10-batches-bin")
-    data = TinyCIFAR10(validation=20).load(tmp_path, download=False)
-    everything = [torch.arange(100)]
+@pytest.mark.parametrize(
+    ("dataset", "write", "mean", "std"),
+    [
+        (TinyCIFAR10(validation=20), write_cifar10, (0.4914, 0.4824, 0.4467), (0.2471, 0.2435, 0.2616)),
+        (TinyCIFAR100(validation=100), write_cifar100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    ],
+    ids=["cifar10", "cifar100"],
+)
+def test_cifar_is_normalised_by_the_papers_constants_and_augmented(tmp_path, dataset, write, mean, std):
+    write(tmp_path / dataset.binary[0])
+    data = dataset.load(tmp_path, download=False)
+    everything = [torch.arange(len(data.split.train))]
     ((images, _),) = data.batches("train", everything, augment=False, seed=0)
-    mean = np.array([0.4914, 0.4824, 0.4467]).reshape(-1, 1, 1)
-    std = np.array([0.2471, 0.2435, 0.2616]).reshape(-1, 1, 1)
+    mean, std = np.reshape(mean, (3, 1, 1)), np.reshape(std, (3, 1, 1))
     expected = (data.train_images[data.split.train].numpy() / 255 - mean) / std
     np.testing.assert_allclose(images, expected, atol=1e-5)
     ((augmented, _),) = data.batches("train", everything, augment=True, seed=0)
     black = torch.from_numpy(-mean / std).float()
-    corners = torch.isclose(augmented[:, :, 0], black[:, 0], atol=1e-5).all(1).all(1)
-    assert 0.25 < corners.double().mean() < 0.65  # the first row is padding in 4 of 9 crops
+    first_rows = torch.isclose(augmented[:, :, 0], black[:, 0], atol=1e-5).all(1).all(1)
+    assert 0.25 < first_rows.double().mean() < 0.65  # padding in 4 of 9 crops
 
 
 def test_fashion_mnist_comes_through_torchvision(tmp_path):

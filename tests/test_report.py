@@ -21,10 +21,11 @@ FILES = [f"{kind}.{suffix}" for kind in ("anytime", "budgeted") for suffix in ("
 class FakeRun:
     """A finished run whose outputs are drawn at random, better from exit to exit."""
 
-    def __init__(self, label, seed, backbone="tiny_net", dataset="digits", macs=MACS, n=300):
+    def __init__(self, label, seed, backbone="tiny_net", dataset="digits", macs=MACS, n=300, **identity):
         self.label, self.macs = label, macs
         self.path = Path("runs") / f"{label}-{seed}"
         self.recipe = SimpleNamespace(method=label, backbone=backbone, dataset=dataset, seed=seed, epochs=3)
+        self.identity = {"method": label, "seed": str(seed), "epochs": "3", **identity}
         self.parts = {}
         for part, samples in (("validation", 200), ("test", n)):
             rng = np.random.default_rng([seed, samples, len(label)])
@@ -121,7 +122,12 @@ def test_budgeted_uses_validation_thresholds_and_realised_cost():
     [
         (lambda: [], "no finished runs"),
         (lambda: [FakeRun("ge", 1), FakeRun("joint", 1), FakeRun("ge", 1)], "both ge with seed 1"),
-        (lambda: [FakeRun("ge", 1), FakeRun("ge", 2, macs=(1, 2, 3, 4))], "cost different amounts"),
+        (lambda: [FakeRun("ge", 1), FakeRun("ge", 2, **{"backbone.growth": "6"})], r"differ in backbone\.growth"),
+        (
+            lambda: [FakeRun("ge", 1), FakeRun("joint", 1, epochs="9")],
+            r"differ in epochs=3 and 9; expected runs of one",
+        ),
+        (lambda: [FakeRun("ge", 1), FakeRun("ge", 2, **{"method.t": "0.5"})], r"differ in method\.t=None and 0\.5"),
         (lambda: [FakeRun("ge", 1), FakeRun("joint", 1, macs=(10, 20))], "no common budget"),
         (lambda: [FakeRun("ge", 1), FakeRun("joint", 1, n=299)], "different samples"),
     ],

@@ -40,6 +40,10 @@ class FinishedRun(Protocol):
     def recipe(self) -> Any:
         """Return what the run is: `backbone`, `dataset` and `seed` are read."""
 
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """Return what makes the run this run, flat: a method's own fields are called `method.field`."""
+
     def outputs(self, part: str) -> Mapping[str, np.ndarray]:
         """Return logits [N, K, C], labels [N] and indices [N] of "validation" or "test"."""
 
@@ -104,7 +108,7 @@ def collect(runs: Iterable[FinishedRun], *, budgets: int = 9) -> Comparison:
 
 
 def _check_comparable(runs: Sequence[FinishedRun]) -> None:
-    """Refuse a seed that counts twice, and a method whose network changes from seed to seed."""
+    """Refuse a seed that counts twice, and runs that differ in more than the method and the seed."""
     seen: dict[tuple[str, int], FinishedRun] = {}
     first_of: dict[str, FinishedRun] = {}
     for run in runs:
@@ -114,9 +118,19 @@ def _check_comparable(runs: Sequence[FinishedRun]) -> None:
                 f"{twin.path} and {run.path} are both {run.label} with seed {run.recipe.seed}; "
                 "expected each seed of a method once"
             )
-        first = first_of.setdefault(run.label, run)
-        if list(map(dict, run.costs())) != list(map(dict, first.costs())):
-            raise UserError(f"{first.path} and {run.path} are both {run.label}, but their exits cost different amounts")
+        _check_alike(runs[0], run, ignoring=("seed", "method"))
+        _check_alike(first_of.setdefault(run.label, run), run, ignoring=("seed",))
+
+
+def _check_alike(one: FinishedRun, other: FinishedRun, ignoring: tuple[str, ...]) -> None:
+    a, b = one.identity, other.identity
+    keys = sorted(key for key in a.keys() | b.keys() if key.split(".")[0] not in ignoring and a.get(key) != b.get(key))
+    if keys:
+        told = ", ".join(f"{key}={a.get(key)} and {b.get(key)}" for key in keys[:3])
+        raise UserError(
+            f"{one.path} and {other.path} can't stand in one table: they differ in {told}; "
+            "expected runs of one recipe, in a folder of their own"
+        )
 
 
 def _macs(run: FinishedRun) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from importlib.metadata import EntryPoint, entry_points
@@ -65,10 +64,6 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(_one_line(error.format_message()), 2)
     except UserError as error:
         _fail(_one_line(str(error)), 2)
-    except BrokenPipeError:
-        # Whoever read our output (a pager, `head`) has gone; Python must not complain about it when it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
     sys.exit(code if isinstance(code, int) else 0)
 
 

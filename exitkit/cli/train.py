@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from typing import Any
@@ -39,8 +40,10 @@ def train(sets: tuple[str, ...], recipe_file: str | None, out: str, resume: bool
         with TrainProgress() as progress:
             run = train_run(recipe, out, resume=resume, report=progress)
     except KeyboardInterrupt:
-        again = [word for word in sys.argv[1:] if word != "--resume"]
-        raise Interrupted(f"stopped; go on with: exitkit {shlex.join(again)} --resume") from None
+        again = shlex.join([word for word in sys.argv[1:] if word != "--resume"])
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        start = "torchrun ... -m exitkit" if several else "exitkit"
+        raise Interrupted(f"stopped; go on with: {start} {again} --resume") from None
     if progress.speaks:
         from exitkit.cli.show import print_run
 

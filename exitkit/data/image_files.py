@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,6 +117,22 @@ def _together(items: list[tuple[Tensor, int] | str]) -> Any:
     return next((item for item in items if isinstance(item, str)), None) or default_collate(items)
 
 
+@contextlib.contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Block SIGINT until the end of the block, and for good in processes that start within it.
+
+    Ctrl-C in a terminal reaches the workers too; where one dies of it, this process fails or waits instead of stopping.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _transform(size: int, augment: bool) -> Any:
     """Return the papers' transform of an image to [3, size, size]."""
     v2 = torchvision("transforms.v2")
@@ -157,7 +175,9 @@ class FolderData(Data):
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(seed),  # else it would draw from the global one
         )
-        for batch in loader:
+        with _interrupts_held_back():
+            batches = iter(loader)  # starts the workers
+        for batch in batches:
             if isinstance(batch, str):
                 raise UserError(batch)
             yield Batch(*batch)

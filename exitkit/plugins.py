@@ -26,15 +26,17 @@ KINDS = {"method": "exitkit.methods", "backbone": "exitkit.backbones", "dataset"
 WORDS = {"method": "method", "backbone": "backbone", "dataset": "data set"}
 
 
-def setting(default: Any, meaning: str, *, variant: Mapping[str, Any] | None = None) -> Any:
+def setting(default: Any, meaning: str, *, variant: Mapping[str, Any] | None = None, execution: bool = False) -> Any:
     """Declare a field of a plugin.
 
     Args:
         default: its default; None together with `variant` means "as the variant says".
         meaning: one line for `exitkit list` and the docs.
         variant: the value that each variant ("paper", "released") stands for; see `resolve_variant`.
+        execution: it says how the work is done and changes no result, so that it is no part of what a run is.
     """
-    return dataclasses.field(default=default, metadata={"meaning": meaning, "variant": dict(variant or {})})
+    metadata = {"meaning": meaning, "variant": dict(variant or {}), "execution": execution}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def resolve_variant(plugin: Any) -> None:

@@ -167,7 +167,13 @@ class Recipe(BaseModel):
 
     def identity(self) -> dict[str, Any]:
         """Return what makes this run this run: all but where it happens. Meant for a resolved recipe."""
-        return {key: value for key, value in self.model_dump(mode="json").items() if key not in EXECUTION}
+        identity = {key: value for key, value in self.model_dump(mode="json").items() if key not in EXECUTION}
+        fields = plugins.fields(plugins.load("dataset", self.dataset))
+        chosen = identity["dataset_settings"]
+        identity["dataset_settings"] = {
+            name: value for name, value in chosen.items() if not fields[name].metadata.get("execution")
+        }
+        return identity
 
     @property
     def id(self) -> str:

@@ -48,6 +48,9 @@ def test_the_id_changes_with_everything_that_changes_the_run_and_with_nothing_el
         Recipe.make().with_settings({name: value}).resolve().id for name, value in (("growth", 6), ("validation", 100))
     ]
     assert len(set(ids)) == len(ids)
+    folder = Recipe.make(dataset="folder")
+    assert folder.with_settings({"workers": 9}).resolve().id == folder.resolve().id
+    assert folder.with_settings({"image_size": 9}).resolve().id != folder.resolve().id
     where = {"device": "cpu", "threads": 2, "data_dir": "elsewhere", "download": False}
     assert where.keys() == EXECUTION
     assert all(Recipe.make(**{key: value}).resolve().id == base.id for key, value in where.items())

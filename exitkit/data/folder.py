@@ -38,7 +38,7 @@ class ImageFolder(DataSet):
         None, "images held out of the training images, stratified; none: those in val, if there is test too, or a tenth"
     )
     image_size: int = setting(224, "height and width that images are brought to")
-    workers: int | None = setting(None, "processes that read images; none: one a core, at most 4")
+    workers: int | None = setting(None, "processes that read images; none: one a core, at most 4", execution=True)
 
     def __post_init__(self) -> None:
         if self.validation is not None:

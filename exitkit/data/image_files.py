@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,6 +134,12 @@ def _interrupts_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def _keep_quiet(worker: int) -> None:
+    # What goes wrong in a worker is told by the process that it reads for. Only the thread that hands images over would
+    # print anything: that nobody takes them any more, when that process is being stopped.
+    sys.excepthook = lambda *error: None
+
+
 def _transform(size: int, augment: bool) -> Any:
     """Return the papers' transform of an image to [3, size, size]."""
     v2 = torchvision("transforms.v2")
@@ -172,6 +179,7 @@ class FolderData(Data):
             batch_sampler=[batch.tolist() for batch in positions],
             num_workers=self.workers,
             collate_fn=_together,
+            worker_init_fn=_keep_quiet,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(seed),  # else it would draw from the global one
         )

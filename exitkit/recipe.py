@@ -169,10 +169,9 @@ class Recipe(BaseModel):
         """Return what makes this run this run: all but where it happens. Meant for a resolved recipe."""
         identity = {key: value for key, value in self.model_dump(mode="json").items() if key not in EXECUTION}
         fields = plugins.fields(plugins.load("dataset", self.dataset))
+        execution = {name for name, field in fields.items() if field.metadata.get("execution")}
         chosen = identity["dataset_settings"]
-        identity["dataset_settings"] = {
-            name: value for name, value in chosen.items() if not fields[name].metadata.get("execution")
-        }
+        identity["dataset_settings"] = {name: value for name, value in chosen.items() if name not in execution}
         return identity
 
     @property

@@ -92,6 +92,8 @@ TABLE = {
     "comparison's seeds": ("compare --recipe seeds.toml", "seeds is 'two'; expected integer"),
     "out is a file": ("train --epochs 1 --out broken.toml", "broken.toml is a file; expected a folder"),
     "out can't be made": ("train --epochs 1 --out broken.toml/deeper", "can't be written"),
+    "out of a name too long": (f"train --epochs 1 --out {'x' * 300}", "can't be written"),
+    "comparison with a name too long": (f"compare --epochs 1 --out {'x' * 300}", "can't be written"),
     "no run": ("show nowhere", "does not exist"),
     "no run in the folder": ("show empty", "holds no run (no recipe.json)"),
     "no runs to report": ("report empty", "holds no finished run"),
@@ -134,6 +136,13 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(mistake, cli, things, t
     command, says = TABLE[mistake]
     refused(cli(*command.split()), says)
     assert everything(tmp_path) == before
+
+
+def test_ranks_that_torchrun_did_not_start_are_refused(cli, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(
+        cli("train", "--epochs", "1"), "WORLD_SIZE is set but LOCAL_RANK, RANK is not; start several ranks by torchrun"
+    )
 
 
 TRAIN = ("train", "--epochs", "2", "--batch-size", "512", "--out", "runs")

@@ -87,9 +87,10 @@ class Shift(LogitLink):
     def __init__(self):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(()))
+        self.norm = nn.BatchNorm1d(10)
 
     def forward(self, index, raw, embedding, carry):
-        return self.scale * raw, carry
+        return self.scale * self.norm(raw), carry
 
 
 @dataclass(eq=False)
@@ -140,6 +141,7 @@ def test_phases_train_what_they_say_and_leave_the_rest(three_phases, monkeypatch
     assert moved == {name for name in first if name.startswith("heads.")}
     assert {name for name in heads if not torch.equal(heads[name], new[name])} == set()
     assert new["link.scale"] != 1
+    assert new["link.norm.num_batches_tracked"] > 0  # what the phase added is not frozen
     assert torch.equal(load_tensors(run.path / "weights.safetensors")["link.scale"], new["link.scale"])
     metrics = pd.read_csv(run.path / "metrics.csv")
     assert list(metrics.phase) == ["all", "all", "heads", "new"] and list(metrics.epoch) == [1, 2, 1, 1]

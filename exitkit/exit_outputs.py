@@ -138,7 +138,8 @@ def measure(network: MultiExitNetwork, data: Data, part: Part, engine: Engine, a
     network.eval()
     mine = torch.arange(engine.rank, len(data.labels(part)), engine.world)
     sums = torch.zeros(2, network.num_exits, dtype=torch.float64)
-    for batch in data.batches(part, mine.split(_BATCH), augment=augment, seed=0):
+    positions = mine.split(_BATCH) if len(mine) else ()  # more ranks than images
+    for batch in data.batches(part, positions, augment=augment, seed=0):
         labels = engine.labels(batch.labels)
         with engine.autocast():
             logits = network(engine.images(batch.images)).logits

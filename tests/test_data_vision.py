@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import os
+import pickle
 import struct
 import urllib.error
 import urllib.request
@@ -208,6 +210,34 @@ def test_missing_files_are_fetched_once(tmp_path, monkeypatch):
         data = FashionMNIST(validation=20).load(tmp_path / "new")
         assert len(data.train_images) == 60
     assert len(fetched) == 4
+
+
+def test_cifar_comes_through_torchvision_where_its_python_layout_lies(tmp_path, offline, monkeypatch):
+    from exitkit.data.torchvision_import import torchvision
+
+    folder, official = tmp_path / "cifar-10-batches-py", torchvision("datasets").CIFAR10
+    folder.mkdir()
+    random, pixels = np.random.default_rng(0), []
+
+    def write(name, content):
+        (folder / name).write_bytes(pickle.dumps(content))
+        return name, hashlib.md5((folder / name).read_bytes()).hexdigest()
+
+    def records():
+        pixels.append(random.integers(0, 256, (20, 3072)).astype(np.uint8))
+        return {"data": pixels[-1], "labels": [number % 10 for number in range(20)]}
+
+    monkeypatch.setattr(official, "train_list", [list(write(name, records())) for name, _ in official.train_list])
+    monkeypatch.setattr(official, "test_list", [list(write(name, records())) for name, _ in official.test_list])
+    name, checksum = write("batches.meta", {"label_names": list("abcdefghij")})
+    monkeypatch.setattr(official, "meta", {"filename": name, "key": "label_names", "md5": checksum})
+    data = CIFAR10(validation=20).load(tmp_path)
+    np.testing.assert_array_equal(data.train_images, np.concatenate(pixels[:5]).reshape(-1, 3, 32, 32))
+    np.testing.assert_array_equal(data.test_images, pixels[5].reshape(-1, 3, 32, 32))
+    assert torch.equal(data.train_labels, torch.arange(100) % 10)
+    (folder / "data_batch_2").write_bytes(b"changed")  # no longer what the checksum says: never unpickled
+    with pytest.raises(UserError, match="cifar-10-batches-py"):
+        CIFAR10(validation=20).load(tmp_path)
 
 
 @pytest.mark.skipif("EXITKIT_DATA" not in os.environ, reason="EXITKIT_DATA names no folder with the real images")

@@ -185,7 +185,10 @@ class FolderData(Data):
         )
         with _interrupts_held_back():
             batches = iter(loader)  # starts the workers
-        for batch in batches:
-            if isinstance(batch, str):
-                raise UserError(batch)
-            yield Batch(*batch)
+        try:
+            for batch in batches:
+                if isinstance(batch, str):
+                    raise UserError(batch)
+                yield Batch(*batch)
+        finally:
+            del batches  # else an error's traceback keeps the workers

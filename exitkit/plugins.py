@@ -53,21 +53,35 @@ def registered(kind: str) -> dict[str, EntryPoint]:
     return {point.name: point for point in sorted(entry_points(group=KINDS[kind]), key=lambda point: point.name)}
 
 
+def _rivals(kind: str, name: str) -> list[str]:
+    """Return what the entry points called `name` stand for; one package seen twice on the path is one."""
+    return sorted({point.value for point in entry_points(group=KINDS[kind], name=name)})
+
+
 @functools.cache
 def load(kind: str, name: str) -> Any:
     """Return the plugin called `name`: a dataclass, or a `functools.partial` of one.
 
     Raises:
-        UserError: no such name (the nearest are given), or its package does not import.
+        UserError: no such name (the nearest are given), one that several packages claim, or one whose package does
+            not import or gives no dataclass.
     """
     points = registered(kind)
     if name not in points:
         raise unknown(WORDS[kind], name, points)
+    rivals = _rivals(kind, name)
+    if len(rivals) > 1:
+        raise UserError(
+            f"{WORDS[kind]} {name!r} comes from several packages ({', '.join(rivals)}); uninstall all but one"
+        )
     try:
-        return points[name].load()
+        plugin = points[name].load()
     except Exception as error:  # whatever someone's module raises while it is imported
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{WORDS[kind]} {name!r} ({points[name].value}) does not load: {reason}") from error
+    if not dataclasses.is_dataclass(underlying(plugin)):
+        raise UserError(f"{WORDS[kind]} {name!r} ({points[name].value}) is no dataclass; its fields are its settings")
+    return plugin
 
 
 def underlying(plugin: Any) -> Any:
@@ -116,15 +130,17 @@ def check_value(label: str, kind: Any, value: Any) -> Any:
 
     A string may be a comma- or dash-separated list where a tuple is expected ("1,2,4", "1-2-4").
     """
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-    adapter = TypeAdapter(kind)
+    adapter = TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False))
     candidates = [value]
     if isinstance(value, str) and value.lower() in ("none", "null"):
         candidates = [None, value]
     elif isinstance(value, str) and any(typing.get_origin(part) is tuple for part in _parts(kind)):
         separator = "-" if re.fullmatch(r"\d+(-\d+)+", value) else ","
         candidates = [value, [piece.strip() for piece in value.split(separator)]]
+    if isinstance(value, bool) and bool not in _parts(kind):
+        candidates = []  # pydantic would take it for 0 or 1
     for candidate in candidates:
         with contextlib.suppress(ValidationError):
             return adapter.validate_python(candidate)

@@ -43,7 +43,7 @@ class Recipe(BaseModel):
     weight_decay: float | None = Field(None, ge=0, description="SGD weight decay, of every parameter")
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = Field("fp32", description="arithmetic of training")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
-    threads: int = Field(1, ge=1, description="CPU threads a process")
+    threads: int = Field(1, ge=1, le=1024, description="CPU threads a process")
     data_dir: str | None = Field(None, description="where the images lie")
     download: bool = Field(True, description="fetch images that are not there, where torchvision can")
 
@@ -53,6 +53,9 @@ class Recipe(BaseModel):
         bad = [key for key in values if key not in cls.model_fields] if isinstance(values, Mapping) else []
         if bad:
             raise UserError("; ".join(str(unknown("key of a recipe", key, cls.model_fields)) for key in bad))
+        truths = [f"{key} is {value}" for key, value in values.items() if isinstance(value, bool) and key != "download"]
+        if truths:
+            raise UserError(f"{'; '.join(truths)}; expected a number or a name")
         return values
 
     @model_validator(mode="after")
@@ -134,11 +137,9 @@ class Recipe(BaseModel):
             kinds = [prefix] if prefix in _KINDS and rest in known[prefix] else [k for k in _KINDS if key in known[k]]
             field = rest if kinds == [prefix] else key
             if not kinds:
-                raise unknown(
-                    f"field of {self.method}, {self._backbone()} or {self.dataset}",
-                    key,
-                    set().union(*known.values()),
-                )
+                where = f"the {prefix}" if prefix in _KINDS else f"{self.method}, {self._backbone()} or {self.dataset}"
+                there = known[prefix] if prefix in _KINDS else set().union(*known.values())
+                raise unknown(f"field of {where}", rest if prefix in _KINDS else key, there)
             if len(kinds) > 1:
                 raise UserError(
                     f"{' and '.join(kinds)} have a field {key!r}; say {' or '.join(f'{k}.{key}' for k in kinds)}"

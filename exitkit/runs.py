@@ -47,7 +47,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not (self.path / "recipe.json").is_file():
-            what = "holds no run (no recipe.json)" if self.path.is_dir() else "does not exist"
+            what = "holds no run (no recipe.json)" if self.path.is_dir() else _absence(self.path)
             near = get_close_matches(
                 self.path.name, [run.parent.name for run in self.path.parent.glob("[!.]*/recipe.json")]
             )
@@ -165,6 +165,10 @@ class RunFolder:
         return arrays
 
 
+def _absence(path: Path) -> str:
+    return "is a file" if exists(path) else "does not exist"
+
+
 def find_runs(folder: str | Path) -> list[RunFolder]:
     """Return the finished runs below a folder, by name.
 
@@ -173,7 +177,7 @@ def find_runs(folder: str | Path) -> list[RunFolder]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"folder {folder} does not exist; expected one that holds runs")
+        raise UserError(f"folder {folder} {_absence(folder)}; expected one that holds runs")
     found = sorted(path.parent for path in folder.glob(f"[!.]*/{RESULTS}"))
     if not found:
         raise UserError(f"folder {folder} holds no finished run")

@@ -51,6 +51,13 @@ def test_the_library_never_asks_which_method_it_runs(path):
             assert not words & methods, ast.unparse(node)
 
 
+@pytest.mark.parametrize("word", ["engine", "training", "session", "feed", "run", "evaluation", "exit_outputs"])
+def test_what_trains_and_evaluates_names_no_method(word):
+    methods = set(plugins.registered("method"))
+    for node in ast.walk(tree(ROOT / "exitkit" / f"{word}.py")):
+        assert not (isinstance(node, ast.Constant) and node.value in methods), ast.unparse(node)
+
+
 @pytest.mark.parametrize("path", METHODS, ids=name)
 def test_a_method_knows_no_device_rank_or_data_set_and_no_other_methods_private_parts(path):
     for module, imported in imports(tree(path)):
@@ -74,6 +81,27 @@ def test_files_and_functions_can_be_read_in_one_sitting(path):
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 80, node.name
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=name)
+def test_all_that_is_public_says_what_it_is(path):
+    module = tree(path)
+    assert ast.get_docstring(module)
+    scopes = [module, *(node for node in module.body if isinstance(node, ast.ClassDef) and node.name[0] != "_")]
+    for scope in scopes:
+        for node in scope.body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{node.name} (line {node.lineno})"
+
+
+def test_nothing_names_a_place_on_the_machine_that_it_was_written_on():
+    kinds = {".py", ".md", ".toml", ".cfg", ".csv", ".tex", ".json", ".yml"}
+    texts = [ROOT / ".ci" / "run", *(path for path in ROOT.glob("*") if path.suffix in kinds)]
+    for folder in ("exitkit", "methods", "benchmarks", "tests", "docs"):
+        texts += [path for path in (ROOT / folder).rglob("*") if path.suffix in kinds]
+    for path in texts:
+        found = re.search(r"(?<![\w.~}])/(work|home|root|tmp|mnt|srv|Users)/", path.read_text(encoding="utf-8"))
+        assert not found, f"{name(path)} names {found[0]}"
 
 
 @pytest.mark.parametrize("path", PACKAGE, ids=name)

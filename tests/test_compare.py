@@ -131,6 +131,20 @@ def test_interrupted_it_ends_its_workers_and_says_how_to_go_on(tmp_path):
     assert workers and not any(map(alive, workers))
 
 
+def test_two_on_one_folder_end_well_or_say_why_not(tmp_path):
+    command = [*COMMAND, "--methods", "ge", "--seeds", "1", "--epochs", "1", "--out", str(tmp_path)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    ends = [process.communicate(timeout=120) for process in both]
+    codes = [process.returncode for process in both]
+    assert 0 in codes
+    for code, (_, errors) in zip(codes, ends, strict=True):
+        assert code == 0 or errors.strip().splitlines()[-1].endswith("choose another --out"), errors
+        assert "Traceback" not in errors
+    assert len(exitkit.load_runs(tmp_path).run.unique()) == 2
+    assert set(pd.read_csv(tmp_path / "report" / "anytime.csv").method) == {"joint", "ge"}
+    assert not list(tmp_path.rglob("*.part"))
+
+
 def test_a_method_that_diverges_leaves_the_others_table(tmp_path):
     # Branches that overflow stop Meta-GF alone.
     done = compare(tmp_path, "--set", "auxiliary_weight=1e30", "--seeds", "1")

@@ -58,6 +58,9 @@ TABLE = {
         "temperature is 'warm'; expected number | number, ...",
     ),
     "field of no such choice": ("train --method ge --set variant=new", "variant is 'new'; expected paper | released"),
+    "field of no number": ("train --method metagf --set fusion_lr=nan", "fusion_lr is 'nan'; expected number"),
+    "field of the backbone": ("train --set backbone.growht=6", "'growht'; did you mean growth"),
+    "nothing after the =": ("train --set growth=", "growth is ''; expected integer"),
     "list of a wrong length": ("train --method boostnet --set temperature=1,2", "expected one, or 4 (one an exit)"),
     "weights of a wrong length": ("train --set weights=1,2", "expected 4, one an exit"),
     "all weights zero": ("train --set weights=0,0,0,0", "at least one above 0"),
@@ -71,6 +74,7 @@ TABLE = {
     "batch larger than the data": ("train --batch-size 1098", "larger than the 1097 training images"),
     "seed": ("train --seed -1", "seed is -1"),
     "threads": ("train --threads 0", "threads is 0"),
+    "threads beyond reason": ("train --threads 100000", "threads is 100000; expected less than or equal to 1024"),
     "seeds": ("compare --seeds 0", "--seeds is 0; expected at least 1"),
     "jobs": ("compare --jobs 0", "--jobs is 0; expected at least 1"),
     "no methods": ("compare --methods ,", "--methods is empty"),
@@ -84,6 +88,14 @@ TABLE = {
     "class without images": ("train --dataset folder --data-dir hollow", "holds no images"),
     "classes differ": ("train --dataset folder --data-dir uneven", "not in both: bird"),
     "recipe file missing": ("train --recipe nowhere.toml", "can't be read"),
+    "recipe file of bytes": ("train --recipe bytes.toml", "is not valid toml"),
+    "recipe file of a list": ("train --recipe list.json", "holds a list; expected a table of keys"),
+    "recipe file with a field of no such name": (
+        "train --recipe fields.toml",
+        "'temprature'; did you mean temperature",
+    ),
+    "recipe file with truth for a number": ("train --recipe truth.toml", "epochs is True"),
+    "recipe folder without a run": ("train --recipe empty", "empty/recipe.json can't be read"),
     "recipe file broken": ("train --recipe broken.toml", "is not valid toml"),
     "recipe file with bad keys": ("train --recipe keys.toml", "'epoch'; did you mean epochs?"),
     "recipe file with all bad keys named": ("train --recipe keys.toml", "'lrate'"),
@@ -91,9 +103,13 @@ TABLE = {
     "milestones": ("train --recipe milestones.toml", "ascending shares"),
     "comparison's seeds": ("compare --recipe seeds.toml", "seeds is 'two'; expected integer"),
     "out is a file": ("train --epochs 1 --out broken.toml", "broken.toml is a file; expected a folder"),
+    "out is a device": ("train --epochs 1 --out /dev/null", "/dev/null is a file; expected a folder"),
+    "out in no real file system": ("train --epochs 1 --out /proc/runs", "/proc/runs can't be written"),
     "out can't be made": ("train --epochs 1 --out broken.toml/deeper", "can't be written"),
     "out of a name too long": (f"train --epochs 1 --out {'x' * 300}", "can't be written"),
     "comparison with a name too long": (f"compare --epochs 1 --out {'x' * 300}", "can't be written"),
+    "run that is a file": ("show broken.toml", "folder broken.toml is a file"),
+    "runs that are a file": ("report broken.toml", "folder broken.toml is a file"),
     "no run": ("show nowhere", "does not exist"),
     "no run in the folder": ("show empty", "holds no run (no recipe.json)"),
     "no runs to report": ("report empty", "holds no finished run"),
@@ -115,7 +131,11 @@ def things(tmp_path):
         "values.toml": "epochs = 'many'",
         "milestones.toml": "schedule = 'step'\nmilestones = [0.7, 0.3]",
         "seeds.toml": "seeds = 'two'",
+        "fields.toml": "method = 'boostnet'\n[method_settings]\ntemprature = 1",
+        "truth.toml": "epochs = true",
+        "list.json": "[1, 2]",
     }
+    (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
     for folder in ("empty", "hollow/cat", "hollow/dog"):
@@ -240,6 +260,12 @@ def test_a_run_that_diverges_says_where_and_keeps_the_last_good_checkpoint(cli, 
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     assert cli(*TRAIN, "--resume")[0] == 0
+
+
+def test_a_learning_rate_that_is_too_high_is_seen_at_once(cli):
+    refused(
+        cli("train", "--epochs", "2", "--lr", "1e30"), "the loss of exit", "is not finite in epoch 1, step 2", "--lr"
+    )
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "split.safetensors"])

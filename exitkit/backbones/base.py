@@ -37,7 +37,7 @@ class Backbone:
 def preset(family: type[Backbone], doc: str, home: Home | None = None, **defaults: Any) -> functools.partial[Backbone]:
     """Return `family` with other defaults; `doc` says in a line what it is, with the paper's table."""
     made = functools.partial(family, **defaults)
-    made.doc = doc  # type: ignore[attr-defined]
+    made.doc = f"{doc.rstrip('.')}."  # type: ignore[attr-defined]
     made.home = home or family.home  # type: ignore[attr-defined]
     return made
 

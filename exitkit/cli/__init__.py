@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import warnings
 from importlib.metadata import EntryPoint, entry_points
@@ -56,6 +57,10 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         code = cli.main(args=arguments, prog_name="exitkit", standalone_mode=False)
     except (KeyboardInterrupt, click.Abort, Interrupted) as stop:
+        # Stopped is stopped: a second Ctrl-C would only tear a traceback out of the way down. (And where the first met
+        # a library's C code, Python would end by that signal instead of by the exit code.)
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         _fail(str(stop) or "stopped", 130)
     except click.exceptions.NoArgsIsHelpError as help_wanted:
         click.echo(help_wanted.format_message())

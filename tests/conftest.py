@@ -4,10 +4,15 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import signal
+
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+# A script's background processes are started with SIGINT ignored, and so would be all that the tests start and stop.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

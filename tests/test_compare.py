@@ -126,7 +126,7 @@ def test_interrupted_it_ends_its_workers_and_says_how_to_go_on(tmp_path):
     process.send_signal(signal.SIGINT)
     asked = time.monotonic()
     _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130 and time.monotonic() - asked < 5
+    assert process.returncode == 130 and time.monotonic() - asked < 15
     assert errors.strip().splitlines()[-1] == "exitkit: stopped; the same command goes on where it was"
     assert workers and not any(map(alive, workers))
 

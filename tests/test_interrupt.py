@@ -78,16 +78,6 @@ def test_the_line_that_it_leaves_goes_on_to_the_same_bits(moment, reference, tmp
     assert not list(out.rglob("*.part"))
 
 
-@pytest.mark.xfail(strict=False, reason="a KeyboardInterrupt inside torch's imports may abort or be swallowed")
-def test_at_any_time_from_the_first_on_there_is_one_line(tmp_path):
-    for number, seconds in enumerate((0.6, 1.2, 2.0)):
-        process = start(*TRAIN, "--epochs", "50", "--out", str(tmp_path / str(number)))
-        time.sleep(seconds)
-        _, errors = ctrl_c(process)
-        assert process.returncode == 130, errors
-        assert not any("Traceback" in line for line in errors), (seconds, errors)
-
-
 def test_in_a_terminal_the_cursor_is_given_back(tmp_path):
     import pty
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from exitkit.cli.interrupts import interruptible
 from exitkit.cli.options import COMPARISON_KEYS, make_recipe, parse_sets, read_recipe, recipe_options
 from exitkit.errors import Interrupted, UserError, unknown
 from exitkit.files import exists
@@ -67,7 +68,7 @@ def compare(
     todo = [recipe for recipe in recipes if not exists(folder / recipe.id / RESULTS)]
     diverged: dict[int, str] = {}
     try:
-        with CampaignDisplay(todo, len(recipes)) as display:
+        with interruptible(), CampaignDisplay(todo, len(recipes)) as display:
             diverged = run_campaign(todo, folder, workers, display) if todo else {}
     except KeyboardInterrupt:
         raise Interrupted("stopped; the same command goes on where it was") from None

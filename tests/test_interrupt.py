@@ -78,6 +78,16 @@ def test_the_line_that_it_leaves_goes_on_to_the_same_bits(moment, reference, tmp
     assert not list(out.rglob("*.part"))
 
 
+def test_at_any_time_from_the_first_on_there_is_one_line(tmp_path):
+    for number, seconds in enumerate((0.6, 1.2, 2.0, 2.8)):
+        process = start(*TRAIN, "--epochs", "50", "--out", str(tmp_path / str(number)))
+        time.sleep(seconds)
+        _, errors = ctrl_c(process)
+        assert process.returncode == 130, errors
+        assert [line for line in errors if line.startswith("exitkit: ")][-1].startswith("exitkit: stopped"), errors
+        assert not any("Traceback" in line for line in errors), (seconds, errors)
+
+
 def test_in_a_terminal_the_cursor_is_given_back(tmp_path):
     import pty
 
@@ -112,7 +122,7 @@ def test_under_torchrun_all_ranks_end_and_the_run_goes_on_to_the_same_bits(tmp_p
     wait_for(out, "*/checkpoint.pt")
     seconds, errors = ctrl_c(process)
     assert process.returncode != 0 and seconds < 20
-    line = next(line for line in errors if line.startswith("exitkit: "))
+    (line,) = (line for line in errors if line.startswith("exitkit: stopped"))
     before, _, told = line.partition("torchrun ... ")
     assert before == "exitkit: stopped; go on with: "
     wait_until(lambda: group_is_gone(process))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import warnings
 from importlib.metadata import EntryPoint, entry_points
@@ -11,6 +10,7 @@ from typing import Any
 import click
 
 from exitkit import __version__
+from exitkit.cli.interrupts import stopped_for_good, stopping_at_once
 from exitkit.errors import Interrupted, Note, UserError, unknown
 
 _FIRST_STEPS = """Train multi-exit networks with every published method, and compare them under one recipe.
@@ -55,12 +55,10 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     warnings.formatwarning = _format_warning
     try:
-        code = cli.main(args=arguments, prog_name="exitkit", standalone_mode=False)
+        with stopping_at_once():
+            code = cli.main(args=arguments, prog_name="exitkit", standalone_mode=False)
     except (KeyboardInterrupt, click.Abort, Interrupted) as stop:
-        # Stopped is stopped: a second Ctrl-C would only tear a traceback out of the way down. (And where the first met
-        # a library's C code, Python would end by that signal instead of by the exit code.)
-        if hasattr(signal, "pthread_sigmask"):
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        stopped_for_good()
         _fail(str(stop) or "stopped", 130)
     except click.exceptions.NoArgsIsHelpError as help_wanted:
         click.echo(help_wanted.format_message())

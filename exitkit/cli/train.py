@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from exitkit.cli.interrupts import interruptible, speaks_for_all
 from exitkit.cli.options import COMPARISON_KEYS, make_recipe, parse_sets, read_recipe, recipe_options
 from exitkit.errors import Interrupted, UserError
 
@@ -33,13 +34,17 @@ def train(sets: tuple[str, ...], recipe_file: str | None, out: str, resume: bool
         raise UserError(f"recipe {recipe_file} is of a comparison; use it with: exitkit compare --recipe {recipe_file}")
     recipe = make_recipe(values, given).with_settings(parse_sets(sets))
 
+    import torch._dynamo  # noqa: F401  the first optimiser would import it, and this may take seconds
+
     from exitkit.cli.progress import TrainProgress
     from exitkit.training import train as train_run
 
     try:
-        with TrainProgress() as progress:
+        with interruptible(), TrainProgress() as progress:
             run = train_run(recipe, out, resume=resume, report=progress)
     except KeyboardInterrupt:
+        if not speaks_for_all():
+            sys.exit(130)
         again = shlex.join([word for word in sys.argv[1:] if word != "--resume"])
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         start = "torchrun ... -m exitkit" if several else "exitkit"

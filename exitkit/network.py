@@ -10,7 +10,7 @@ Whole forward passes, early exit, cost and timing all run this one chain through
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -61,6 +61,10 @@ class GradientTap:
     Subclasses are frozen dataclasses: two taps that compare equal are one tap.
     """
 
+    def into_last_unit(self, network: MultiExitNetwork, index: int, state: State) -> State:
+        """Return what the last unit of stage `index` reads, with its gradients changed (see `Units`)."""
+        return state
+
     def to_head(self, network: MultiExitNetwork, index: int, view: Tensor) -> Tensor:
         """Return `view`, the tensor that head `index` reads, with its gradient changed."""
         return view
@@ -81,6 +85,17 @@ class LogitLink(nn.Module):
     def forward(self, index: int, raw: Tensor, embedding: Tensor, carry: Carry) -> tuple[Tensor, Carry]:
         """Return the output of exit `index` [B, C] and what the next exit's link needs."""
         return raw, carry
+
+
+class Units(nn.Sequential):
+    """A stage made of units in a row; the last one bears the exit, and a tap can reach in before it."""
+
+    def forward(self, state: State, into_last: Callable[[State], State] = lambda state: state) -> State:
+        """Run the units, with `into_last` applied to what the last one reads."""
+        *before, last = self
+        for unit in before:
+            state = unit(state)
+        return last(into_last(state))
 
 
 class MultiExitNetwork(nn.Module):
@@ -135,10 +150,14 @@ class MultiExitNetwork(nn.Module):
         Returns the exit's output, and the state and carry for `step(index + 1, ...)`. Whoever drops finished samples
         drops their rows of both.
         """
-        state = self.stages[index](state)
-        view = self.view(state)
         # Inference mode records no gradient of either kind, so nothing can flow back for a tap to change.
         taps = () if torch.is_inference_mode_enabled() else self.taps
+        stage = self.stages[index]
+        if taps and isinstance(stage, Units):
+            state = stage(state, lambda into: self._into_last_unit(index, into))
+        else:
+            state = stage(state)
+        view = self.view(state)
         for tap in taps:
             view = tap.to_head(self, index, view)
         head = cast(Head, self.heads[index])
@@ -149,6 +168,11 @@ class MultiExitNetwork(nn.Module):
             for tap in taps:
                 state = tap.onward(self, index, state)
         return ExitOutput(logits, raw, embedding), state, carry
+
+    def _into_last_unit(self, index: int, state: State) -> State:
+        for tap in self.taps:
+            state = tap.into_last_unit(self, index, state)
+        return state
 
     def iterate(self, x: Tensor) -> Iterator[ExitOutput]:
         """Yield the exits' outputs one by one; nothing is computed for an exit before it is asked for."""

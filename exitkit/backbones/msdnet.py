@@ -6,8 +6,7 @@ still alive, from the same scale and from the next finer one. Scales are dropped
 1x1 convolution that halves the width after each drop.
 
 Initialisation: the released code's He rule never reaches a layer (it visits containers only), so that all published
-numbers come from PyTorch's defaults, and so do ours. Its heads end in a fixed 2x2 pooling, which fits one image size;
-ours pool whatever is left, which at that size is the same.
+numbers come from PyTorch's defaults, as ours do unless `init` says `he`.
 """
 
 from __future__ import annotations
@@ -22,6 +21,18 @@ import torch
 from torch import Tensor, nn
 
 from exitkit.backbones.base import Backbone, preset
+from exitkit.backbones.layers import (
+    HEAD,
+    STEM,
+    HeadForm,
+    Init,
+    Stem,
+    conv_bn_relu,
+    first_layer,
+    he_init,
+    make_head,
+    unit,
+)
 from exitkit.errors import UserError
 from exitkit.network import Head, MultiExitNetwork
 from exitkit.plugins import setting
@@ -30,29 +41,12 @@ Scales = list[Tensor]
 """The tensors of the scales still alive, fine -> coarse."""
 
 
-def conv_bn_relu(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
-    """Convolution without bias, batch normalisation, ReLU."""
-    conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
-
-
-def unit(inputs: int, outputs: int, stride: int, bottleneck: int | None) -> nn.Sequential:
-    """A 1x1 convolution to at most `bottleneck` x outputs (None: left out), then a 3x3 convolution."""
-    if bottleneck is None:
-        return conv_bn_relu(inputs, outputs, 3, stride)
-    inner = min(inputs, bottleneck * outputs)
-    return nn.Sequential(conv_bn_relu(inputs, inner, 1), conv_bn_relu(inner, outputs, 3, stride))
-
-
-class Stem(nn.Module):
+class MultiScaleStem(nn.Module):
     """The first tensor of every scale, each from the next finer one. image -> scales."""
 
-    def __init__(self, channels: int, widths: list[int], large_images: bool) -> None:
+    def __init__(self, channels: int, widths: list[int], stem: Stem) -> None:
         super().__init__()
-        first: nn.Module = conv_bn_relu(channels, widths[0], 3)
-        if large_images:
-            conv = nn.Conv2d(channels, widths[0], 7, 2, 3)
-            first = nn.Sequential(conv, nn.BatchNorm2d(widths[0]), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+        first = first_layer(channels, widths[0], stem)
         rest = [conv_bn_relu(finer, coarser, 3, 2) for finer, coarser in pairwise(widths)]
         self.scales = nn.ModuleList([first, *rest])
 
@@ -131,10 +125,9 @@ class MSDNet(Backbone):
     bottleneck: bool = setting(True, "use 1x1 bottlenecks")
     prune: Literal["max", "min"] = setting("max", "scales are dropped evenly along the depth, or only at its end")
     reduction: float = setting(0.5, "what a transition leaves of the width (0: no transitions)")
-    stem: Literal["small", "large"] = setting("small", "3x3 convolution, or 7x7 stride 2 and pooling (ImageNet)")
-    head: Literal["conv128", "conv", "pool"] = setting(
-        "conv128", "two stride-2 convolutions of width 128 (CIFAR) or of the scale's own (ImageNet), or pooling alone"
-    )
+    stem: Stem = setting("small", STEM)
+    head: HeadForm = setting("conv128", HEAD)
+    init: Init = setting("default", "PyTorch's initialisation, behind all published numbers, or the He rule meant")
 
     def __post_init__(self) -> None:
         for name in ("blocks", "base", "step", "channels", "growth"):
@@ -173,13 +166,14 @@ class MSDNet(Backbone):
             modules: list[nn.Module] = []
             if not stages:
                 stem_widths = [self.channels * factor for factor in factors]
-                modules.append(Stem(input_shape[0], stem_widths, self.stem == "large"))
+                modules.append(MultiScaleStem(input_shape[0], stem_widths, self.stem))
             for _ in range(length):
                 built, width = next(layers)
                 modules += built
             stages.append(nn.Sequential(*modules))
-            heads.append(self._head(width * factors[-1], num_classes))
-        return MSDNetwork(stages, heads, input_shape, num_classes, family="msdnet")
+            heads.append(make_head(width * factors[-1], num_classes, self.head))
+        network = MSDNetwork(stages, heads, input_shape, num_classes, family="msdnet")
+        return network.apply(he_init) if self.init == "he" else network
 
     def _check_size(self, input_shape: tuple[int, int, int]) -> None:
         reduction = 2 ** (len(self.growth_factors) - 1) * (4 if self.stem == "large" else 1)
@@ -235,14 +229,6 @@ class MSDNet(Backbone):
                 down.append(unit(width * factors[scale - 1], grown, 2, finer))
             same.append(unit(width * factors[scale], grown, 1, squeeze))
         return Layer(same, down, alive_in - alive_out)
-
-    def _head(self, width: int, num_classes: int) -> Head:
-        pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-        if self.head == "pool":
-            return Head(nn.Sequential(*pool), nn.Linear(width, num_classes))
-        inner = 128 if self.head == "conv128" else width
-        convs = [conv_bn_relu(width, inner, 3, 2), conv_bn_relu(inner, inner, 3, 2)]
-        return Head(nn.Sequential(*convs, *pool), nn.Linear(inner, num_classes))
 
 
 _IMAGENET = ((3, 224, 224), 1000)

@@ -15,6 +15,7 @@ _PUBLIC = {
     "load_runs": "exitkit.runs",
     "RunFolder": "exitkit.runs",
     "cost": "exitkit.costs",
+    "prune_to": "exitkit.pruning",
     "Run": "exitkit.run",
     "Recipe": "exitkit.recipe",
     "MultiExitNetwork": "exitkit.network",
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from exitkit.exit_outputs import evaluate
     from exitkit.network import MultiExitNetwork
     from exitkit.plugins import setting
+    from exitkit.pruning import prune_to
     from exitkit.recipe import Recipe
     from exitkit.run import Run
     from exitkit.runs import RunFolder, load_runs
@@ -50,6 +52,7 @@ __all__ = [
     "cost",
     "evaluate",
     "load_runs",
+    "prune_to",
     "setting",
     "train",
 ]

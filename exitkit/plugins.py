@@ -62,11 +62,16 @@ def _rivals(kind: str, name: str) -> list[str]:
 def load(kind: str, name: str) -> Any:
     """Return the plugin called `name`: a dataclass, or a `functools.partial` of one.
 
+    A plugin with a `named_by` field also answers to `plugin:value`, with that field set (`torchvision:resnet18`).
+
     Raises:
         UserError: no such name (the nearest are given), one that several packages claim, or one whose package does
             not import or gives no dataclass.
     """
     points = registered(kind)
+    family, colon, value = name.partition(":")
+    if colon and family in points and (field := getattr(underlying(load(kind, family)), "named_by", "")):
+        return functools.partial(load(kind, family), **{field: value})
     if name not in points:
         raise unknown(WORDS[kind], name, points)
     rivals = _rivals(kind, name)

@@ -77,7 +77,7 @@ def test_a_method_opens_with_its_paper_and_what_differs(path):
 
 @pytest.mark.parametrize("path", PACKAGE, ids=name)
 def test_files_and_functions_can_be_read_in_one_sitting(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 310
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 350
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 80, node.name

@@ -15,6 +15,9 @@ Home = tuple[tuple[int, int, int], int]
 """The images and classes that a network was published for: ((channels, height, width), classes)."""
 
 
+IMAGENET: Home = ((3, 224, 224), 1000)
+
+
 @dataclass(frozen=True)
 class Backbone:
     """A family of networks; its fields are the structure, its presets `functools.partial`s with other defaults.

@@ -10,10 +10,11 @@ from exitkit.network import Head
 
 Stem = Literal["small", "large"]
 HeadForm = Literal["conv128", "conv", "pool"]
-Init = Literal["default", "he"]
+Init = Literal["released", "default", "he"]
 
 STEM = "3x3 convolution, or 7x7 stride 2 and pooling (ImageNet)"
 HEAD = "two stride-2 convolutions of width 128 (CIFAR) or of the map's own (ImageNet), or pooling alone"
+INIT = "as the released code really does it, PyTorch's own, or the He rule for every layer"
 
 
 def conv_bn_relu(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:

@@ -20,9 +20,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from exitkit.backbones.base import Backbone, preset
+from exitkit.backbones.base import IMAGENET, Backbone, preset
 from exitkit.backbones.layers import (
     HEAD,
+    INIT,
     STEM,
     HeadForm,
     Init,
@@ -127,7 +128,7 @@ class MSDNet(Backbone):
     reduction: float = setting(0.5, "what a transition leaves of the width (0: no transitions)")
     stem: Stem = setting("small", STEM)
     head: HeadForm = setting("conv128", HEAD)
-    init: Init = setting("default", "PyTorch's initialisation, behind all published numbers, or the He rule meant")
+    init: Init = setting("released", INIT)
 
     def __post_init__(self) -> None:
         for name in ("blocks", "base", "step", "channels", "growth"):
@@ -231,8 +232,6 @@ class MSDNet(Backbone):
         return Layer(same, down, alive_in - alive_out)
 
 
-_IMAGENET = ((3, 224, 224), 1000)
-
 tiny = preset(
     MSDNet,
     "4 exits, 4,330 parameters: for the default data (ours, in no paper)",
@@ -276,7 +275,7 @@ def _imagenet(step: int, where: str) -> Any:
     return preset(
         MSDNet,
         f"ImageNet, 5 exits, {step} layers each{where}",
-        _IMAGENET,
+        IMAGENET,
         blocks=5,
         base=step,
         step=step,

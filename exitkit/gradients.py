@@ -12,10 +12,11 @@ if TYPE_CHECKING:
     from exitkit.network import MultiExitNetwork
 
 
-class _Rescale(torch.autograd.Function):
-    """x -> x, with gradient and tangent both multiplied by `factor`. Keeps the factor only, and copies nothing."""
+class _RescaleCompiled(torch.autograd.Function):
+    """x -> x, with the gradient multiplied by `factor`. Keeps the factor only, and copies nothing.
 
-    generate_vmap_rule = True
+    Compilers take no function that has a forward-mode rule.
+    """
 
     @staticmethod
     def forward(x: Tensor, factor: float) -> Tensor:
@@ -28,6 +29,12 @@ class _Rescale(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
         return grads[0] * ctx.factor, None
+
+
+class _Rescale(_RescaleCompiled):
+    """The same with the tangent multiplied, too, and under vmap."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
@@ -51,10 +58,13 @@ class _RescaleDual(_Rescale):
 def rescale(x: Tensor, factor: float) -> Tensor:
     """Return x unchanged; whatever is differentiated through it is multiplied by `factor` (IMTA, equation 4).
 
-    Works for backward, double backward, forward mode and under vmap.
+    Works for backward, double backward, forward mode and under vmap; compiled, for backward.
     """
     if factor == 1 or not x.is_floating_point():
         return x
+    if torch.compiler.is_compiling():
+        compiled: Tensor = _RescaleCompiled.apply(x, factor)
+        return compiled
     is_dual = forward_ad.unpack_dual(x).tangent is not None
     scaled: Tensor = (_RescaleDual if is_dual else _Rescale).apply(x, factor)
     return scaled

@@ -151,7 +151,8 @@ class MultiExitNetwork(nn.Module):
         drops their rows of both.
         """
         # Inference mode records no gradient of either kind, so nothing can flow back for a tap to change.
-        taps = () if torch.is_inference_mode_enabled() else self.taps
+        # (A compiler can't ask which mode it is in; it compiles the taps, which are identities, away.)
+        taps = self.taps if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled() else ()
         stage = self.stages[index]
         if taps and isinstance(stage, Units):
             state = stage(state, lambda into: self._into_last_unit(index, into))

@@ -22,20 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from exitkit.backbones import layers
 from exitkit.backbones.base import IMAGENET, Backbone, preset
-from exitkit.backbones.layers import (
-    HEAD,
-    INIT,
-    STEM,
-    HeadForm,
-    Init,
-    Stem,
-    conv_bn_relu,
-    first_layer,
-    he_init,
-    make_head,
-    unit,
-)
+from exitkit.backbones.layers import conv_bn_relu, unit
 from exitkit.errors import UserError
 from exitkit.network import Head, MultiExitNetwork
 from exitkit.plugins import setting
@@ -67,10 +56,10 @@ def resized(x: Tensor, like: Tensor, needed: bool) -> Tensor:
 class ResolutionStem(nn.Module):
     """The first feature of every sub-network, each from the next finer one. image -> features, lowest first."""
 
-    def __init__(self, channels: int, widths: list[Width], stem: Stem) -> None:
+    def __init__(self, channels: int, widths: list[Width], stem: layers.Stem) -> None:
         super().__init__()
         finest_first = widths[::-1]
-        self.features = nn.ModuleList([first_layer(channels, finest_first[0].channels, stem)])
+        self.features = nn.ModuleList([layers.first_layer(channels, finest_first[0].channels, stem)])
         for finer, own in itertools.pairwise(finest_first):
             self.features.append(conv_bn_relu(finer.channels, own.channels, 3, 1 + own.level - finer.level))
 
@@ -206,9 +195,9 @@ class RANet(Backbone):
     bottleneck_factors: tuple[int, ...] = setting((4, 2, 1, 1), "width of the 1x1 bottlenecks in each")
     compress: float = setting(0.25, "share of a fusion layer's channels that comes from the lower sub-network")
     reduction: float = setting(0.5, "what a transition leaves of the width (0: no transitions)")
-    stem: Stem = setting("small", STEM)
-    head: HeadForm = setting("conv128", HEAD)
-    init: Init = setting("released", INIT)
+    stem: layers.Stem = setting("small", layers.STEM)
+    head: layers.HeadForm = setting("conv128", layers.HEAD)
+    init: layers.Init = setting("released", layers.INIT)
 
     def __post_init__(self) -> None:
         for name in ("blocks", "block_step", "step", "channels", "growth"):
@@ -260,12 +249,12 @@ class RANet(Backbone):
                 starts = end == fused + 1
                 own = blocks[:end] if starts else blocks[end - 1 : end]
                 stages.append(Stage(stem, own, starts, hands_on=index < len(self.scales) - 1))
-                heads.append(make_head(own[-1].out.channels, num_classes, self.head))
+                heads.append(layers.make_head(own[-1].out.channels, num_classes, self.head))
                 stem = None
             below = blocks
         network = RANetwork(stages, heads, input_shape, num_classes, family="ranet")
         if self.init != "default":
-            network.apply(he_init)
+            network.apply(layers.he_init)
             if self.init == "released":
                 stages[0].stem.apply(_default_init)
         return network
@@ -338,13 +327,15 @@ imagenet_64 = _imagenet(64, " (BoostNet table 2)")
 
 tiny = preset(
     RANet,
-    "4 exits: for the default data (ours, in no paper)",
+    "4 exits, 7,462 parameters: for the default data (ours, in no paper)",
     ((1, 16, 16), 10),
-    scales=(1, 2),
-    step=2,
-    channels=4,
+    scales=(1, 2, 3),
+    block_step=1,
+    step=1,
+    step_mode="lin_grow",
+    channels=2,
     growth=4,
-    growth_factors=(2, 1),
-    bottleneck_factors=(2, 1),
+    growth_factors=(2, 1, 1),
+    bottleneck_factors=(2, 1, 1),
     head="pool",
 )

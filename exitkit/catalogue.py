@@ -25,8 +25,8 @@ CATALOGUES = ("methods", "backbones", "datasets", "recipes")
 def entries(kind: str) -> list[Entry]:
     """Return what there is of one of `CATALOGUES`: a dict each, with at least its `name` and `summary`.
 
-    Methods, backbones and data sets also have `fields` (name, type, default, meaning); methods their `paper` and
-    `slots`; data sets the `house` recipe that is used with them.
+    Methods, backbones and data sets also have `fields` (name, type, default, meaning), and a preset its `family`;
+    methods have their `paper` and `slots`; data sets the `house` recipe that is used with them.
     """
     if kind == "recipes":
         return [_recipe_entry(name, path) for name, path in sorted(recipe_files().items())]
@@ -73,6 +73,8 @@ def _entry(kind: str, name: str) -> Entry:
     try:
         plugin = plugins.load(kind, name)
         entry: Entry = {"name": name, "summary": plugins.summary(plugin), "fields": plugins.describe(plugin)}
+        if plugins.underlying(plugin) is not plugin:
+            entry["family"] = _family(kind, plugins.underlying(plugin))
         if kind == "method":
             blank = plugins.configure(kind, name, {})
             entry |= {"paper": blank.paper, "slots": sorted(blank.claims())}
@@ -90,6 +92,15 @@ def _entry(kind: str, name: str) -> Entry:
             "house": {},
         }
     return plain
+
+
+def _family(kind: str, plugin: type) -> str:
+    """Return the name that a preset's own class goes by, if it has one."""
+    for name in plugins.registered(kind):
+        with contextlib.suppress(UserError):  # another package's fault, told where it is listed itself
+            if plugins.load(kind, name) is plugin:
+                return name
+    return ""
 
 
 def _fingerprint() -> str:

@@ -53,7 +53,7 @@ def test_a_method_is_listed_with_paper_slots_and_fields(cli):
 def test_cost_as_json_and_as_a_table(cli):
     found = json.loads(cli("cost", "--backbone", "msdnet-cifar-k7", "--num-classes", "10", "--json"))
     assert found["backbone"] == "msdnet-cifar-k7" and found["num_classes"] == 10 and found["input_shape"] == [3, 32, 32]
-    assert [list(row) for row in found["exits"]] == [["exit", "papers", "macs", "params"]] * 7
+    assert [list(row) for row in found["exits"]] == [["exit", "papers", "macs", "pruned", "params"]] * 7
     tiny = cli("cost", "--method", "boostnet", "--set", "growth=6", "--input-shape", "1x28x28")
     assert "input 1×28×28" in tiny
     assert "15,140,452" in cli("cost", "--backbone", "msdnet-cifar-k7")

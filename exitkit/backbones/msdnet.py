@@ -245,7 +245,7 @@ tiny = preset(
     bottleneck_factors=(1, 1, 2),
     head="pool",
 )
-cifar_k7 = preset(MSDNet, "7 exits, base 4, step 2, growth 6")
+cifar_k7 = preset(MSDNet, "7 exits, base 4, step 2, growth 6 (the released MSDNet code's anytime network)")
 cifar_k10 = preset(MSDNet, "10 exits, base 4, step 2, growth 6 (BoostNet table 1)", blocks=10)
 cifar_k7_g16 = preset(MSDNet, "7 exits, base 4, step 2, growth 16 (Meta-GF tables 1 and 5)", growth=16)
 
@@ -255,11 +255,11 @@ def _growing(exits: int, where: str) -> Any:
     return preset(MSDNet, doc, blocks=exits, base=1, step=1, step_mode="lin_grow")
 
 
-cifar_lg4 = _growing(4, "")
+cifar_lg4 = _growing(4, " (MSDNet's budgeted-batch family)")
 cifar_lg5 = _growing(5, " (IMTA table 2, L2W-DEN)")
-cifar_lg6 = _growing(6, "")
+cifar_lg6 = _growing(6, " (MSDNet's budgeted-batch family)")
 cifar_lg7 = _growing(7, " (IMTA table 1)")
-cifar_lg8 = _growing(8, "")
+cifar_lg8 = _growing(8, " (MSDNet's budgeted-batch family)")
 
 
 def _budgeted(base: int) -> Any:
@@ -288,7 +288,7 @@ def _imagenet(step: int, where: str) -> Any:
     )
 
 
-imagenet_s4 = _imagenet(4, " (IMTA table 3, Meta-GF table 2)")
-imagenet_s5 = _imagenet(5, "")
-imagenet_s6 = _imagenet(6, "")
-imagenet_s7 = _imagenet(7, " (BoostNet table 2)")
+imagenet_s4 = _imagenet(4, " (IMTA table 3, Meta-GF table 2, L2W-DEN)")
+imagenet_s5 = _imagenet(5, " (IMTA's scripts)")
+imagenet_s6 = _imagenet(6, " (IMTA's scripts, L2W-DEN)")
+imagenet_s7 = _imagenet(7, " (BoostNet table 2, L2W-DEN)")

@@ -15,7 +15,7 @@ from exitkit.errors import unknown
 @click.argument("what", required=False, metavar="[methods|backbones|datasets|recipes]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: an array of objects, each with its name.")
 def list_command(what: str | None, as_json: bool) -> None:
-    """Show what there is, with every field, its default and its meaning.
+    """Show what there is, with every field, its default and its meaning; of a preset, what it sets otherwise.
 
     \b
     Examples:
@@ -60,13 +60,22 @@ def _print_entries(kind: str) -> None:
     from rich.padding import Padding
 
     console = Console(highlight=False)
-    for entry in entries(kind):
+    found = entries(kind)
+    for entry in found:
+        if entry.get("family"):
+            continue  # a preset stands under its family
         console.print(f"[bold cyan]{entry['name']}[/]  {escape(entry['summary'])}")
         for line in _facts(kind, entry):
             console.print(Padding(escape(line), (0, 0, 0, 2)), style="dim")
         for name, values, default, meaning in settings_of(entry):
             console.print(f"  [bold]{name}[/] = {escape(default)}  [dim]{escape(values)}[/]")
             console.print(Padding(escape(meaning), (0, 0, 0, 6)))
+        usual = {name: default for name, _, default, _ in settings_of(entry)}
+        for preset in found:
+            if preset.get("family") == entry["name"]:
+                own = ", ".join(f"{name} = {d}" for name, _, d, _ in settings_of(preset) if usual[name] != d)
+                console.print(Padding(f"\n[bold cyan]{preset['name']}[/]  {escape(preset['summary'])}", (0, 0, 0, 2)))
+                console.print(Padding(escape(own or "the defaults above"), (0, 0, 0, 6)), style="dim")
         console.print()
 
 

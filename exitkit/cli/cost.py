@@ -28,7 +28,8 @@ def cost(
     """Print multiply-adds and parameters of every exit, counted by running the network stage by stage.
 
     `papers` is the count behind the papers' tables (convolutions, linear layers with bias, ReLU, pooling); `macs` is
-    convolutions and linear layers alone. Both are of one image, up to and including that exit.
+    convolutions and linear layers alone; `pruned` is what is left of these in a network cut at that exit, without the
+    earlier heads and without what only later exits read. All are of one image, up to and including that exit.
 
     \b
     Examples:
@@ -51,10 +52,10 @@ def cost(
 
     channels, height, width = network.input_shape
     table = Table(title=f"{backbone}: {network.num_classes} classes, input {channels}×{height}×{width}")
-    for heading in ("exit", "papers", "macs", "parameters"):
+    for heading in ("exit", "papers", "macs", "pruned", "parameters"):
         table.add_column(heading, justify="right")
     for row in rows:
-        table.add_row(str(row["exit"]), *(f"{row[key]:,}" for key in ("papers", "macs", "params")))
+        table.add_row(str(row["exit"]), *(f"{row[key]:,}" for key in ("papers", "macs", "pruned", "params")))
     Console().print(table)
 
 

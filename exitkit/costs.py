@@ -30,7 +30,7 @@ class ExitCost(NamedTuple):
         macs: multiply-adds of convolutions and linear layers.
         pruned: the `macs` of the network cut at this exit (`prune_to`): only what its answer depends on. Left out are
             the earlier heads, but for those that a logit link carries on, and fine-scale work for later exits.
-        params: parameters of all modules executed.
+        params: parameters of all modules executed; as in the papers' count, without single mixing weights (SDN).
     """
 
     exit: int
@@ -174,7 +174,7 @@ def _executed_parameters(network: nn.Module) -> Iterator[dict[int, int]]:
     seen: dict[int, int] = {}
 
     def note(module: nn.Module, inputs: Any) -> None:
-        seen.update({id(p): p.numel() for p in module.parameters(recurse=False)})
+        seen.update({id(p): p.numel() for p in module.parameters(recurse=False) if p.dim()})
 
     handles = [module.register_forward_pre_hook(note) for module in network.modules()]
     try:

@@ -1,0 +1,207 @@
+"""Files in the authors' layout load onto our networks: what they compute there, they compute here."""
+
+import argparse
+
+import numpy as np
+import pytest
+import released
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import exitkit
+from exitkit.backbones.msdnet import MSDNet
+from exitkit.backbones.ranet import RANet
+from exitkit.errors import UserError
+from exitkit.network import LogitLink
+from exitkit.released_weights import load_released_weights, read_released_file
+from exitkit.strategy import LOGIT_LINK, TrainingStrategy
+
+MSDNET = {"blocks": 3, "base": 2, "step": 1, "channels": 4, "growth": 2}
+RANET = {"scales": (1, 2), "blocks": 2, "block_step": 1, "step": 2, "channels": 4, "growth": 4}
+RANET |= {"growth_factors": (2, 1), "bottleneck_factors": (2, 1)}
+LARGE = {"stem": "large", "head": "conv"}
+
+
+def scrambled(network):
+    """Random running statistics and affine parameters, too, so that no two tensors are alike."""
+    with torch.no_grad():
+        for tensor in network.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.uniform_(0.1, 0.9) if tensor.ndim == 1 else tensor.normal_(0, 0.3)
+            else:
+                tensor.fill_(7)
+    return network.double().eval()
+
+
+def our_msdnet(classes=5, size=32, **settings):
+    return MSDNet(**MSDNET, **settings).build((3, size, size), classes).double().eval()
+
+
+CASES = {
+    "msdnet": (lambda: released.MSDNet(), our_msdnet, 32),
+    "msdnet, ImageNet": (lambda: released.MSDNet(large=True), lambda: our_msdnet(size=112, **LARGE), 112),
+    "msdnet, plain units": (lambda: released.MSDNet(bottleneck=False), lambda: our_msdnet(bottleneck=False), 32),
+    "ranet": (lambda: released.RANet(), lambda: RANet(**RANET).build((3, 16, 16), 5), 16),
+    "ranet, ImageNet": (
+        lambda: released.RANet(large=True),
+        lambda: RANet(**RANET, **LARGE).build((3, 64, 64), 5),
+        64,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_released_weights_give_the_released_answers(name):
+    theirs, ours, size = CASES[name]
+    theirs, ours = scrambled(theirs()), ours().double().eval()
+    fit = load_released_weights(ours, theirs.state_dict())
+    assert fit == (len(theirs.state_dict()), [])
+    x = torch.randn(2, 3, size, size, dtype=torch.float64)
+    with torch.no_grad():
+        for mine, published in zip(ours(x).logits, theirs(x), strict=True):
+            torch.testing.assert_close(mine, published, rtol=1e-10, atol=1e-10)
+    assert all(int(value) == 7 for key, value in ours.state_dict().items() if key.endswith("num_batches_tracked"))
+
+
+def test_well_known_tensors_land_where_they_must():
+    theirs, ours = scrambled(released.MSDNet()).state_dict(), our_msdnet()
+    load_released_weights(ours, theirs)
+    for mine, published in {
+        ours.stages[0][0].scales[2][0].weight: "blocks.0.0.layers.2.net.0.weight",
+        ours.stages[0][2].down[2][0][0].weight: "blocks.0.2.layers.2.conv_down.net.0.weight",
+        ours.stages[1][0].same[0][1][1].running_var: "blocks.1.0.layers.0.conv_normal.net.4.running_var",
+        ours.stages[1][1].scales[1][0].weight: "blocks.1.1.m.1.net.0.weight",
+        ours.heads[2].embed[1][0].weight: "classifier.2.m.1.net.0.weight",
+        ours.heads[2].classify.bias: "classifier.2.linear.bias",
+    }.items():
+        assert torch.equal(mine, theirs[published])
+
+
+def prefixed(tensors, prefix):
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda tensors: {"epoch": 3, "state_dict": tensors, "optimizer": {"state": {0: torch.ones(2)}}},
+        lambda tensors: {"state_dict": {"model": tensors, "other": 1}, "best": 71.5},
+        lambda tensors: prefixed(tensors, "module."),
+        lambda tensors: {"state_dict": {"model": prefixed(tensors, "module.module.")}},
+    ],
+)
+def test_wrappings(wrap):
+    theirs, ours = scrambled(released.MSDNet()).state_dict(), our_msdnet()
+    assert load_released_weights(ours, wrap(theirs)) == (len(ours.state_dict()), [])
+    assert torch.equal(ours.heads[0].classify.weight, theirs["classifier.0.linear.weight"])
+
+
+def test_batch_counts_may_be_missing_and_what_has_no_place_is_named():
+    theirs, ours = scrambled(released.MSDNet()).state_dict(), our_msdnet()
+    old = {name: tensor for name, tensor in theirs.items() if not name.endswith("num_batches_tracked")}
+    fit = load_released_weights(ours, prefixed(old | {"mixing.weight": torch.ones(3)}, "module."))
+    assert fit == (len(old), ["module.mixing.weight"])
+    assert ours.stages[0][0].scales[0][1].num_batches_tracked == 0
+
+
+def refusal(ours, tensors, strategy=None):
+    before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
+    with pytest.raises(UserError) as error:
+        load_released_weights(ours, tensors, strategy)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in ours.state_dict().items()), "all or nothing"
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_file_that_does_not_fit_changes_nothing_and_says_what_was_expected():
+    theirs, ours = scrambled(released.MSDNet()).state_dict(), our_msdnet()
+    renamed = theirs | {"classifier.2.linear.weights": theirs["classifier.2.linear.weight"]}
+    del renamed["classifier.2.linear.weight"]
+    said = refusal(ours, renamed)
+    assert f"1 of the network's {len(theirs)} tensors" in said
+    assert "heads.2.classify.weight [5, 128] would be classifier.2.linear.weight there, which is missing" in said
+    assert "(nearest: classifier.2.linear.weights [5, 128])" in said
+    wider = refusal(our_msdnet(classes=7), prefixed(theirs, "module."))
+    assert "6 of the network's" in wider and "and 3 more" in wider
+    assert "heads.0.classify.weight [7, 128] is module.classifier.0.linear.weight there, of shape [5, 128]" in wider
+    assert f"{len(ours.state_dict())} of" in refusal(ours, {"a.weight": torch.ones(1)})
+
+
+def test_what_holds_no_tensors_is_refused():
+    ours = our_msdnet()
+    assert "a dict with epoch, state_dict" in refusal(ours, {"epoch": 3, "state_dict": {"model": {}}})
+    assert "in a MSDNet" in refusal(ours, released.MSDNet())
+    custom = exitkit.MultiExitNetwork(ours.stages, ours.heads, (3, 32, 32), 5)
+    assert "family 'custom'; there are some for msdnet, ranet" in refusal(custom, {"a": torch.ones(1)})
+
+
+class Path(LogitLink):
+    """A link with tensors of its own, shaped as the knowledge path of IMTA."""
+
+    def __init__(self):
+        super().__init__()
+        self.answers = nn.ModuleList([nn.Linear(128 * min(index + 1, 2), 5) for index in range(3)])
+        self.paths = nn.ModuleList([nn.Sequential(nn.Linear(5, 128), nn.BatchNorm1d(128)) for _ in range(2)])
+
+
+class SecondPhase(TrainingStrategy):
+    """A method whose files hold the network behind `net.`, and its link beside it."""
+
+    slots = frozenset({LOGIT_LINK})
+
+    def adapt(self, network):
+        network.set_link(Path())
+
+    def released_names(self):
+        return {r"link\.answers\.": "classifier.", r"link\.paths\.(\d+)\.": r"isc_modules.\1.", "": "net."}
+
+
+def second_phase_file():
+    link = Path()
+    mine = scrambled(nn.ModuleDict({"classifier": link.answers, "isc_modules": link.paths})).state_dict()
+    return prefixed(scrambled(released.MSDNet()).state_dict(), "net.") | mine
+
+
+def test_a_methods_own_tensors_go_by_its_strategys_names():
+    theirs, ours, strategy = second_phase_file(), our_msdnet(), SecondPhase()
+    strategy.adapt(ours.double())
+    assert load_released_weights(ours.double(), prefixed(theirs, "module."), strategy) == (len(theirs), [])
+    assert torch.equal(ours.heads[1].classify.weight, theirs["net.classifier.1.linear.weight"])
+    assert torch.equal(ours.link.answers[1].weight, theirs["classifier.1.weight"])
+    assert torch.equal(ours.link.paths[1][1].running_mean, theirs["isc_modules.1.1.running_mean"])
+    assert "nearest: net.blocks.0.0.layers.0.net.0.weight" in refusal(ours, theirs)
+
+
+def test_no_pickle_is_ever_run(tmp_path):
+    tensors = released.MSDNet().state_dict()
+    for content, refused in (
+        ({"state_dict": tensors, "args": argparse.Namespace(lr=0.1)}, "argparse.Namespace"),
+        ({"state_dict": tensors, "best": np.float64(3.0)}, "numpy._?core.multiarray.scalar"),
+        (released.MSDNet(), "released.MSDNet"),
+    ):
+        torch.save(content, tmp_path / "model.pth.tar")
+        with pytest.raises(
+            UserError, match=rf"holds more than tensors \({refused}\), and nothing in it was run; .*save"
+        ):
+            read_released_file(tmp_path / "model.pth.tar")
+
+
+def test_files_that_are_none(tmp_path):
+    (tmp_path / "text.pth").write_text("not a checkpoint")
+    (tmp_path / "text.safetensors").write_text("nor this")
+    torch.save(released.MSDNet().state_dict(), tmp_path / "half.pth")
+    (tmp_path / "half.pth").write_bytes((tmp_path / "half.pth").read_bytes()[:5000])
+    torch.save([1, 2], tmp_path / "list.pth")
+    for name, complaint in {
+        "gone.pth": "is missing",
+        "gone.safetensors": "is missing; expected a file of released weights",
+        "": "is a folder",
+        "text.pth": "damaged",
+        "text.safetensors": "damaged",
+        "half.pth": "damaged",
+        "list.pth": "holds a list; expected a state dict",
+    }.items():
+        with pytest.raises(UserError, match=complaint) as error:
+            read_released_file(tmp_path / name)
+        assert "\n" not in str(error.value)

@@ -93,6 +93,14 @@ class TrainingStrategy:
     def adapt(self, network: MultiExitNetwork) -> None:
         """Add gradient taps or a logit link to the network; must be repeatable (`add_tap` and `set_link` are)."""
 
+    def released_names(self) -> Mapping[str, str]:
+        """Return how the authors' files name what `adapt` puts into the network, for `load_released_weights`.
+
+        {regular expression: replacement}, of what a name begins with; the first that matches counts. They see our own
+        names of the link's tensors (`link....`), and the names that the backbone's layout gives to all others.
+        """
+        return {}
+
     def prepare(self, run: Run) -> None:
         """Make what training needs besides the network: side networks, ownership, fusion weights.
 
@@ -187,6 +195,10 @@ class Composition(TrainingStrategy):
         """Apply every part's adaptation."""
         for part in self.parts.values():
             part.adapt(network)
+
+    def released_names(self) -> Mapping[str, str]:
+        """Return every part's names, in the order of the parts."""
+        return {ours: theirs for part in self.parts.values() for ours, theirs in part.released_names().items()}
 
     def prepare(self, run: Run) -> None:
         """Prepare every part."""

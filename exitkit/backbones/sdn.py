@@ -88,7 +88,7 @@ class ShallowDeep(Backbone, ABC):
 
     def __post_init__(self) -> None:
         if self.exits is not None and self.fractions is not None:
-            raise UserError("exits and fractions both say where the exits stand; give one of them")
+            raise UserError("exits and fractions both say where the exits stand; give one of them (the other is none)")
 
     @abstractmethod
     def trunk(self, input_shape: tuple[int, int, int], num_classes: int) -> Trunk:

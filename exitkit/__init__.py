@@ -8,10 +8,12 @@ __version__ = "0.1.0"
 
 # Name -> the module it lives in: imported on first use, so that the command line answers before torch is loaded.
 _PUBLIC = {
+    "attach_exits": "exitkit.backbones.attach",
     "build_network": "exitkit.build",
     "build_strategy": "exitkit.build",
     "train": "exitkit.training",
     "evaluate": "exitkit.exit_outputs",
+    "load_released_weights": "exitkit.released_weights",
     "load_runs": "exitkit.runs",
     "RunFolder": "exitkit.runs",
     "cost": "exitkit.costs",
@@ -26,6 +28,7 @@ _PUBLIC = {
 }
 
 if TYPE_CHECKING:
+    from exitkit.backbones.attach import attach_exits
     from exitkit.build import build_network, build_strategy
     from exitkit.costs import cost
     from exitkit.errors import UserError
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from exitkit.plugins import setting
     from exitkit.pruning import prune_to
     from exitkit.recipe import Recipe
+    from exitkit.released_weights import load_released_weights
     from exitkit.run import Run
     from exitkit.runs import RunFolder, load_runs
     from exitkit.strategy import Phase, TrainingStrategy
@@ -47,10 +51,12 @@ __all__ = [
     "RunFolder",
     "TrainingStrategy",
     "UserError",
+    "attach_exits",
     "build_network",
     "build_strategy",
     "cost",
     "evaluate",
+    "load_released_weights",
     "load_runs",
     "prune_to",
     "setting",

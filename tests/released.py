@@ -2,7 +2,7 @@
 
 import torch
 from torch import nn
-from torch.nn.functional import interpolate
+from torch.nn.functional import avg_pool2d, interpolate, max_pool2d
 
 
 def cbr(wide, out, kernel, stride=1, bias=False):
@@ -149,10 +149,7 @@ class RanetBlock(nn.Module):
 
 
 class RANet(nn.Module):
-    """Two sub-networks of two and three blocks, of 8 and 4 new channels a layer; the second fuses two and exits once.
-
-    At a small stem of width unit 4; each block has two layers.
-    """
+    """Sub-networks of two and three blocks, 8 and 4 new channels a layer; the second fuses two, and exits once."""
 
     def __init__(self, classes=5, large=False):
         super().__init__()
@@ -177,3 +174,106 @@ class RANet(nn.Module):
         x, _ = self.scale_flows[1][1](x, below_second)
         third, _ = self.scale_flows[1][2](x, None)
         return [head(view) for head, view in zip(self.classifier, (first, second, third), strict=True)]
+
+
+class InternalClassifier(nn.Module):
+    """Reads a map of `size` pixels: mixed pooling to 4x4, or none where the map is smaller."""
+
+    def __init__(self, width, size, classes=5):
+        super().__init__()
+        self.kernel = size // 4
+        if self.kernel:
+            self.alpha = nn.Parameter(torch.rand(1))
+        grid = size // self.kernel if self.kernel else size
+        self.linear = nn.Linear(width * grid * grid, classes)
+
+    def forward(self, x):
+        if self.kernel:
+            x = self.alpha * max_pool2d(x, self.kernel) + (1 - self.alpha) * avg_pool2d(x, self.kernel)
+        return self.linear(x.flatten(1))
+
+
+class Unit(nn.Module):
+    """A unit with its `layers` and, where an exit stands, its `output`."""
+
+    def __init__(self, layers, output=None):
+        super().__init__()
+        self.layers = layers
+        if output:
+            self.output = InternalClassifier(*output)
+
+    def forward(self, x):
+        """The released VGG, WideResNet and MobileNet: (onward, what the classifier reads)."""
+        paths = [self.layers] if isinstance(self.layers, nn.Sequential) else self.layers
+        out = sum(path(x) for path in paths)
+        return out, out
+
+
+class ResidualUnit(Unit):
+    def forward(self, x):
+        total = self.layers[0](x) + self.layers[1](x)
+        return total.relu(), total
+
+
+class ShallowDeep(nn.Module):
+    def __init__(self, init_conv, units, end):
+        super().__init__()
+        self.init_conv = init_conv
+        self.layers = nn.ModuleList(units)
+        self.end_layers = nn.Sequential(*end)
+
+    def forward(self, x):
+        x, outputs = self.init_conv(x), []
+        for unit in self.layers:
+            x, view = unit(x)
+            if hasattr(unit, "output"):
+                outputs.append(unit.output(view))
+        return [*outputs, self.end_layers(x)]
+
+
+def sdn_vgg():
+    """Five units at 16x16, pooled behind 1, 2, 3; exits behind 0 (16x16), 2 (pooled to 4x4), 3 (pooled to 2x2)."""
+    rows = [(3, 4, False, (4, 16)), (4, 4, True, None), (4, 6, True, (6, 4)), (6, 6, True, (6, 2)), (6, 8, False, None)]
+    units = [
+        Unit(nn.Sequential(*cbr(wide, out, 3, bias=True), *([nn.MaxPool2d(2)] if pool else [])), output)
+        for wide, out, pool, output in rows
+    ]
+    units.append(Unit(nn.Sequential(nn.Flatten(), nn.Linear(8 * 2 * 2, 7), nn.ReLU(), nn.Dropout())))
+    return ShallowDeep(nn.Sequential(), units, [nn.Linear(7, 6), nn.Dropout(), nn.Linear(6, 5)])
+
+
+def sdn_resnet():
+    """Two blocks of width 4, one of 8, one of 16, at 32x32; exits behind 0 and 2."""
+
+    def block(wide, out, stride, output=None):
+        path = nn.Sequential(*cbr(wide, out, 3, stride), *cbr(out, out, 3)[:2])
+        shortcut = nn.Sequential(*cbr(wide, out, 1, stride)[:2]) if stride > 1 else nn.Sequential()
+        return ResidualUnit(nn.ModuleList([path, shortcut]), output)
+
+    units = [block(4, 4, 1, (4, 32)), block(4, 4, 1), block(4, 8, 2, (8, 16)), block(8, 16, 2)]
+    return ShallowDeep(nn.Sequential(*cbr(3, 4, 3)), units, [nn.AvgPool2d(8), nn.Flatten(), nn.Linear(16, 5)])
+
+
+def sdn_wrn():
+    """A block each of width 16, 32, 64 at 32x32; exits behind 0 and 1."""
+
+    def block(wide, out, stride, output=None):
+        first = [nn.BatchNorm2d(wide), nn.ReLU(), nn.Conv2d(wide, out, 3, padding=1), nn.Dropout(0.3)]
+        second = [nn.BatchNorm2d(out), nn.ReLU(), nn.Conv2d(out, out, 3, stride, 1)]
+        shortcut = nn.Sequential(*[nn.Conv2d(wide, out, 1, stride)] * (stride > 1))
+        return Unit(nn.ModuleList([nn.Sequential(*first, *second), shortcut]), output)
+
+    units = [block(16, 16, 1, (16, 32)), block(16, 32, 2, (32, 16)), block(32, 64, 2)]
+    end = [nn.BatchNorm2d(64), nn.ReLU(), nn.AvgPool2d(8), nn.Flatten(), nn.Linear(64, 5)]
+    return ShallowDeep(nn.Conv2d(3, 16, 3, padding=1), units, end)
+
+
+def sdn_mobilenet():
+    """Separable units of width 8, 16, 16 at 8x8, the last two halving; exits behind 0 and 1."""
+
+    def separable(wide, out, stride, output=None):
+        depthwise = [nn.Conv2d(wide, wide, 3, stride, 1, groups=wide, bias=False), nn.BatchNorm2d(wide), nn.ReLU()]
+        return Unit(nn.Sequential(*depthwise, *cbr(wide, out, 1)), output)
+
+    units = [separable(32, 8, 1, (8, 8)), separable(8, 16, 2, (16, 4)), separable(16, 16, 2)]
+    return ShallowDeep(nn.Sequential(*cbr(3, 32, 3)), units, [nn.AvgPool2d(2), nn.Flatten(), nn.Linear(16, 5)])

@@ -1,19 +1,25 @@
 """Files in the authors' layout load onto our networks: what they compute there, they compute here."""
 
 import argparse
+import re
 
 import numpy as np
 import pytest
 import released
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import exitkit
+from exitkit import plugins
+from exitkit.backbones import sdn
 from exitkit.backbones.msdnet import MSDNet
 from exitkit.backbones.ranet import RANet
+from exitkit.cli.import_weights import import_weights
 from exitkit.errors import UserError
 from exitkit.network import LogitLink
+from exitkit.released_layouts import LAYOUTS
 from exitkit.released_weights import load_released_weights, read_released_file
 from exitkit.strategy import LOGIT_LINK, TrainingStrategy
 
@@ -34,27 +40,31 @@ def scrambled(network):
     return network.double().eval()
 
 
-def our_msdnet(classes=5, size=32, **settings):
-    return MSDNet(**MSDNET, **settings).build((3, size, size), classes).double().eval()
+def our_msdnet(classes=5):
+    return MSDNet(**MSDNET).build((3, 32, 32), classes).double().eval()
 
 
 CASES = {
-    "msdnet": (lambda: released.MSDNet(), our_msdnet, 32),
-    "msdnet, ImageNet": (lambda: released.MSDNet(large=True), lambda: our_msdnet(size=112, **LARGE), 112),
-    "msdnet, plain units": (lambda: released.MSDNet(bottleneck=False), lambda: our_msdnet(bottleneck=False), 32),
-    "ranet": (lambda: released.RANet(), lambda: RANet(**RANET).build((3, 16, 16), 5), 16),
-    "ranet, ImageNet": (
-        lambda: released.RANet(large=True),
-        lambda: RANet(**RANET, **LARGE).build((3, 64, 64), 5),
-        64,
+    "msdnet": (released.MSDNet, MSDNet(**MSDNET), 32),
+    "msdnet, ImageNet": (lambda: released.MSDNet(large=True), MSDNet(**MSDNET, **LARGE), 112),
+    "msdnet, plain units": (lambda: released.MSDNet(bottleneck=False), MSDNet(**MSDNET, bottleneck=False), 32),
+    "ranet": (released.RANet, RANet(**RANET), 16),
+    "ranet, ImageNet": (lambda: released.RANet(large=True), RANet(**RANET, **LARGE), 64),
+    "sdn-vgg": (
+        released.sdn_vgg,
+        sdn.VGG(channels=(4, 4, 6, 6, 8), pools=(1, 2, 3), hidden=(7, 6), exits=(0, 2, 3)),
+        16,
     ),
+    "sdn-resnet": (released.sdn_resnet, sdn.ResNet(blocks=(2, 1, 1), channels=4, exits=(0, 2)), 32),
+    "sdn-wrn": (released.sdn_wrn, sdn.WideResNet(blocks=(1, 1, 1), widen=1, exits=(0, 1)), 32),
+    "sdn-mobilenet": (released.sdn_mobilenet, sdn.MobileNet(channels=(8, 16, 16), halving=(1, 2), exits=(0, 1)), 8),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_released_weights_give_the_released_answers(name):
     theirs, ours, size = CASES[name]
-    theirs, ours = scrambled(theirs()), ours().double().eval()
+    theirs, ours = scrambled(theirs()), ours.build((3, size, size), 5).double().eval()
     fit = load_released_weights(ours, theirs.state_dict())
     assert fit == (len(theirs.state_dict()), [])
     x = torch.randn(2, 3, size, size, dtype=torch.float64)
@@ -62,6 +72,17 @@ def test_released_weights_give_the_released_answers(name):
         for mine, published in zip(ours(x).logits, theirs(x), strict=True):
             torch.testing.assert_close(mine, published, rtol=1e-10, atol=1e-10)
     assert all(int(value) == 7 for key, value in ours.state_dict().items() if key.endswith("num_batches_tracked"))
+
+
+@pytest.mark.parametrize("preset", sorted(plugins.registered("backbone")))
+def test_no_two_tensors_of_a_preset_have_one_name_there(preset):
+    if preset.partition("-")[0] not in {"msdnet", "ranet", "sdn"}:
+        pytest.skip("no paper's network")
+    with torch.device("meta"):
+        network = exitkit.build_network(preset)
+    names = LAYOUTS[network.family].names(network)
+    assert len(set(names.values())) == len(names)
+    assert not any(re.match(r"stages|heads", name) for name in names.values())
 
 
 def test_well_known_tensors_land_where_they_must():
@@ -125,7 +146,8 @@ def test_a_file_that_does_not_fit_changes_nothing_and_says_what_was_expected():
     wider = refusal(our_msdnet(classes=7), prefixed(theirs, "module."))
     assert "6 of the network's" in wider and "and 3 more" in wider
     assert "heads.0.classify.weight [7, 128] is module.classifier.0.linear.weight there, of shape [5, 128]" in wider
-    assert f"{len(ours.state_dict())} of" in refusal(ours, {"a.weight": torch.ones(1)})
+    parameters = [name for name in theirs if not name.endswith("num_batches_tracked")]
+    assert refusal(ours, {"a.weight": torch.ones(1)}).startswith(f"{len(parameters)} of the network's {len(theirs)}")
 
 
 def test_what_holds_no_tensors_is_refused():
@@ -133,7 +155,7 @@ def test_what_holds_no_tensors_is_refused():
     assert "a dict with epoch, state_dict" in refusal(ours, {"epoch": 3, "state_dict": {"model": {}}})
     assert "in a MSDNet" in refusal(ours, released.MSDNet())
     custom = exitkit.MultiExitNetwork(ours.stages, ours.heads, (3, 32, 32), 5)
-    assert "family 'custom'; there are some for msdnet, ranet" in refusal(custom, {"a": torch.ones(1)})
+    assert "family 'custom'; there are some for msdnet, ranet, sdn" in refusal(custom, {"a": torch.ones(1)})
 
 
 class Path(LogitLink):
@@ -205,3 +227,61 @@ def test_files_that_are_none(tmp_path):
         with pytest.raises(UserError, match=complaint) as error:
             read_released_file(tmp_path / name)
         assert "\n" not in str(error.value)
+
+
+def imported(*arguments):
+    return CliRunner().invoke(import_weights, [str(argument) for argument in arguments], catch_exceptions=True)
+
+
+def tiny_file(path, classes=5):
+    """Write a file of a small network; return its tensors and the options that make ours like it."""
+    tensors = scrambled(released.MSDNet(classes)).float().state_dict()
+    torch.save({"epoch": 1, "state_dict": prefixed(tensors, "module.") | {"extra": torch.ones(2)}}, path)
+    sets = [f"--set={field}={value}" for field, value in MSDNET.items()]
+    return tensors, ["--backbone", "msdnet", *sets]
+
+
+def test_the_command_writes_our_names_for_the_classes_of_the_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    tensors, options = tiny_file(tmp_path / "sub" / "best.pth.tar")
+    result = imported("sub/best.pth.tar", *options)
+    assert result.exit_code == 0, result.exception
+    assert result.output.splitlines() == [
+        f"loaded {len(tensors)} tensors into msdnet (5 classes), written to best.safetensors",
+        "left out 1 tensors of best.pth.tar: extra",
+    ]
+    ours = MSDNet(**MSDNET).build((3, 32, 32), 5)
+    ours.load_state_dict(load_file(tmp_path / "best.safetensors"))
+    assert torch.equal(ours.heads[2].classify.weight, tensors["classifier.2.linear.weight"])
+    save_file(tensors, tmp_path / "again.safetensors")
+    again = imported("again.safetensors", *options, "--out", "other.safetensors", "--num-classes", 5)
+    assert again.exit_code == 0 and "left out" not in again.output
+    assert (tmp_path / "other.safetensors").read_bytes() == (tmp_path / "best.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("more", "complaint"),
+    [
+        (["--num-classes", "7"], "the file is of 5 classes, --num-classes says 7"),
+        (["--set", "bottleneck=false"], "tensors can't be filled"),
+        (["--out", "there"], "there is there already; name another file by --out"),
+        (["--out", "no/such/folder"], "can't be written"),
+        (["--method", "boostnest"], "did you mean boostnet"),
+    ],
+)
+def test_the_command_refuses_in_one_line_and_writes_nothing(tmp_path, monkeypatch, more, complaint):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").touch()
+    _, options = tiny_file(tmp_path / "best.pth")
+    result = imported("best.pth", *options, *more)
+    assert isinstance(result.exception, UserError) and complaint in str(result.exception)
+    assert {path.name for path in tmp_path.iterdir()} == {"best.pth", "there"}
+
+
+def test_a_method_without_tensors_of_its_own_changes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, options = tiny_file(tmp_path / "best.pth")
+    assert imported("best.pth", *options, "--out", "plain").exit_code == 0
+    assert imported("best.pth", *options, "--method", "boostnet", "--out", "boosted").exit_code == 0
+    assert (tmp_path / "plain").read_bytes() == (tmp_path / "boosted").read_bytes()

@@ -40,8 +40,8 @@ def cost(
     from exitkit.costs import cost as count
 
     network = build_network(backbone, num_classes=num_classes, input_shape=_shape(input_shape), **parse_sets(sets))
-    if method:
-        build_strategy(method).adapt(network)
+    for phase in build_strategy(method).phases(1) if method else ():
+        phase.strategy.adapt(network)
     rows = [row._asdict() for row in count(network)]
     if as_json:
         facts = {"backbone": backbone, "num_classes": network.num_classes, "input_shape": network.input_shape}

@@ -30,11 +30,16 @@ def prune_to(network: MultiExitNetwork, exit: int) -> MultiExitNetwork:
     """
     if isinstance(exit, bool) or not isinstance(exit, int) or not 1 <= exit <= network.num_exits:
         raise UserError(f"exit is {exit!r}; expected an exit from 1 to {network.num_exits}")
+    training = [module for module in network.modules() if module.training]
+    network.eval()  # what asks for the mode becomes a constant of the graph; layers such as batch norm keep both modes
     try:
         graph = fx.Tracer().trace(_Answer(network, exit))
     except Exception as error:  # whatever someone's forward does with a tensor that has no values
         reason = " ".join(str(error).split())
         raise UserError(f"the network can't be cut at exit {exit}: torch.fx can't trace it ({reason})") from error
+    finally:
+        for module in training:
+            module.training = True
     for node in graph.nodes:
         if node.op in ("call_module", "get_attr"):
             node.target = node.target.removeprefix("network.")

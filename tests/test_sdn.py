@@ -65,7 +65,7 @@ def test_the_weight_on_a_4x4_map_decides_nothing_and_is_named():
 
 
 def test_resnets_classifiers_read_the_sum_before_its_relu_and_the_trunk_goes_on_behind_it():
-    network = exitkit.build_network("sdn-tiny").double().eval()
+    network = small_resnet()
     state = network.stages[0](torch.randn(4, 1, 16, 16, dtype=torch.float64))
     activated, total = state
     assert total.min() < 0 and torch.equal(activated, total.relu()) and torch.equal(network.view(state), total)
@@ -152,16 +152,17 @@ def linears(network):
     return [module for module in network.modules() if isinstance(module, nn.Linear)]
 
 
-def tiny_vgg():
+def small_resnet():
+    backbone = sdn.ResNet(blocks=(2, 2, 2), channels=2, exits=(0, 2, 4))
+    return backbone.build((1, 16, 16), 4).double().eval()
+
+
+def small_vgg():
     backbone = sdn.VGG(channels=(2, 3, 2, 3, 2, 3), pools=(1, 3), hidden=(4, 4), exits=(1, 4))
     return backbone.build((1, 8, 8), 4).double().eval()
 
 
-def tiny_resnet():
-    return exitkit.build_network("sdn-tiny", num_classes=4, channels=2).double().eval()
-
-
-@pytest.mark.parametrize("make", [tiny_vgg, tiny_resnet])
+@pytest.mark.parametrize("make", [small_vgg, small_resnet])
 def test_equation_5_holds_for_every_unit(make):
     plain, scaled = gradients(make, {})
     for index, (before, after) in enumerate(zip(plain, scaled, strict=True)):
@@ -171,7 +172,7 @@ def test_equation_5_holds_for_every_unit(make):
                 torch.testing.assert_close(after[name], factor * gradient, rtol=1e-9, atol=1e-14), (index, name)
 
 
-@pytest.mark.parametrize("make", [tiny_vgg, tiny_resnet])
+@pytest.mark.parametrize("make", [small_vgg, small_resnet])
 def test_as_released_exit_bearing_units_feel_the_plain_sum_and_the_others_equation_5(make):
     plain, scaled = gradients(make, {"variant": "released"})
     exits, lengths = len(plain), [len(stage) for stage in make().stages]

@@ -198,7 +198,7 @@ def test_what_is_written_down(tmp_path):
     assert list(accuracy) == pytest.approx(run.results()["test"])
     table = exitkit.load_runs(tmp_path)
     assert list(table) == [
-        *("run", "method", "backbone", "dataset", "seed", "epochs", "exit", "papers", "macs", "params"),
+        *("run", "method", "backbone", "dataset", "seed", "epochs", "exit", "papers", "macs", "pruned", "params"),
         *("accuracy", "validation_accuracy", "path"),
     ]
     assert list(table.accuracy) == pytest.approx(list(accuracy)) and set(table.seed) == {3}

@@ -1,271 +1,190 @@
-"""A user's network as a graph: its points by name, where it can be cut, and the pieces between cuts."""
+"""A traced network cut into stages: where that can be done, and the stages themselves."""
 
 from __future__ import annotations
 
-import copy
-import functools
-import math
-import operator
-from typing import Any, NamedTuple
+from itertools import pairwise
+from operator import getitem
 
-import torch
-from torch import Tensor, fx, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import fx, nn
 
-from exitkit.data.torchvision_import import torchvision
+from exitkit.backbones.graph_trace import MODE, Traced, Value, survey
 from exitkit.errors import UserError, unknown
 
-Shape = tuple[int, ...]
 
-_IN_PLACE = {operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul}
+class Plan:
+    """Where a traced network can be cut.
 
+    A place is the position of a node; the cut runs right behind it. What crosses a cut is the tensor of its node,
+    first, and all else that is alive there: computed before, needed behind. Parameters and constants are fetched in
+    the stage that needs them.
 
-class Value(NamedTuple):
-    """What a node of the graph gives.
+    Args:
+        traced: the network.
+        input_shape: (channels, height, width) of an image.
 
     Attributes:
-        shape: without the batch; None for all that is no tensor with the batch as its first dimension.
-        channels: the dimension of the batched tensor that holds the channels.
-        cost: multiply-adds behind this node, for one image.
-    """
-
-    shape: Shape | None
-    channels: int
-    cost: int
-
-
-class Graph:
-    """A traced network.
-
-    Points have the names that torchvision's feature extraction gives them; a prefix such as `layer2` stands for the
-    last point that begins so.
+        places: all places at which the network can be cut, ascending.
+        answer: the node of the logits.
+        tail: the node of the linear layer that the logits come from directly, or None.
 
     Raises:
-        UserError: the network can't be traced, reads several inputs, or gives no logits [B, C].
+        UserError: the network does not take such images, or does not answer with logits.
     """
 
-    def __init__(self, model: nn.Module, input_shape: tuple[int, int, int]) -> None:
-        self.model = model
-        self.title = type(model).__name__
-        graph, names = self._trace()
-        self.nodes = [node for node in graph.nodes if node.op not in ("output", "get_attr")]
-        (self.output,) = (node for node in graph.nodes if node.op == "output")
-        self.names = {node: name for node, name in names.items() if node in set(self.nodes)}
-        self.place = {node: index for index, node in enumerate(self.nodes)}
-        inputs = [node for node in self.nodes if node.op == "placeholder"]
-        if len(inputs) != 1:
-            raise UserError(f"{self.title} reads {len(inputs)} inputs; expected one, the images")
-        self.values = _values(fx.GraphModule(model, graph), input_shape, self.title)
-        answer = self.output.args[0]
-        shape = self.values[answer].shape if isinstance(answer, fx.Node) else None
-        if not isinstance(answer, fx.Node) or shape is None or len(shape) != 1:
-            raise UserError(f"{self.title} gives no tensor [B, classes]; exits can be attached to classifiers only")
-        self.answer = answer
-        self.num_classes = shape[0]
-        self._last_use = {
-            node: max((self.place.get(user, len(self.nodes)) for user in node.users), default=-1) for node in self.nodes
-        }
+    def __init__(self, traced: Traced, input_shape: tuple[int, int, int]) -> None:
+        self.traced = traced
+        self.values = survey(traced, input_shape)
+        self.nodes: list[fx.Node] = list(traced.graph.nodes)
+        position = {node: index for index, node in enumerate(self.nodes)}
+        self._last_use = [max((position[user] for user in node.users), default=-1) for node in self.nodes]
+        self._last_trained = max((position[user] for node in self.nodes for user in self._trained_by(node)), default=-1)
+        self._changed_at: dict[int, list[int]] = {}
+        for index, node in enumerate(self.nodes):
+            for memory in self.values[node].changes:
+                self._changed_at.setdefault(memory, []).append(index)
+        self._last_of: dict[str, int] = {}
+        for node, name in traced.names.items():
+            parts = name.split(".")
+            for depth in range(1, len(parts) + 1):
+                self._last_of[".".join(parts[:depth])] = position[node]
+        self._crossing = self._sweep()
+        self.answer = self._find_answer()
+        self.tail = self._find_tail()
+        self.places = [place for place in range(len(self.nodes)) if self.obstacle(place) is None]
 
-    def _trace(self) -> tuple[fx.Graph, dict[fx.Node, str]]:
-        extraction, ops = torchvision("models.feature_extraction"), torchvision("ops")
-        # The same leaves as torchvision's own, so that the points are the same.
-        leaves = [kind for kind in vars(ops).values() if isinstance(kind, type) and issubclass(kind, nn.Module)]
-        tracer = extraction.NodePathTracer(autowrap_modules=(math, ops), leaf_modules=leaves)
-        training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
-        try:
-            graph = tracer.trace(self.model)
-        except Exception as error:  # whatever a forward does with a tensor that has no values
-            reason = " ".join(str(error).split())
-            raise UserError(f"{self.title} can't be traced by torch.fx ({reason}); exits need a fixed graph") from error
-        finally:
-            for module in training:
-                module.training = True
-        return graph, dict(tracer.node_to_qualname)
+    def value(self, place: int) -> Value:
+        """Return what the node at a place gives."""
+        return self.values[self.nodes[place]]
 
-    def live(self, point: fx.Node) -> list[fx.Node]:
-        """Return what crosses a cut behind `point`: the point itself, then all else that is needed later."""
-        here = self.place[point]
-        others = [n for n in self.nodes[: here + 1] if n is not point and self._last_use[n] > here]
-        return [point, *others]
+    def name(self, place: int) -> str:
+        """Return the shortest name of a place: `layer1` for the last node of layer1."""
+        names = [name for name, last in self._last_of.items() if last == place]
+        return min(names, key=lambda name: name.count(".")) if names else str(self.nodes[place])
 
-    def obstacle(self, point: fx.Node) -> str:
-        """Say why the graph can't be cut behind `point`, or nothing if it can."""
-        here = self.place[point]
-        value = self.values[point]
-        if value.shape is None:
-            return "it gives no tensor of one row an image"
-        if not 1 <= len(value.shape) <= 3:
-            return f"it gives {len(value.shape) + 1} dimensions, and a head reads 2 to 4"
-        if not any(self._trains(node) for node in self.nodes[: here + 1]):
-            return "nothing before it is trained"
-        if not any(self._trains(node) for node in self.nodes[here + 1 :]):
-            return "nothing behind it is trained"
-        blocking = [node for node in self.live(point) if self.values[node].shape is None]
-        if blocking:
-            return f"{self.names[blocking[0]]}, which is no tensor of one row an image, is needed on both sides"
-        return ""
+    def crossing(self, place: int) -> list[fx.Node]:
+        """Return the nodes whose tensors cross a cut: the place's own, then the others in order."""
+        return self._crossing[place]
 
-    def _trains(self, node: fx.Node) -> bool:
-        if node.op == "call_module":
-            return any(True for _ in self.model.get_submodule(str(node.target)).parameters())
-        return any(source.op == "get_attr" for source in node.all_input_nodes)
-
-    def find(self, name: str) -> fx.Node:
-        """Return the point of a name or prefix.
+    def find(self, point: str) -> int:
+        """Return the place that a user's point names: a node, or the last one of a module.
 
         Raises:
-            UserError: there is none, or the graph can't be cut there; the nearest points are given.
+            UserError: no such point, or the network can't be cut there.
         """
-        named = [node for node, own in self.names.items() if own == name or own.startswith(f"{name}.")]
-        if not named:
-            raise unknown(f"point of {self.title}", name, list(self.names.values()))
-        point = max(named, key=lambda node: self.place[node])
-        reason = self.obstacle(point)
-        if reason:
-            here = self.place[point]
-            possible = [node for node in self.nodes if not self.obstacle(node)]
-            before = [self.names[node] for node in possible if self.place[node] < here][-1:]
-            behind = [self.names[node] for node in possible if self.place[node] > here][:1]
-            nearest = "no point of it can"
-            if before or behind:
-                several = "points are" if before and behind else "point is"
-                nearest = f"the nearest {several} {' and '.join(before + behind)}"
-            raise UserError(f"{self.title} can't be cut at {name}: {reason}; {nearest}")
-        return point
+        if point not in self._last_of:
+            depth = point.count(".")
+            raise unknown(f"point of {self.traced.name}", point, [n for n in self._last_of if n.count(".") <= depth])
+        place = self._last_of[point]
+        reason = self.obstacle(place)
+        if reason is None:
+            return place
+        before = [other for other in self.places if other < place][-1:]
+        behind = [other for other in self.places if other > place][:1]
+        near = " and ".join(self.name(other) for other in before + behind)
+        choices = f"the nearest points where it can are {near}" if near else "it can be cut nowhere"
+        raise UserError(f"{self.traced.name} can't be cut at {point}: {reason}; {choices}")
 
-    def clean_points(self, depth: int) -> list[fx.Node]:
-        """Return the points that one tensor alone crosses, within at most `depth` unfinished modules, in order.
-
-        Of several with nothing computed between them it is the one that leaves fewest modules unfinished, or the last.
-        """
-        best: dict[int, fx.Node] = {}
-        for node in self._clean:
-            held = best.get(self.values[node].cost)
-            if self.depths[node] <= depth and (held is None or self.depths[node] <= self.depths[held]):
-                best[self.values[node].cost] = node
-        final = self.values[self.before_last()].cost
-        return [node for cost, node in best.items() if 0 < cost < final]
-
-    @functools.cached_property
-    def _clean(self) -> list[fx.Node]:
-        return [node for node in self.nodes if not self.obstacle(node) and len(self.live(node)) == 1]
-
-    @functools.cached_property
-    def depths(self) -> dict[fx.Node, int]:
-        """How many modules are entered and not yet left behind each node."""
-        depths = {}
-        for node, following in zip(self.nodes, [*self.nodes[1:], None], strict=True):
-            here = self.names[node].split(".")[:-1]
-            there = self.names[following].split(".")[:-1] if following is not None else []
-            depths[node] = next((i for i, (a, b) in enumerate(zip(here, there, strict=False)) if a != b), len(here))
-            depths[node] = min(depths[node], len(there))
-        return depths
-
-    def last_linear(self) -> nn.Linear | None:
-        """Return the linear layer that gives the answer, if one does."""
-        if self.answer.op != "call_module":
-            return None
-        module = self.model.get_submodule(str(self.answer.target))
-        return module if isinstance(module, nn.Linear) else None
-
-    def before_last(self) -> fx.Node:
-        """Return what the last head begins with: the input of the last linear layer, or the answer itself."""
-        if self.last_linear() is None:
-            return self.answer
-        before: fx.Node = self.answer.all_input_nodes[0]
-        return before
-
-    def piece(self, start: fx.Node | None, end: fx.Node, crossing: list[fx.Node]) -> fx.GraphModule:
-        """Return the graph from behind `start` (None: the images) up to `end`, as a module state -> state.
-
-        Args:
-            crossing: what the state behind `end` holds, `end` first; one alone is handed on without a tuple.
-        """
-        given = [self.nodes[0]] if start is None else self.live(start)
-        first = 0 if start is None else self.place[start]
-        graph = fx.Graph()
-        state = graph.placeholder("state")
-        made: dict[fx.Node, fx.Node] = {}
-        for index, node in enumerate(given):
-            made[node] = state if len(given) == 1 else graph.call_function(operator.getitem, (state, index))
-        entered = set(given)
-        for node in self.nodes[first : self.place[end] + 1]:
-            if node not in made:
-                made[node] = graph.node_copy(node, lambda source: self._source(source, made, graph))
-                self._keep_state(made[node], node, entered)
-        graph.output(made[end] if len(crossing) == 1 else tuple(made[node] for node in crossing))
-        graph.lint()
-        return fx.GraphModule(self.model, graph)
-
-    def _source(self, source: fx.Node, made: dict[fx.Node, fx.Node], graph: fx.Graph) -> fx.Node:
-        copied: fx.Node | None = made.get(source)
-        if copied is None:  # a parameter: each piece fetches its own
-            copied = made[source] = graph.node_copy(source, lambda node: node)
-        return copied
-
-    def _keep_state(self, copied: fx.Node, node: fx.Node, entered: set[fx.Node]) -> None:
-        """Have what reads the state make a new tensor: the exit before has read it, and its gradient needs it whole."""
-        if not node.args or node.args[0] not in entered:
-            return
-        copied.target = _IN_PLACE.get(copied.target, copied.target)  # type: ignore[arg-type]
-        if copied.kwargs.get("inplace"):
-            copied.update_kwarg("inplace", False)
-        if node.op == "call_method" and str(node.target).endswith("_"):
-            copied.target = str(node.target).rstrip("_")
-        if node.op == "call_module":
-            module = self.model.get_submodule(str(node.target))
-            if getattr(module, "inplace", False):
-                setattr(module, "inplace", False)  # noqa: B010  which modules have it, no type tells
-
-
-class _Recorder(fx.Interpreter):
-    """Runs a graph, and keeps of every node the shape of what it gave, and the multiply-adds so far."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.shapes: dict[str, Shape] = {}
-        self.costs: dict[str, int] = {}
-        self.counter = FlopCounterMode(display=False)
-
-    def record(self, shape: Shape) -> Exception | None:
-        """Run on images of `shape`; return what stopped the run, if anything did."""
-        try:
-            with torch.no_grad(), self.counter:
-                self.run(torch.empty(shape, device="meta", dtype=_dtype(self.module)))
-        except Exception as error:  # whatever a network says of an image that it does not take
-            return error
+    def obstacle(self, place: int) -> str | None:
+        """Say why the network can't be cut at a place, or None where it can."""
+        node, value = self.nodes[place], self.value(place)
+        if node.op in ("placeholder", "get_attr", "output") or node.target == MODE:
+            return "nothing is computed there"
+        if not value.feature:
+            given = f"a tensor of shape {value.shape}" if value.kind == "Tensor" else f"no tensor ({value.kind})"
+            return f"it gives {given}, not features of each image"
+        if self._last_trained <= place:
+            return "nothing trainable follows it"
+        seen: set[int] = set()
+        for other in self.crossing(place):
+            crossing = self.values[other]
+            called = self.traced.names.get(other, str(other))
+            if not crossing.batched:
+                what = "no tensor" if crossing.kind != "Tensor" else f"not one row an image (shape {crossing.shape})"
+                return f"{called}, which is {what}, is needed behind it"
+            if crossing.storage in seen and self._changed(other, place, len(self.nodes)):
+                return f"{called} shares memory with another tensor, and is changed in place behind it"
+            seen.add(crossing.storage)
         return None
 
-    def run_node(self, n: fx.Node) -> Any:
-        """Run one node."""
-        result = super().run_node(n)
-        self.costs[n.name] = self.counter.get_total_flops() // 2
-        if isinstance(result, Tensor):
-            self.shapes[n.name] = tuple(result.shape)
-        return result
+    def _trained_by(self, node: fx.Node) -> list[fx.Node]:
+        """Return the nodes that use parameters through this one."""
+        part = self.traced.parts.get(str(node.target))
+        if isinstance(part, nn.Module):
+            return [node] if next(part.parameters(), None) is not None else []
+        return list(node.users) if node.op == "get_attr" and isinstance(part, nn.Parameter) else []
+
+    def _find_answer(self) -> fx.Node:
+        (given,) = self.nodes[-1].args
+        value = self.values[given] if isinstance(given, fx.Node) else self.values[self.nodes[-1]]
+        if not isinstance(given, fx.Node) or not value.feature or len(value.shape) != 2:
+            what = f"a tensor of shape {value.shape} for two images" if value.kind == "Tensor" else f"a {value.kind}"
+            raise UserError(f"{self.traced.name} gives {what}; expected one tensor of logits [images, classes]")
+        return given
+
+    def _find_tail(self) -> fx.Node | None:
+        node, calls = self.answer, [node.target for node in self.nodes if node.op == "call_module"]
+        linear = node.op == "call_module" and type(self.traced.parts[str(node.target)]) is nn.Linear
+        alone = len(node.users) == 1 and calls.count(node.target) == 1 and len(node.args) == 1
+        features = [self.values[each] for each in node.all_input_nodes]
+        return node if linear and alone and features[0].feature and len(features[0].shape) == 2 else None
+
+    def _sweep(self) -> list[list[fx.Node]]:
+        """Return for each place what crosses a cut there."""
+        alive: list[int] = []
+        crossing = []
+        for place, node in enumerate(self.nodes):
+            alive = [each for each in alive if self._last_use[each] > place]
+            crossing.append([node, *(self.nodes[each] for each in alive)])
+            if not _fetched(node):
+                alive.append(place)
+        return crossing
+
+    def _changed(self, node: fx.Node, start: int, end: int) -> bool:
+        """Whether nodes behind place `start`, up to `end`, change this node's tensor in place."""
+        return any(start < at <= end for at in self._changed_at.get(self.values[node].storage, ()))
+
+    def split(self, cuts: list[int]) -> list[fx.GraphModule]:
+        """Return the stages between ascending places; the last one gives the answer, or what `tail` reads.
+
+        Each is a module of one argument and one result: the tensor that crosses, or the tuple of those. It holds the
+        network's own modules and parameters, under their own names.
+        """
+        end = self.answer if self.tail is None else self.tail.all_input_nodes[0]
+        bounds = [-1, *cuts, len(self.nodes) - 1]
+        states = [[self.nodes[0]], *(self.crossing(cut) for cut in cuts), [end]]
+        return [
+            self._stage(start, stop, inputs, outputs)
+            for (start, stop), (inputs, outputs) in zip(pairwise(bounds), pairwise(states), strict=True)
+        ]
+
+    def _stage(self, start: int, stop: int, inputs: list[fx.Node], outputs: list[fx.Node]) -> fx.GraphModule:
+        graph = fx.Graph()
+        state = graph.placeholder("state")
+        env: dict[fx.Node, fx.Node] = {}
+        for index, node in enumerate(inputs):
+            env[node] = graph.call_function(getitem, (state, index)) if len(inputs) > 1 else state
+        for node in inputs:
+            if self._changed(node, start, stop):
+                # A head and taps have read this tensor: the stage changes a copy of its own.
+                env[node] = graph.call_method("clone", (env[node],))
+
+        def fetch(node: fx.Node) -> fx.Node:
+            if node not in env:
+                env[node] = graph.node_copy(node, fetch)
+            return env[node]
+
+        for node in self.nodes[start + 1 : stop + 1]:
+            unread = node.op in ("placeholder", "output") or _fetched(node) or (self.tail is node)
+            if not unread:
+                fetch(node)
+        results = [fetch(node) for node in outputs]
+        graph.output(results[0] if len(results) == 1 else tuple(results))
+        parts = {
+            node.target: self.traced.parts[node.target] for node in graph.nodes if node.target in self.traced.parts
+        }
+        return fx.GraphModule(parts, graph, class_name=f"{self.traced.name}Stage")
 
 
-def _dtype(module: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-
-
-def _values(module: fx.GraphModule, input_shape: tuple[int, int, int], title: str) -> dict[fx.Node, Value]:
-    ghost = copy.deepcopy(module).to("meta").eval()
-    channels, height, width = input_shape
-    one, several, larger = _Recorder(ghost), _Recorder(ghost), _Recorder(ghost)
-    error = one.record((2, *input_shape)) or several.record((3, *input_shape))
-    if error is not None:
-        reason = str(error).partition("While executing")[0].strip()
-        raise UserError(f"{title} does not take images of {channels}x{height}x{width}: {reason}") from error
-    larger.record((2, channels, 2 * height, 2 * width))  # many networks take one size only; then nothing is learned
-    values = {}
-    for node in module.graph.nodes:
-        shape = one.shapes.get(node.name, ())
-        follows = len(shape) > 0 and several.shapes.get(node.name) == (3, *shape[1:]) and shape[0] == 2
-        grown = larger.shapes.get(node.name, ())
-        steady = [dim for dim, (a, b) in enumerate(zip(shape, grown, strict=False)) if dim and a == b]
-        default = 2 if len(shape) == 3 else 1  # tokens have their channels last
-        channels = steady[0] if len(steady) == 1 and len(grown) == len(shape) else default
-        values[node] = Value(shape[1:] if follows else None, channels, one.costs[node.name] // 2)
-    return values
+def _fetched(node: fx.Node) -> bool:
+    """Whether each stage gets this node's value by itself."""
+    return node.op == "get_attr" or node.target == MODE

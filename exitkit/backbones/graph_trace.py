@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -84,7 +85,7 @@ def trace(model: nn.Module) -> Traced:
     try:
         # Buffers stay real: what a forward computes from them alone becomes a constant of the graph.
         memo = {id(p): _without_storage(p) for p in model.parameters()}
-        ghost = copy.deepcopy(model, memo)  # type: ignore[arg-type]
+        ghost = copy.deepcopy(model, memo)
         training = _trace_once(ghost.train())
         graph, names = _trace_once(ghost.eval())
     except UserError:
@@ -135,7 +136,8 @@ def _trace_once(model: nn.Module) -> tuple[fx.Graph, dict[fx.Node, str]]:
         if str(node.target).startswith("*") and node.users:
             raise UserError(f"{type(model).__name__} reads more than images ({node.target}); expected one input")
         _drop(graph, node)
-    return graph, {node: name for node, name in tracer.node_to_qualname.items() if node.graph is graph}
+    left = set(graph.nodes)
+    return graph, {node: name for node, name in tracer.node_to_qualname.items() if node in left}
 
 
 def _drop(graph: fx.Graph, node: fx.Node) -> None:
@@ -156,21 +158,112 @@ def _follow_mode(name: str, graph: fx.Graph, names: dict[fx.Node, str], training
         mode = graph.call_module(MODE)
     for node, qualified in names.items():
         twin = twins.pop(qualified, None)
-        if twin is None or (twin.op != node.op or twin.target != node.target and node.op != "placeholder"):
-            raise UserError(
-                f"{name} computes {qualified} in evaluation but not in training; expected one forward for both"
-            )
-        leaves, form = pytree.tree_flatten((node.args, node.kwargs))
-        others, other_form = pytree.tree_flatten((twin.args, twin.kwargs))
-        merged = [_merge(*pair, mode, names, training) for pair in zip(leaves, others, strict=False)]
-        if form != other_form or any(
-            each is Ellipsis and leaf is not Ellipsis for each, leaf in zip(merged, leaves, strict=True)
-        ):
-            raise UserError(f"{name} computes {qualified} otherwise in training; expected one forward for both")
-        if mode in merged:
-            node.args, node.kwargs = pytree.tree_unflatten(merged, form)
+        if twin is None or twin.op != node.op or twin.target != node.target:
+            raise UserError(f"{name} computes {qualified} in evaluation only; expected one forward for both modes")
+        mine, theirs = _arguments(node, names), _arguments(twin, training)
+        flags = [pair == (False, True) and isinstance(pair[0], bool) for pair in zip(mine, theirs, strict=False)]
+        if [a for a, flag in zip(mine, flags, strict=False) if not flag] != [
+            b for b, flag in zip(theirs, flags, strict=False) if not flag
+        ]:
+            raise UserError(f"{name} computes {qualified} otherwise in training; expected one forward for both modes")
+        if any(flags):
+            node.args, node.kwargs = _replace((node.args, node.kwargs), flags, mode)
     if not mode.users:
         graph.erase_node(mode)
     if twins:
         few = ", ".join(list(twins)[:3])
         warnings.warn(f"{name} runs {few} in training only; the stages leave that out", Note, stacklevel=4)
+
+
+def _arguments(node: fx.Node, names: dict[fx.Node, str]) -> list[Any]:
+    """Return a node's arguments, however deep in lists and slices; nodes by their names, if they have one."""
+    found: list[Any] = []
+    map_aggregate((node.args, node.kwargs), found.append)
+    return [names.get(each, "") if isinstance(each, fx.Node) else each for each in found]
+
+
+def _replace(arguments: Any, chosen: list[bool], by: fx.Node) -> Any:
+    """Return arguments with the chosen ones, in the order of `_arguments`, replaced."""
+    turn = iter(chosen)
+    return map_aggregate(arguments, lambda each: by if next(turn) else each)
+
+
+def survey(traced: Traced, input_shape: tuple[int, int, int]) -> dict[fx.Node, Value]:
+    """Say what every node gives, by running the graph without storage on two, on three and on two larger images.
+
+    Raises:
+        UserError: the network does not take images of `input_shape`.
+    """
+    channels, height, width = input_shape
+    counter = FlopCounterMode(display=False)
+    runs = []
+    for batch, scale in ((2, 1), (3, 1), (2, 8)):  # 8: so that maps of one pixel grow, too
+        run = _Run(traced, counter)
+        dtype = next((p.dtype for p in traced.ghost.parameters() if p.is_floating_point()), torch.float32)
+        images = torch.empty(batch, channels, scale * height, scale * width, device="meta", dtype=dtype)
+        try:
+            # With gradients no operation is fused away, as attention is without.
+            with torch.inference_mode(False), torch.enable_grad(), counter:
+                run.run(images)
+        except Exception as error:  # whatever an operation says about a size that it does not take
+            if scale == 1:
+                reason = " ".join(str(error).split("While executing")[0].split())
+                size = "x".join(map(str, input_shape))
+                raise UserError(f"{traced.name} does not take images of {size} ({reason})") from error
+        runs.append(run)
+    two, three, large = runs
+    values = {}
+    for node, result in two.results.items():
+        tensor = isinstance(result, Tensor)
+        shape = tuple(result.shape) if tensor else ()
+        batched = tensor and _follows_batch(shape, three.results[node])
+        other = large.results.get(node)
+        values[node] = Value(
+            kind=type(result).__name__,
+            shape=shape,
+            batched=batched,
+            feature=batched and len(shape) > 1 and result.is_floating_point(),
+            wide=tuple(other.shape) if isinstance(other, Tensor) else None,
+            storage=_memory(result) if tensor else 0,
+            changes=two.changes[node],
+            macs=two.macs[node],
+        )
+    return values
+
+
+def _follows_batch(shape: tuple[int, ...], three: Any) -> bool:
+    return isinstance(three, Tensor) and shape[:1] == (2,) and tuple(three.shape) == (3, *shape[1:])
+
+
+def _memory(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+class _Run(fx.Interpreter):
+    """Runs a graph on tensors without storage and keeps what every node gave, changed in place and cost."""
+
+    def __init__(self, traced: Traced, counter: FlopCounterMode) -> None:
+        # Nothing is collected: a storage that were freed could give its identity to another.
+        super().__init__(traced.ghost, garbage_collect_values=False, graph=traced.graph)
+        self.counter = counter
+        self.results: dict[fx.Node, Any] = {}
+        self.changes: dict[fx.Node, frozenset[int]] = {}
+        self.macs: dict[fx.Node, int] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run a node; a tensor whose version rose meanwhile was changed in place."""
+        inputs = [self.env[node] for node in n.all_input_nodes]
+        tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+        versions = [tensor._version for tensor in tensors]
+        before = self.counter.get_total_flops()
+        result = super().run_node(n)
+        self.macs[n] = (self.counter.get_total_flops() - before) // 2
+        changed = [t for t, version in zip(tensors, versions, strict=True) if t._version != version]
+        self.changes[n] = frozenset(map(_memory, changed))
+        self.results[n] = result
+        return result
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Fetch a parameter or constant, without its storage."""
+        found = super().get_attr(target, args, kwargs)
+        return found.to("meta") if isinstance(found, Tensor) else found

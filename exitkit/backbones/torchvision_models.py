@@ -1,12 +1,12 @@
-"""Exits on torchvision's classification models, of every family."""
+"""Torchvision's classification networks with exits attached: `torchvision:resnet18`."""
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from exitkit.backbones.attach import attach_exits
 from exitkit.backbones.base import IMAGENET, Backbone, Home
@@ -15,81 +15,121 @@ from exitkit.errors import UserError, unknown
 from exitkit.network import MultiExitNetwork
 from exitkit.plugins import setting
 
-FRACTIONS = (0.25, 0.5, 0.75)
-_IMAGENET_CLASSES = 1000
-
-
-class Colours(nn.Module):
-    """Shows a grey image [B, 1, H, W] to a network of colours: [B, 3, H, W], all alike."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the image three times."""
-        return x.expand(-1, 3, -1, -1)
+SHARES = (0.25, 0.5, 0.75)
+"""Where exits stand when nothing says otherwise: shares of the multiply-adds."""
 
 
 @dataclass(frozen=True)
 class TorchvisionModel(Backbone):
-    """Any classification model of torchvision with exits attached; `torchvision:resnet18` names one."""
+    """Any torchvision classifier with exits at named points or at shares of its cost."""
 
     home: ClassVar[Home] = IMAGENET
     named_by: ClassVar[str] = "model"
 
-    model: str = setting("resnet18", "name of the model in torchvision")
-    exits: tuple[str, ...] | None = setting(None, "points behind which exits stand, such as layer1,layer2,layer3")
+    model: str = setting("resnet18", "torchvision's name of the network")
+    exits: tuple[str, ...] | None = setting(None, "points that bear exits, such as layer1,layer2; none: by fractions")
     fractions: tuple[float, ...] | None = setting(
-        None, "place the exits at these shares of the cost; with no exits either: 0.25,0.5,0.75"
+        None, "shares of the cost; none: 0.25,0.5,0.75, unless exits are given"
     )
     weights: str | None = setting(
-        None, "torchvision's name of trained weights (DEFAULT: the best); the classifier is new if the classes differ"
+        None, "pretrained weights, such as DEFAULT; for other than their 1000 classes the last layer starts anew"
     )
 
     def __post_init__(self) -> None:
         if self.exits is not None and self.fractions is not None:
-            raise UserError("exits and fractions both say where the exits stand; give one of them")
+            raise UserError("exits and fractions both say where the exits stand; give one of them (the other is none)")
+        known = _names()
+        if self.model not in known:
+            raise unknown("torchvision model", self.model, known)
+        if self.weights is not None:
+            choices = [*torchvision("models").get_model_weights(self.model).__members__, "DEFAULT"]
+            if self.weights not in choices:
+                raise unknown(f"weights of {self.model}", self.weights, set(choices))
 
     def build(self, input_shape: tuple[int, int, int], num_classes: int) -> MultiExitNetwork:
-        """Build it; see `Backbone.build`."""
-        channels, height, width = input_shape
+        """Build it; see `Backbone.build`. Images of one channel are shown to all three of the network's."""
+        channels, *size = input_shape
         if channels not in (1, 3):
-            raise UserError(
-                f"images have {channels} channels; torchvision's models read 3 (1 is shown to them as grey)"
-            )
-        model = self._model((height, width), num_classes)
-        shares = None if self.exits is not None else self.fractions or FRACTIONS
-        network = attach_exits(model.train(), self.exits, shares, input_shape=(3, height, width))
+            raise UserError(f"torchvision's networks read 3 channels, or 1 repeated; the images have {channels}")
+        sizes = self._sizes(size[0], size[1])
+        model = self._fresh(num_classes, sizes) if self.weights is None else self._pretrained(num_classes, sizes)
+        fractions = SHARES if self.exits is None and self.fractions is None else self.fractions
+        network = attach_exits(model, self.exits, fractions, input_shape=(3, size[0], size[1]))
+        network.family, network.input_shape = "torchvision", input_shape
         if channels == 1:
-            network.stages[0] = nn.Sequential(Colours(), network.stages[0])
-            network.input_shape = input_shape
+            _repeat_channels(network.stages[0])
         return network
 
-    def _model(self, size: tuple[int, int], num_classes: int) -> nn.Module:
-        models = torchvision("models")
-        names = models.list_models(module=models)
-        if self.model not in names:
-            raise unknown("torchvision model", self.model, names)
-        options: dict[str, Any] = {"num_classes": num_classes}
-        if self.model.startswith("vit_"):
-            options["image_size"] = size[0]
+    def _sizes(self, height: int, width: int) -> dict[str, Any]:
+        """Return the arguments of networks that are made for one size of images."""
         if self.model.startswith("maxvit"):
-            options["input_size"] = size
-        try:
-            with warnings.catch_warnings(action="ignore", category=FutureWarning):  # on how some will start otherwise
-                model: nn.Module = models.get_model(self.model, weights=None, **options)
-        except (ValueError, AssertionError) as error:  # sizes that its patches or windows don't divide
-            raise UserError(f"{self.model} can't be made for images of {size[0]}x{size[1]}: {error}") from error
-        if self.weights is not None:
-            self._load(model, num_classes)
+            return {"input_size": (height, width)}
+        if not self.model.startswith("vit_"):
+            return {}
+        patch = int(self.model.rsplit("_", 1)[1])
+        if height != width or height % patch:
+            raise UserError(
+                f"{self.model} cuts images into patches of {patch}x{patch} and takes square ones; expected a side that "
+                f"is a multiple of {patch}, the images are {height}x{width}"
+            )
+        return {"image_size": height}
+
+    def _fresh(self, num_classes: int, sizes: dict[str, Any]) -> nn.Module:
+        # Their auxiliary classifiers run in training only; without a choice the two warn about their initialisation.
+        auxiliary = {"aux_logits": False, "init_weights": True} if self.model in ("googlenet", "inception_v3") else {}
+        return self._make(num_classes=num_classes, **sizes, **auxiliary)
+
+    def _pretrained(self, num_classes: int, sizes: dict[str, Any]) -> nn.Module:
+        weights = torchvision("models").get_model_weights(self.model)[self.weights]
+        published = len(weights.meta["categories"])
+        model = self._make(weights=weights, **sizes)
+        if num_classes != published:
+            _renew_classifier(model, published, num_classes)
         return model
 
-    def _load(self, model: nn.Module, num_classes: int) -> None:
-        known = torchvision("models").get_model_weights(self.model)
-        if self.weights not in known.__members__:
-            raise unknown(f"weights of {self.model}", str(self.weights), known.__members__)
+    def _make(self, **arguments: Any) -> nn.Module:
+        make = torchvision("models").get_model
+        device = torch.get_default_device()
         try:
-            trained = known[self.weights].get_state_dict(progress=False, check_hash=True)
-        except (OSError, RuntimeError) as error:  # no network, a full disk, a file that is not what it should be
-            raise UserError(f"the weights {self.weights} of {self.model} can't be had: {error}") from error
-        own = model.state_dict()
-        if num_classes != _IMAGENET_CLASSES:
-            trained = {name: value for name, value in trained.items() if value.shape == own[name].shape}
-        model.load_state_dict(trained, strict=num_classes == _IMAGENET_CLASSES)
+            try:
+                made: nn.Module = make(self.model, **arguments)
+            except NotImplementedError:  # RegNet computes its widths by tensors, which need storage
+                with torch.device("cpu"):
+                    made = make(self.model, **arguments)
+        except OSError as error:  # also what a failed download raises
+            reason = " ".join(str(error).split())
+            raise UserError(f"the weights {self.weights} of {self.model} can't be had ({reason})") from error
+        except (ValueError, AssertionError) as error:
+            raise UserError(f"torchvision makes no such {self.model} ({' '.join(str(error).split())})") from error
+        return made.to(device)
+
+
+def _names() -> list[str]:
+    models = torchvision("models")
+    names: list[str] = models.list_models(module=models)
+    return names
+
+
+def _renew_classifier(model: nn.Module, published: int, num_classes: int) -> None:
+    """Replace the last layer that gives one number a class by a fresh one for other classes."""
+    layers = {name: each for name, each in model.named_modules() if isinstance(each, nn.Linear | nn.Conv2d)}
+    name = [name for name, each in layers.items() if each.weight.shape[0] == published][-1]
+    old = layers[name]
+    new: nn.Module
+    if isinstance(old, nn.Linear):
+        new = nn.Linear(old.in_features, num_classes, bias=old.bias is not None)
+    else:  # SqueezeNet's
+        new = nn.Conv2d(old.in_channels, num_classes, old.kernel_size)  # type: ignore[arg-type]
+    model.set_submodule(name, new)
+
+
+def _repeat_channels(stage: nn.Module) -> None:
+    """Let a stage of three channels read images of one; nothing of it gets another name."""
+    assert isinstance(stage, torch.fx.GraphModule)
+    images = next(iter(stage.graph.nodes))
+    readers = list(images.users)
+    with stage.graph.inserting_after(images):
+        repeated = stage.graph.call_method("expand", (images, -1, 3, -1, -1))
+    for reader in readers:
+        reader.replace_input_with(images, repeated)
+    stage.recompile()

@@ -460,3 +460,12 @@ def test_a_failed_download_is_one_line(tmp_path, monkeypatch):
 def test_settings_of_the_backbone_that_make_no_network_are_refused(settings, shape, complaint):
     with pytest.raises(UserError, match=complaint):
         TorchvisionModel(**settings).build(shape or (3, 32, 32), 10)
+
+
+def test_a_cut_of_a_network_in_training_keeps_both_modes():
+    torch.manual_seed(0)
+    network = exitkit.build_network("torchvision:convnext_tiny", input_shape=(3, 32, 32), num_classes=10).train()
+    cut, x = exitkit.prune_to(network, 2), torch.randn(2, 3, 32, 32)
+    assert cut.training and network.training
+    with torch.no_grad():
+        torch.testing.assert_close(cut.eval()(x).logits[0], network.eval()(x).logits[1])

@@ -150,6 +150,6 @@ def _length(recipe: Recipe) -> int:
     from exitkit.build import build_strategy
 
     assert recipe.epochs is not None
-    phases = build_strategy(recipe.method, **recipe.method_settings).phases(recipe.epochs)
-    # How many exits the network will have is not known here; any number puts the methods in order.
-    return sum(phase.epochs * phase.strategy.passes(8) for phase in phases)
+    exits = 8  # how many the network will have is not known here; any number puts the methods in order
+    phases = build_strategy(recipe.method, **recipe.method_settings).phases(recipe.epochs, exits)
+    return sum(phase.epochs * phase.strategy.passes(exits) for phase in phases)

@@ -95,12 +95,19 @@ def assign_settings(name: str, settings: Mapping[str, Any]) -> dict[str, dict[st
     Raises:
         UserError: a field that no part has, or that several have without a prefix saying which is meant.
     """
+    from exitkit.strategy import TrainingStrategy
+
     names = method_parts(name)
+    common = plugins.fields(TrainingStrategy)
     having = {part: plugins.fields(plugins.load("method", part)) for part in names}
     chosen: dict[str, dict[str, Any]] = {part: {} for part in names}
     for key, value in settings.items():
         prefix, _, field = key.rpartition(".")
         homes = [part for part in names if field in having[part] and prefix in ("", part)]
+        if key in common:  # every method has it, and all parts are meant
+            for part in homes:
+                chosen[part][field] = value
+            continue
         if not homes:
             known = {field for fields in having.values() for field in fields} | {
                 f"{part}.{field}" for part in names if len(names) > 1 for field in having[part]

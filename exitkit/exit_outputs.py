@@ -55,7 +55,8 @@ def load_network(run: RunFolder, data: Data) -> MultiExitNetwork:
     recipe = run.recipe
     network = make_network(recipe, data.input_shape, data.num_classes)
     assert recipe.epochs is not None
-    for phase in build_strategy(recipe.method, **recipe.method_settings).phases(recipe.epochs):
+    strategy = build_strategy(recipe.method, **recipe.method_settings)
+    for phase in strategy.phases(recipe.epochs, network.num_exits):
         phase.strategy.adapt(network)
     path = run.path / "weights.safetensors"
     try:

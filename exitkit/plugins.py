@@ -26,17 +26,25 @@ KINDS = {"method": "exitkit.methods", "backbone": "exitkit.backbones", "dataset"
 WORDS = {"method": "method", "backbone": "backbone", "dataset": "data set"}
 
 
-def setting(default: Any, meaning: str, *, variant: Mapping[str, Any] | None = None, execution: bool = False) -> Any:
+def setting(
+    default: Any,
+    meaning: str,
+    *,
+    variant: Mapping[str, Any] | None = None,
+    execution: bool = False,
+    kw_only: bool = False,
+) -> Any:
     """Declare a field of a plugin.
 
     Args:
         default: its default; None together with `variant` means "as the variant says".
         meaning: one line for `exitkit list` and the docs.
         variant: the value that each variant ("paper", "released") stands for; see `resolve_variant`.
+        kw_only: it is common to a whole kind of plugin, and stands behind each one's own fields.
         execution: it says how the work is done and changes no result, so that it is no part of what a run is.
     """
     metadata = {"meaning": meaning, "variant": dict(variant or {}), "execution": execution}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata, kw_only=kw_only)
 
 
 def resolve_variant(plugin: Any) -> None:
@@ -96,7 +104,8 @@ def underlying(plugin: Any) -> Any:
 
 def fields(plugin: Any) -> dict[str, dataclasses.Field[Any]]:
     """Return the settable fields of a plugin by name."""
-    return {field.name: field for field in dataclasses.fields(underlying(plugin)) if field.init}
+    declared = sorted(dataclasses.fields(underlying(plugin)), key=lambda field: bool(field.kw_only))
+    return {field.name: field for field in declared if field.init}
 
 
 def defaults(plugin: Any) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def prepare(recipe: Recipe, engine: Engine, path: Path, report: Report) -> Sessi
     check_batches(recipe, data, engine.world)
     network = make_network(recipe, data.input_shape, data.num_classes)
     assert recipe.epochs is not None
-    phases = build_strategy(recipe.method, **recipe.method_settings).phases(recipe.epochs)
+    phases = build_strategy(recipe.method, **recipe.method_settings).phases(recipe.epochs, network.num_exits)
     rehearsal = copy.deepcopy(network)
     for phase in phases:
         phase.strategy.adapt(rehearsal)
@@ -108,8 +108,7 @@ def begin_phase(session: Session, number: int, phase: Phase) -> Run:
     session.added = {name for name, _ in network.named_modules()} - modules
     session.engine.place(network)
     for name, parameter in network.named_parameters():
-        new, head = name not in before, name.startswith(("heads.", "link."))
-        parameter.requires_grad_({"all": True, "new": new, "heads": head}[phase.train])
+        parameter.requires_grad_(_trains(phase, name, new=name not in before))
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     if not trained:
         raise UserError(f"phase {phase.name} of method {recipe.method} has no parameter to train")
@@ -120,6 +119,12 @@ def begin_phase(session: Session, number: int, phase: Phase) -> Run:
     torch.manual_seed(derive(recipe.seed, "prepare", number))
     phase.strategy.prepare(run)
     return run
+
+
+def _trains(phase: Phase, name: str, *, new: bool) -> bool:
+    if isinstance(phase.train, tuple):
+        return name.startswith(phase.train)
+    return {"all": True, "new": new, "heads": name.startswith(("heads.", "link."))}[phase.train]
 
 
 def _csv(rows: list[dict[str, Any]]) -> str:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from exitkit.errors import UserError
+from exitkit.plugins import setting
 
 if TYPE_CHECKING:
     from exitkit.data.base import Batch
@@ -50,14 +51,16 @@ class Phase:
         name: what to call it in logs.
         strategy: who rules it; its `adapt` is applied to the network when the phase begins.
         epochs: how long it lasts.
-        train: which parameters it moves: `all`, `heads`, or `new` (those that this phase's `adapt` added).
-        batchnorm: `train` (batch statistics, running ones follow) or `frozen` (running statistics, unmoved).
+        train: which parameters it moves: `all`, `heads`, `new` (those that this phase's `adapt` added), or those whose
+            names begin with one of some prefixes (`("stages.0.", "heads.0.")`).
+        batchnorm: `train` (batch statistics, running ones follow) or `frozen` (running statistics, unmoved, but for
+            what is new or trained by its prefix).
     """
 
     name: str
     strategy: TrainingStrategy
     epochs: int
-    train: Literal["all", "heads", "new"] = "all"
+    train: Literal["all", "heads", "new"] | tuple[str, ...] = "all"
     batchnorm: Literal["train", "frozen"] = "train"
 
 
@@ -75,6 +78,12 @@ class TrainingStrategy:
 
     slots: ClassVar[frozenset[str]] = frozenset()
     paper: ClassVar[str] = ""
+
+    label_smoothing: float = setting(0.0, "share of each label that is spread over all classes", kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(f"label_smoothing is {self.label_smoothing}; expected at least 0 and below 1")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -109,8 +118,12 @@ class TrainingStrategy:
 
     def exit_losses(self, run: Run, outputs: Outputs, batch: Batch) -> list[Tensor]:
         """Return what each exit is asked: K loss tensors [B], a list (stacked, every exit would own everything)."""
-        _, labels = batch
-        return [F.cross_entropy(at_least_float32(logits), labels, reduction="none") for logits in outputs.logits]
+        return [self.cross_entropy(logits, batch[1]) for logits in outputs.logits]
+
+    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return each image's loss [B] for logits [B, C] and labels [B]."""
+        smoothing = self.label_smoothing
+        return F.cross_entropy(at_least_float32(logits), labels, reduction="none", label_smoothing=smoothing)
 
     def exit_weights(self, run: Run) -> Sequence[float]:
         """Return how much each exit counts at this point of the schedule: K numbers."""
@@ -129,8 +142,8 @@ class TrainingStrategy:
         """Return how many times an epoch goes over the training data (for progress and the cost of training)."""
         return 1
 
-    def phases(self, epochs: int) -> list[Phase]:
-        """Return what is trained when, where `epochs` is the length of the first phase."""
+    def phases(self, epochs: int, exits: int) -> list[Phase]:
+        """Return what is trained when, on a network of `exits` exits, where `epochs` is the first phase's length."""
         return [Phase("train", self, epochs)]
 
     def state_dict(self) -> dict[str, Any]:
@@ -177,7 +190,11 @@ class Composition(TrainingStrategy):
                         f"{claimed[slot]} and {name} can't be composed: both claim the slot {slot!r}; leave one out"
                     )
                 claimed[slot] = name
-        self._base = TrainingStrategy()
+        smoothing = {part.label_smoothing for part in self.parts.values()}
+        if len(smoothing) > 1:
+            raise UserError(f"the parts of {'+'.join(self.parts)} have different label_smoothing; give all the same")
+        self._base = TrainingStrategy(label_smoothing=smoothing.pop())
+        self.label_smoothing = self._base.label_smoothing
         self._claimed = claimed
 
     def _part(self, slot: str) -> TrainingStrategy:
@@ -225,7 +242,7 @@ class Composition(TrainingStrategy):
         """Return the passes of the part that claims the update."""
         return self._part(UPDATE).passes(exits)
 
-    def phases(self, epochs: int) -> list[Phase]:
+    def phases(self, epochs: int, exits: int) -> list[Phase]:
         """Return the phases of the part that claims them, each ruled by the whole composition."""
         if PHASES not in self._claimed:
             return [Phase("train", self, epochs)]
@@ -233,7 +250,7 @@ class Composition(TrainingStrategy):
         partners = {name: part for name, part in self.parts.items() if name != ruler}
         return [
             dataclasses.replace(phase, strategy=Composition({ruler: phase.strategy, **partners}))
-            for phase in self.parts[ruler].phases(epochs)
+            for phase in self.parts[ruler].phases(epochs, exits)
         ]
 
     def state_dict(self) -> dict[str, Any]:

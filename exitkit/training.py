@@ -120,11 +120,12 @@ def _restore(run: Run, state: Mapping[str, Any], path: Path) -> None:
 
 
 def _train_mode(network: nn.Module, added: set[str], phase: Phase) -> None:
-    """Put the network into training mode; frozen batch norm is that which was there before the phase."""
+    """Put the network into training mode; frozen batch norm is what was there before and is not trained by prefix."""
     network.train()
+    trained = phase.train if isinstance(phase.train, tuple) else ()
     if phase.batchnorm == "frozen":
         for name, module in network.named_modules():
-            if isinstance(module, _BatchNorm) and name not in added:
+            if isinstance(module, _BatchNorm) and name not in added and not f"{name}.".startswith(trained):
                 module.eval()
 
 

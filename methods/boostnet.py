@@ -69,6 +69,7 @@ class BoostNet(TrainingStrategy):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         resolve_variant(self)
         values = self.temperature if isinstance(self.temperature, tuple) else (self.temperature,)
         if not values or not all(math.isfinite(value) and value >= 0 for value in values):

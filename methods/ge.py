@@ -108,6 +108,7 @@ class GradientEquilibrium(TrainingStrategy):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         resolve_variant(self)
 
     def adapt(self, network: MultiExitNetwork) -> None:

@@ -3,6 +3,10 @@
 Paper: Huang et al., Multi-Scale Dense Networks for Resource Efficient Image Classification, ICLR 2018, section 4
 ("loss functions": sum_k w_k L(f_k), with all w_k = 1).
 Published code: the same, a sum and not a mean. Nothing differs.
+
+`weights = "sdn"` is the ramp that shallow-deep networks are trained with (Kaya et al., ICML 2019): in epoch t = 1..T
+internal classifier j counts min(C_j, 0.01 + t C_j / T), with C_j = 0.15, 0.30, ... the share of the cost at which it
+stands, and the last exit 1. (Meta-GF's code counts t from 0.)
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from exitkit.errors import UserError
 from exitkit.plugins import setting
@@ -19,6 +23,10 @@ from exitkit.strategy import EXIT_WEIGHTS, TrainingStrategy
 if TYPE_CHECKING:
     from exitkit.network import MultiExitNetwork
     from exitkit.run import Run
+
+
+SDN_SHARES = (0.15, 0.3, 0.45, 0.6, 0.75, 0.9)
+"""C_j of the ramp."""
 
 
 @dataclass(eq=False)
@@ -30,10 +38,13 @@ class Joint(TrainingStrategy):
         "Huang et al., Multi-Scale Dense Networks for Resource Efficient Image Classification, ICLR 2018"
     )
 
-    weights: tuple[float, ...] | None = setting(None, "one weight an exit, first to last; none: all 1")
+    weights: tuple[float, ...] | Literal["sdn"] | None = setting(
+        None, "one weight an exit, first to last, or the ramp of SDN; none: all 1"
+    )
 
     def __post_init__(self) -> None:
-        given = self.weights
+        super().__post_init__()
+        given = self.weights if isinstance(self.weights, tuple) else None
         if given is not None and not (all(math.isfinite(weight) and weight >= 0 for weight in given) and any(given)):
             raise UserError(f"weights is {given}; expected numbers of at least 0, at least one above 0")
 
@@ -43,9 +54,17 @@ class Joint(TrainingStrategy):
 
     def adapt(self, network: MultiExitNetwork) -> None:
         """Check that there is a weight an exit."""
-        if self.weights is not None and len(self.weights) != network.num_exits:
+        if self.weights == "sdn" and network.num_exits - 1 > len(SDN_SHARES):
+            raise UserError(
+                f"weights=sdn is for up to {len(SDN_SHARES) + 1} exits; the network has {network.num_exits}"
+            )
+        if isinstance(self.weights, tuple) and len(self.weights) != network.num_exits:
             raise UserError(f"weights has {len(self.weights)} values; expected {network.num_exits}, one an exit")
 
     def exit_weights(self, run: Run) -> Sequence[float]:
-        """Return the weights, all 1 unless set."""
+        """Return the weights, all 1 unless set; of the ramp those of this epoch."""
+        if self.weights == "sdn":
+            epoch = run.position.epoch + 1
+            ramp = [min(share, 0.01 + epoch * share / run.position.epochs) for share in SDN_SHARES]
+            return [*ramp[: run.network.num_exits - 1], 1.0]
         return super().exit_weights(run) if self.weights is None else self.weights

@@ -80,6 +80,7 @@ class MetaGF(TrainingStrategy):
     _endpoints: list[dict[str, Tensor]] = field(init=False, repr=False, default_factory=list)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.auxiliary_weight < 0:
             raise UserError(f"auxiliary_weight is {self.auxiliary_weight}; expected at least 0 (the paper's is 0.1)")
         if self.fusion_lr <= 0:

@@ -194,14 +194,17 @@ def test_an_installed_package_is_listed_and_trains_by_name(someones, tmp_path):
     (run,) = (tmp_path / "runs").iterdir()
     assert shown.strip().splitlines()[-1].endswith(run.name) and run.name.startswith("late-two-lines-stripes-s0-")
     recipe = json.loads((run / "recipe.json").read_text())
-    assert recipe["method_settings"] == {"ramp": 3.0} and recipe["backbone_settings"] == {"width": 8, "exits": 2}
+    assert recipe["method_settings"] == {"ramp": 3.0, "label_smoothing": 0.0} and recipe["backbone_settings"] == {
+        "width": 8,
+        "exits": 2,
+    }
     assert recipe["epochs"] == 2 and recipe["dataset_settings"]["validation"] == 20
     assert json.loads((run / "results.json").read_text())["test"] == [100.0, 100.0]
 
     found = {entry["name"]: entry for entry in json.loads(exitkit("list", "--json"))}
     late = found["late"]
     assert (late["kind"], late["paper"], late["slots"]) == ("method", "Someone, Late exits, 2031", ["exit weights"])
-    assert [(field["name"], field["default"]) for field in late["fields"]] == [("ramp", 2.0)]
+    assert [(field["name"], field["default"]) for field in late["fields"]] == [("ramp", 2.0), ("label_smoothing", 0.0)]
     assert found["one-line"]["summary"] == "A single exit." and found["stripes"]["house"]["epochs"] == 2
     assert {"joint", "msdnet-tiny", "digits"} <= found.keys()
 

@@ -21,6 +21,7 @@ def test_resolving_fills_in_the_house_recipe_and_every_field():
         "stop_gradient": True,
         "rescale": True,
         "ge_scope": "all",
+        "label_smoothing": 0.0,
     }
     assert recipe.backbone_settings["growth_factors"] == [1, 1, 2]
     assert recipe.resolve() == recipe and recipe.resolve().id == recipe.id

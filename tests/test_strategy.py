@@ -140,12 +140,12 @@ def test_overriding_a_hook_without_claiming_its_slot_is_refused_at_once():
 class TwoPhases(TrainingStrategy):
     slots = frozenset({"phases"})
 
-    def phases(self, epochs):
+    def phases(self, epochs, exits):
         return [Phase("one", TrainingStrategy(), epochs), Phase("two", Linked(), 2, train="heads")]
 
 
 def test_a_partner_rules_every_phase_of_a_schedule():
-    phases = Composition({"two": TwoPhases(), "ge": exitkit.build_strategy("ge")}).phases(5)
+    phases = Composition({"two": TwoPhases(), "ge": exitkit.build_strategy("ge")}).phases(5, 3)
     assert [(phase.name, phase.epochs, phase.train) for phase in phases] == [
         ("one", 5, "all"),
         ("two", 2, "heads"),

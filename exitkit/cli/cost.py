@@ -40,7 +40,7 @@ def cost(
     from exitkit.costs import cost as count
 
     network = build_network(backbone, num_classes=num_classes, input_shape=_shape(input_shape), **parse_sets(sets))
-    for phase in build_strategy(method).phases(1) if method else ():
+    for phase in build_strategy(method).phases(1, network.num_exits) if method else ():
         phase.strategy.adapt(network)
     rows = [row._asdict() for row in count(network)]
     if as_json:

@@ -65,7 +65,7 @@ def _network(
     from exitkit.build import build_network
 
     network = build_network(backbone, num_classes=classes, **settings)
-    for phase in strategy.phases(1) if strategy else ():
+    for phase in strategy.phases(1, network.num_exits) if strategy else ():
         phase.strategy.adapt(network)
     return network
 

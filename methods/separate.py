@@ -1,0 +1,92 @@
+"""Separate training: no parameter is asked for two things at once; the two simple rivals of joint training.
+
+Paper: none of its own; Scardapane et al., Why Should We Add Early Exits to Neural Networks?, Cognitive Computation
+2020, reviews both beside joint training.
+
+- `classifier`: the trunk and the last head are trained as an ordinary network; then the trunk is frozen, and all other
+  heads are trained on it.
+- `branch`: for k = 1..K, stage k and head k are trained on exit k's loss, with all before them frozen.
+
+There is no published code, and so nothing differs. What the sources leave open is decided here: the epochs are split
+equally among the phases (`shares` splits them otherwise), every phase has a fresh optimiser and its own schedule, and
+frozen parts are frozen with their batch-norm statistics.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from exitkit.errors import UserError
+from exitkit.plugins import setting
+from exitkit.strategy import EXIT_WEIGHTS, PHASES, Phase, TrainingStrategy
+
+if TYPE_CHECKING:
+    from exitkit.run import Run
+
+
+@dataclass(eq=False)
+class Chosen(TrainingStrategy):
+    """Joint training of some of the exits."""
+
+    slots: ClassVar[frozenset[str]] = frozenset({EXIT_WEIGHTS})
+
+    exits: tuple[int, ...] = setting((), "exits that are trained, from 0")
+
+    def exit_weights(self, run: Run) -> Sequence[float]:
+        """Return 1 for the chosen exits and 0 for the others."""
+        return [float(index in self.exits) for index in range(run.network.num_exits)]
+
+
+@dataclass(eq=False)
+class Separate(TrainingStrategy):
+    """Separate training: the trunk for the last exit, then the heads; or branch by branch."""
+
+    slots: ClassVar[frozenset[str]] = frozenset({PHASES, EXIT_WEIGHTS})
+    paper: ClassVar[str] = "reviewed in Scardapane et al., Cognitive Computation 2020; no paper of its own"
+
+    order: Literal["classifier", "branch"] = setting(
+        "classifier", "trunk and last head, then the other heads; or stage by stage, each with its head"
+    )
+    shares: tuple[float, ...] | None = setting(None, "share of the epochs that each phase gets; none: all the same")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.shares is not None and not all(math.isfinite(share) and share > 0 for share in self.shares):
+            raise UserError(f"shares is {self.shares}; expected numbers above 0")
+
+    def phases(self, epochs: int, exits: int) -> list[Phase]:
+        """Return the phases; together they last `epochs`, so that separate training costs no more than joint."""
+        last = exits - 1
+        if self.order == "branch":
+            plans = [(f"branch {k + 1}", (k,), (f"stages.{k}.", f"heads.{k}.")) for k in range(exits)]
+        else:
+            plans = [("trunk", (last,), ("stages.", f"heads.{last}."))]
+            others = tuple(range(last))
+            if others:
+                plans.append(("heads", others, tuple(f"heads.{index}." for index in others)))
+        lengths = self._lengths(epochs, len(plans))
+        return [
+            Phase(name, Chosen(chosen, label_smoothing=self.label_smoothing), length, train=trained, batchnorm="frozen")
+            for (name, chosen, trained), length in zip(plans, lengths, strict=True)
+        ]
+
+    def exit_weights(self, run: Run) -> Sequence[float]:
+        """Return all ones: where a single step is driven by hand, that of joint training."""
+        return [1.0] * run.network.num_exits
+
+    def _lengths(self, epochs: int, count: int) -> list[int]:
+        """Split the epochs by the shares, whole ones, at least one a phase."""
+        shares = self.shares or (1.0,) * count
+        if len(shares) != count:
+            raise UserError(f"shares has {len(shares)} values; expected {count}, one a phase")
+        if epochs < count:
+            raise UserError(f"separate training has {count} phases here, and {epochs} epochs can't be split among them")
+        bounds = [round(epochs * sum(shares[: index + 1]) / sum(shares)) for index in range(count)]
+        lengths = [after - before for before, after in zip([0, *bounds], bounds, strict=False)]
+        while 0 in lengths:
+            lengths[lengths.index(max(lengths))] -= 1
+            lengths[lengths.index(0)] += 1
+        return lengths

@@ -29,6 +29,12 @@ SDN_SHARES = (0.15, 0.3, 0.45, 0.6, 0.75, 0.9)
 """C_j of the ramp."""
 
 
+def sdn_ramp(epoch: int, epochs: int, exits: int) -> list[float]:
+    """Return the ramp's weight of each exit: min(C_j, 0.01 + epoch C_j / epochs), and 1 for the last."""
+    ramp = [min(share, 0.01 + epoch * share / epochs) for share in SDN_SHARES]
+    return [*ramp[: exits - 1], 1.0]
+
+
 @dataclass(eq=False)
 class Joint(TrainingStrategy):
     """Joint training: all exits' cross-entropies summed, every exit with the same or a given weight."""
@@ -64,7 +70,5 @@ class Joint(TrainingStrategy):
     def exit_weights(self, run: Run) -> Sequence[float]:
         """Return the weights, all 1 unless set; of the ramp those of this epoch."""
         if self.weights == "sdn":
-            epoch = run.position.epoch + 1
-            ramp = [min(share, 0.01 + epoch * share / run.position.epochs) for share in SDN_SHARES]
-            return [*ramp[: run.network.num_exits - 1], 1.0]
+            return sdn_ramp(run.position.epoch + 1, run.position.epochs, run.network.num_exits)
         return super().exit_weights(run) if self.weights is None else self.weights

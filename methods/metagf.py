@@ -117,7 +117,7 @@ class MetaGF(TrainingStrategy):
     weighting: Weighting | None = setting(
         None, "how numbers become weights that sum to 1", variant=_variants("softmax", "sigmoid", "softmax")
     )
-    temperature: float | None = setting(None, "factor of those numbers", variant=_variants(1.0, 1.0, 0.1))
+    fusion_temperature: float | None = setting(None, "factor of those numbers", variant=_variants(1.0, 1.0, 0.1))
     granularity: Literal["tensor", "channel"] | None = setting(
         None,
         "one weight a parameter tensor, or one an output channel",
@@ -142,11 +142,11 @@ class MetaGF(TrainingStrategy):
             raise UserError(f"auxiliary_weight is {self.auxiliary_weight}; expected at least 0 (the paper's is 0.1)")
         if self.fusion_lr <= 0:
             raise UserError(f"fusion_lr is {self.fusion_lr}; expected above 0 (the paper's is 0.1)")
-        assert self.ema is not None and self.temperature is not None  # set by the variant
+        assert self.ema is not None and self.fusion_temperature is not None  # set by the variant
         if not 0 <= self.ema < 1:
             raise UserError(f"ema is {self.ema}; expected a share of at least 0 and below 1")
-        if self.temperature <= 0:
-            raise UserError(f"temperature is {self.temperature}; expected above 0")
+        if self.fusion_temperature <= 0:
+            raise UserError(f"fusion_temperature is {self.fusion_temperature}; expected above 0")
 
     def adapt(self, network: MultiExitNetwork) -> None:
         """Check that the released drivers' lists are long enough; the network stays as it is."""
@@ -166,9 +166,9 @@ class MetaGF(TrainingStrategy):
         by_channel = self.granularity == "channel"
         self._rows = {name: len(run.network.get_parameter(name)) if by_channel else 1 for name in learned}
         owned_by = [self._owners[name] for name, rows in self._rows.items() for _ in range(rows)]
-        assert self.weighting is not None and self.temperature is not None  # set by the variant
+        assert self.weighting is not None and self.fusion_temperature is not None  # set by the variant
         last = 5.0 if self.variant == "released-channel" else 1.0
-        weights = FusionWeights(owned_by, run.network.num_exits, self.weighting, self.temperature, last)
+        weights = FusionWeights(owned_by, run.network.num_exits, self.weighting, self.fusion_temperature, last)
         weights.to(next(run.network.parameters()).dtype)
         run.auxiliary("fusion", weights, lambda parameters: torch.optim.Adam(parameters, lr=self.fusion_lr))
 

@@ -138,7 +138,7 @@ def test_on_sdn_networks_branches_are_weighted_by_the_ramp():
     assert losses[1] == pytest.approx([0.01 * losses[0][0], 0.01 * losses[0][1], losses[0][2]], rel=1e-12)
 
 
-@pytest.mark.parametrize("settings", [{"ema": 1.0}, {"ema": -0.1}, {"temperature": 0.0}, {"variant": "relased"}])
+@pytest.mark.parametrize("settings", [{"ema": 1.0}, {"ema": -0.1}, {"fusion_temperature": 0.0}, {"variant": "relased"}])
 def test_impossible_values_are_refused(settings):
     with pytest.raises(UserError, match=next(iter(settings))):
         exitkit.build_strategy("metagf", **settings)
@@ -149,7 +149,9 @@ def test_the_released_lists_are_for_seven_exits_at_most():
         exitkit.build_strategy("metagf", variant="released").adapt(chain(8))
 
 
-@pytest.mark.parametrize("settings", [{"granularity": "channel"}, {"weighting": "sigmoid"}, {"temperature": 0.3}])
+@pytest.mark.parametrize(
+    "settings", [{"granularity": "channel"}, {"weighting": "sigmoid"}, {"fusion_temperature": 0.3}]
+)
 def test_every_choice_is_free_and_fuses_into_shares_that_sum_to_one(settings):
     network = chain(3, batchnorm=True)
     run = local_run(network, **settings)

@@ -7,6 +7,7 @@ from torch import nn
 import exitkit
 from exitkit.backbones import sdn
 from exitkit.backbones.placement import place
+from exitkit.backbones.sdn_heads import MixedPool
 from exitkit.errors import UserError
 
 from toy import exit_gradients
@@ -47,19 +48,19 @@ def test_what_the_classifiers_read(name):
 
 
 def test_mixed_pooling_is_the_published_formula():
-    pool = sdn.MixedPool((2, 2))
+    pool = MixedPool((2, 2))
     x = torch.arange(16.0, dtype=torch.float64).reshape(1, 1, 4, 4)
     with torch.no_grad():
         pool.double().alpha.fill_(0.3)
     expected = 0.3 * torch.tensor([[5.0, 7.0], [13.0, 15.0]]) + 0.7 * torch.tensor([[2.5, 4.5], [10.5, 12.5]])
     assert torch.allclose(pool(x)[0, 0], expected.double())
     assert torch.autograd.grad(pool(x).sum(), pool.alpha)[0].item() == pytest.approx(10.0)  # maximum - average, summed
-    assert 0 <= sdn.MixedPool((2, 2)).alpha.item() < 1
+    assert 0 <= MixedPool((2, 2)).alpha.item() < 1
 
 
 def test_the_weight_on_a_4x4_map_decides_nothing_and_is_named():
     assert ghost("sdn-vgg16").unreached() == ["heads.3.embed.0.alpha", "heads.4.embed.0.alpha"]
-    pool = sdn.MixedPool((1, 1))
+    pool = MixedPool((1, 1))
     x = torch.randn(2, 3, 4, 4)
     assert torch.allclose(pool(x), x) and not pool(x).requires_grad
 
@@ -118,6 +119,23 @@ def test_impossible_places_are_refused(fractions, complaint):
 def test_impossible_exits_are_refused(settings, complaint):
     with pytest.raises(UserError, match=complaint):
         ghost("sdn-resnet56", **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "complaint"),
+    [
+        ("sdn-vgg16", {"channels": ()}, "channels is .*expected at least 1"),
+        ("sdn-vgg16", {"pools": (1, 13)}, "pools names unit 13; expected units from 0 to 12"),
+        ("sdn-vgg16", {"hidden": (0, 4)}, "hidden is .*expected at least 1"),
+        ("sdn-resnet56", {"blocks": (9, 0, 9)}, "blocks is .*expected at least 1"),
+        ("sdn-wrn32-4", {"dropout": 1.5}, "dropout is 1.5; expected a share"),
+        ("sdn-wrn32-4", {"widen": 0}, "widen is 0; expected at least 1"),
+        ("sdn-mobilenet", {"halving": (-1,)}, "halving names unit -1; expected units from 0 to 12"),
+    ],
+)
+def test_impossible_structures_are_refused(name, settings, complaint):
+    with pytest.raises(UserError, match=complaint):
+        ghost(name, **settings)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -21,48 +21,15 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, max_pool2d
 from torch.utils.flop_counter import FlopCounterMode
 
 from exitkit.backbones.base import Backbone, preset
 from exitkit.backbones.layers import conv_bn_relu
 from exitkit.backbones.placement import place
+from exitkit.backbones.sdn_heads import Shape, internal_classifier, pooled_head
 from exitkit.errors import UserError
 from exitkit.network import Head, MultiExitNetwork, Units
 from exitkit.plugins import setting
-
-Shape = tuple[int, ...]
-
-
-class MixedPool(nn.Module):
-    """alpha * maximum + (1 - alpha) * average over each kernel; alpha is learned and unbounded."""
-
-    def __init__(self, kernel: tuple[int, int]) -> None:
-        super().__init__()
-        self.kernel = kernel
-        self.alpha = nn.Parameter(torch.rand(()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Pool x [B, C, H, W] to [B, C, H/kernel, W/kernel]."""
-        # Over a single pixel both are that pixel: the weight decides nothing, and so nothing depends on it.
-        alpha = self.alpha if max(self.kernel) > 1 else self.alpha.detach()
-        return alpha * max_pool2d(x, self.kernel) + (1 - alpha) * avg_pool2d(x, self.kernel)
-
-
-def internal_classifier(shape: Shape, num_classes: int) -> Head:
-    """A head for maps of `shape` (channels, height, width)."""
-    channels, height, width = shape
-    pool: list[nn.Module] = []
-    if min(height, width) >= 4:
-        kernel = (height // 4, width // 4)
-        height, width = height // kernel[0], width // kernel[1]
-        pool = [MixedPool(kernel)]
-    return Head(nn.Sequential(*pool, nn.Flatten()), nn.Linear(channels * height * width, num_classes))
-
-
-def pooled_head(width: int, num_classes: int, *before: nn.Module) -> Head:
-    """The last head: what stands before it, the average over the map, one linear layer."""
-    return Head(nn.Sequential(*before, nn.AdaptiveAvgPool2d(1), nn.Flatten()), nn.Linear(width, num_classes))
 
 
 class Trunk(NamedTuple):
@@ -76,11 +43,21 @@ class Trunk(NamedTuple):
 
 @dataclass(frozen=True)
 class ShallowDeep(Backbone, ABC):
-    """What all trunks have in common: where the exits stand."""
+    """What all trunks have in common: where the exits stand.
+
+    Class attributes:
+        family: see `MultiExitNetwork`.
+        network: the cascade's class.
+        usual: the units that bear exits in the paper.
+        sizes: fields that have to be at least 1.
+        positions: fields that name units.
+    """
 
     family: ClassVar[str]
     network: ClassVar[type[MultiExitNetwork]] = MultiExitNetwork
     usual: ClassVar[tuple[int, ...]]
+    sizes: ClassVar[tuple[str, ...]]
+    positions: ClassVar[tuple[str, ...]] = ()
 
     exits: tuple[int, ...] | None = setting(None, "units (from 0) that bear exits; none: as in the paper")
     fractions: tuple[float, ...] | None = setting(None, "place the exits at these shares of the cost instead")
@@ -89,6 +66,15 @@ class ShallowDeep(Backbone, ABC):
     def __post_init__(self) -> None:
         if self.exits is not None and self.fractions is not None:
             raise UserError("exits and fractions both say where the exits stand; give one of them (the other is none)")
+        for name in self.sizes:
+            value = getattr(self, name)
+            if min(value if isinstance(value, tuple) else (value,), default=0) < 1:
+                raise UserError(f"{name} is {value}; expected at least 1 (each, where there are several)")
+        for name in self.positions:
+            units = len(getattr(self, "channels"))  # noqa: B009  only trunks with one width a unit name positions
+            wrong = [unit for unit in getattr(self, name) if not 0 <= unit < units]
+            if wrong:
+                raise UserError(f"{name} names unit {wrong[0]}; expected units from 0 to {units - 1}")
 
     @abstractmethod
     def trunk(self, input_shape: tuple[int, int, int], num_classes: int) -> Trunk:
@@ -157,6 +143,8 @@ class VGG(ShallowDeep):
 
     family: ClassVar[str] = "sdn-vgg"
     usual: ClassVar[tuple[int, ...]] = (1, 3, 5, 6, 8, 9)
+    sizes: ClassVar[tuple[str, ...]] = ("channels", "hidden")
+    positions: ClassVar[tuple[str, ...]] = ("pools",)
 
     channels: tuple[int, ...] = setting(
         (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512), "width of each unit"
@@ -240,6 +228,7 @@ class ResNet(ShallowDeep):
     family: ClassVar[str] = "sdn-resnet"
     network: ClassVar[type[MultiExitNetwork]] = PairNetwork
     usual: ClassVar[tuple[int, ...]] = (3, 7, 11, 15, 19, 23)
+    sizes: ClassVar[tuple[str, ...]] = ("blocks", "channels")
 
     blocks: tuple[int, int, int] = setting((9, 9, 9), "blocks at each of the three map sizes")
     channels: int = setting(16, "width at the first; it doubles with each")
@@ -285,10 +274,16 @@ class WideResNet(ShallowDeep):
 
     family: ClassVar[str] = "sdn-wrn"
     usual: ClassVar[tuple[int, ...]] = (2, 4, 6, 8, 10, 12)
+    sizes: ClassVar[tuple[str, ...]] = ("blocks", "widen")
 
     blocks: tuple[int, int, int] = setting((5, 5, 5), "blocks at each of the three map sizes")
     widen: int = setting(4, "width at the first, in multiples of 16; it doubles with each")
     dropout: float = setting(0.3, "share dropped inside a block")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout is {self.dropout}; expected a share of at least 0 and below 1")
 
     def trunk(self, input_shape: tuple[int, int, int], num_classes: int) -> Trunk:
         """See `ShallowDeep.trunk`."""
@@ -311,6 +306,8 @@ class MobileNet(ShallowDeep):
 
     family: ClassVar[str] = "sdn-mobilenet"
     usual: ClassVar[tuple[int, ...]] = (2, 4, 6, 8, 11)
+    sizes: ClassVar[tuple[str, ...]] = ("channels",)
+    positions: ClassVar[tuple[str, ...]] = ("halving",)
 
     channels: tuple[int, ...] = setting(
         (64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024), "width of each unit"

@@ -60,6 +60,7 @@ class Separate(TrainingStrategy):
     def phases(self, epochs: int, exits: int) -> list[Phase]:
         """Return the phases; together they last `epochs`, so that separate training costs no more than joint."""
         last = exits - 1
+        plans: list[tuple[str, tuple[int, ...], tuple[str, ...]]]
         if self.order == "branch":
             plans = [(f"branch {k + 1}", (k,), (f"stages.{k}.", f"heads.{k}.")) for k in range(exits)]
         else:
@@ -69,13 +70,17 @@ class Separate(TrainingStrategy):
                 plans.append(("heads", others, tuple(f"heads.{index}." for index in others)))
         lengths = self._lengths(epochs, len(plans))
         return [
-            Phase(name, Chosen(chosen, label_smoothing=self.label_smoothing), length, train=trained, batchnorm="frozen")
+            Phase(name, self._only(chosen), length, train=trained, batchnorm="frozen")
             for (name, chosen, trained), length in zip(plans, lengths, strict=True)
         ]
 
     def exit_weights(self, run: Run) -> Sequence[float]:
         """Return all ones: where a single step is driven by hand, that of joint training."""
         return [1.0] * run.network.num_exits
+
+    def _only(self, exits: tuple[int, ...]) -> Chosen:
+        """Return joint training of these exits, with this method's labels."""
+        return Chosen(exits=exits, label_smoothing=self.label_smoothing)
 
     def _lengths(self, epochs: int, count: int) -> list[int]:
         """Split the epochs by the shares, whole ones, at least one a phase."""

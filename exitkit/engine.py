@@ -167,14 +167,41 @@ class Engine:
         """Return the ranks' tensors one after the other along the batch, which may be of different lengths."""
         if self.world == 1:
             return tensor
-        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world)]
-        dist.all_gather(sizes, torch.tensor([len(tensor)], device=self.device))
-        lengths = [int(size) for size in sizes]
+        lengths = self._lengths(len(tensor))
         padded = tensor.new_zeros(max(lengths), *tensor.shape[1:])
         padded[: len(tensor)] = tensor
         parts = [torch.empty_like(padded) for _ in range(self.world)]
         dist.all_gather(parts, padded)
         return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+
+    def own(self, gathered: Tensor, count: int) -> Tensor:
+        """Return this rank's `count` rows of what `gather` returned."""
+        if self.world == 1:
+            return gathered
+        start = sum(self._lengths(count)[: self.rank])
+        return gathered[start : start + count]
+
+    def _lengths(self, count: int) -> list[int]:
+        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world)]
+        dist.all_gather(sizes, torch.tensor([count], device=self.device))
+        return [int(size) for size in sizes]
+
+    def place_in_batch(self, count: int) -> tuple[int, int]:
+        """Return where this rank's `count` images begin in the global batch, and how many that has.
+
+        Batches are dealt out by `tensor_split` (feed.py): in order, the first ranks getting one more.
+        """
+        total = round(count * self.world / self.share)
+        each, more = divmod(total, self.world)
+        return self.rank * each + min(self.rank, more), total
+
+    def forked_randomness(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context after which torch's generators stand where they stood before."""
+        on_gpu = self.device.type == "cuda"
+        forked: contextlib.AbstractContextManager[None] = torch.random.fork_rng(
+            [self.device.index or 0] if on_gpu else [], device_type="cuda"
+        )
+        return forked
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -185,12 +212,12 @@ class Engine:
         """Set each parameter's `grad` to the gradient of `loss`, averaged over the ranks (scaled in fp16)."""
         for parameter in parameters:
             parameter.grad = None
-        self.scaler.scale(self._weighed(loss)).backward()
+        self.scaler.scale(self.weighed(loss)).backward()
         self.average([parameter.grad for parameter in parameters])
 
-    def gradients(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
+    def gradients(self, loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
         """Return the gradient of `loss`, averaged over the ranks, and keep the graph for the next loss."""
-        scaled = self.scaler.scale(self._weighed(loss))
+        scaled = self.scaler.scale(self.weighed(loss))
         found = torch.autograd.grad(scaled, parameters, retain_graph=True, allow_unused=True)
         scale = self.scaler.get_scale()
         gradients: list[Tensor | None] = [g if g is None or scale == 1 else g / scale for g in found]
@@ -199,11 +226,14 @@ class Engine:
 
     def mean(self, tensor: Tensor) -> Tensor:
         """Return the mean over the global batch of what is a mean over the local one."""
-        averaged = self._weighed(tensor.detach()).clone()
+        averaged = self.weighed(tensor.detach()).clone()
         self.average([averaged])
         return averaged
 
-    def _weighed(self, local_mean: Tensor) -> Tensor:
+    def weighed(self, local_mean: Tensor) -> Tensor:
+        """Return a mean over the local batch as this rank's share of the mean over the ranks."""
+        if self.share == 0:  # no image here: its mean is not a number, and counts nothing
+            local_mean = local_mean.nan_to_num()
         return local_mean if self.share == 1 else local_mean * self.share
 
     def update(self, optimizer: torch.optim.Optimizer) -> None:

@@ -89,7 +89,8 @@ def exit_counts(samples: int, exits: int, q: Iterable[Share] = PAPER_SHARES) -> 
 
     Computed in rational numbers, so that no rounding moves a count; a float q is taken as exactly what it is.
     """
-    return np.array([_counts(samples, exits, share) for share in q], dtype=np.int64).reshape(-1, exits - 1)
+    rows = [_counts(samples, exits, share) for share in q]
+    return np.array(rows, dtype=np.int64).reshape(len(rows), exits - 1)
 
 
 def _counts(samples: int, exits: int, share: Share) -> list[int]:

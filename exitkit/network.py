@@ -215,6 +215,19 @@ class MultiExitNetwork(nn.Module):
             )
         self.link = link
 
+    @torch.no_grad()
+    def embedding_widths(self) -> list[int]:
+        """Return how many numbers each exit's embedding has for one image."""
+        reference = next(self.parameters())
+        x = torch.zeros(2, *self.input_shape, dtype=reference.dtype, device=reference.device)
+        training = [module for module in self.modules() if module.training]
+        self.eval()  # batch norm must not move its statistics
+        try:
+            return [output.embedding[0].numel() for output in self.iterate(x)]
+        finally:
+            for module in training:
+                module.training = True
+
     def unreached(self) -> list[str]:
         """Name the parameters that no exit reads (MSDNet's last fine-scale units)."""
         from exitkit.gradients import owners

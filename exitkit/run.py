@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from exitkit.data.base import Batch
 from exitkit.engine import Engine
+from exitkit.functional import PseudoStep, pseudo_step, tangents, untracked
 from exitkit.meter import Meter
 from exitkit.network import MultiExitNetwork, Outputs, map_tensors
 from exitkit.randomness import derive, generator
@@ -61,6 +63,13 @@ class Auxiliary:
         """Take both back."""
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+class Part(NamedTuple):
+    """A part of the global batch: this rank's images of it, and what their mean counts (`Engine.share`)."""
+
+    batch: Batch
+    share: float
 
 
 class Run:
@@ -130,9 +139,18 @@ class Run:
             outputs: Outputs = self.network(images)
         return outputs
 
-    def functional(self, parameters: Mapping[str, Tensor], images: Tensor) -> Outputs:
-        """Run the network with some of its parameters (by name) replaced; its own buffers are read and moved."""
-        with self._engine.autocast():
+    def functional(
+        self, parameters: Mapping[str, Tensor], images: Tensor, *, batchnorm: Literal["moving", "kept"] = "moving"
+    ) -> Outputs:
+        """Run the network with some of its parameters (by name) replaced.
+
+        Args:
+            parameters: the replaced ones; gradients reach them.
+            images: [B, C, H, W].
+            batchnorm: whether its running statistics follow the batch or are kept; either way the batch's own normalise
+                where the network trains.
+        """
+        with self._engine.autocast(), untracked(self.network, batchnorm == "kept"):
             outputs: Outputs = torch.func.functional_call(self.network, dict(parameters), (images,))
         return outputs
 
@@ -143,11 +161,29 @@ class Run:
             batch: images [B, C, H, W] and labels [B].
             parameters: run on these instead of the network's own, as `functional` does.
         """
+        return self.losses_and_outputs(batch, parameters)[0]
+
+    def losses_and_outputs(
+        self, batch: Batch, parameters: Mapping[str, Tensor] | None = None
+    ) -> tuple[list[Tensor], Outputs]:
+        """Do what `exit_losses` does, and return what the network gave, too."""
         images, labels = batch
         outputs = self.forward(images) if parameters is None else self.functional(parameters, images)
         losses = self.strategy.exit_losses(self, outputs, batch)
         self.meter.add(losses, outputs.logits, labels)
-        return losses
+        return losses, outputs
+
+    def loss_tangents(self, batch: Batch, direction: Mapping[str, Tensor]) -> list[Tensor]:
+        """Return how fast each image's K losses [B] change as the parameters (by name) move in a direction.
+
+        One forward pass in forward mode; batch norm's running statistics are kept.
+        """
+
+        def losses(parameters: Mapping[str, Tensor]) -> list[Tensor]:
+            outputs = self.functional(parameters, batch[0], batchnorm="kept")
+            return self.strategy.exit_losses(self, outputs, batch)
+
+        return tangents(losses, {name: self.network.get_parameter(name) for name in direction}, direction)
 
     def exit_weights(self) -> Sequence[float]:
         """Return the strategy's weight of each exit, now."""
@@ -167,11 +203,70 @@ class Run:
 
         None where an exit does not read a parameter. A plain loop: exit k's backward walks only the stages below it.
         """
-        return [self._engine.gradients(loss.mean(), self.parameters) for loss in losses]
+        return [self.gradients(loss.mean(), self.parameters) for loss in losses]
+
+    def gradients(self, loss: Tensor, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+        """Return the gradient of a mean over the local batch, averaged over the ranks; the graph stays for more."""
+        return self._engine.gradients(loss, tensors)
+
+    def weighed(self, loss: Tensor) -> Tensor:
+        """Return a mean over the local batch as this rank's share of the mean over the ranks."""
+        return self._engine.weighed(loss)
+
+    def averaged(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Return gradients of a `weighed` loss, averaged over the ranks and cut off from what they were made from."""
+        copies = [None if gradient is None else gradient.detach().clone() for gradient in gradients]
+        self._engine.average(copies)
+        return copies
 
     def apply(self, gradients: Iterable[Tensor | None]) -> None:
         """Make one step of the optimiser on given gradients, in `parameters`' order; None leaves one alone."""
         self._engine.apply(self.optimizer, self.parameters, gradients)
+
+    def pseudo_step(self, gradients: Sequence[Tensor | None]) -> PseudoStep:
+        """Return where `apply(gradients)` would lead, without going there."""
+        names = {id(parameter): name for name, parameter in self.network.named_parameters()}
+        return pseudo_step(self.optimizer, gradients, names)
+
+    def halves(self, batch: Batch) -> tuple[Part, Part] | None:
+        """Cut the global batch into its even and its odd images: this rank's of each (see `on`), which may be none.
+
+        None for a batch of fewer than four images: one alone has no batch statistics.
+        """
+        offset, count = self._engine.place_in_batch(len(batch[1]))
+        world = self._engine.world
+        if count < 4:
+            return None
+        odd = (torch.arange(len(batch[1])) + offset) % 2
+        sizes = ((count + 1) // 2, count // 2)
+        chosen = [(odd == parity).nonzero().squeeze(1).to(batch[1].device) for parity in (0, 1)]
+        even, rest = (
+            Part(Batch(batch[0][rows], batch[1][rows]), len(rows) * world / size)
+            for rows, size in zip(chosen, sizes, strict=True)
+        )
+        return even, rest
+
+    @contextmanager
+    def on(self, part: Part) -> Iterator[Batch]:
+        """Have all means be over this part of the global batch, and give this rank's images of it."""
+        before, self._engine.share = self._engine.share, part.share
+        try:
+            yield part.batch
+        finally:
+            self._engine.share = before
+
+    @contextmanager
+    def seeded(self, tag: str, *, alike: bool = True) -> Iterator[None]:
+        """Draw from torch's own generators as a function of this point of the schedule and the tag alone.
+
+        Args:
+            tag: what is drawn; the same tag draws the same once more.
+            alike: whether all ranks draw alike (an update), or each for itself (dropout).
+        """
+        rank = -1 if alike else self._engine.rank
+        with self._engine.forked_randomness():
+            torch.manual_seed(derive(int(self.rng(tag).initial_seed()), rank))
+            yield
 
     def auxiliary(
         self,
@@ -197,6 +292,10 @@ class Run:
     def gather(self, tensor: Tensor) -> Tensor:
         """Return the global batch of a tensor whose first dimension is the local one."""
         return self._engine.gather(tensor)
+
+    def own(self, gathered: Tensor, count: int) -> Tensor:
+        """Return this rank's `count` rows of what `gather` returned."""
+        return self._engine.own(gathered, count)
 
     def rng(self, tag: str) -> torch.Generator:
         """Return a CPU generator for this point of the schedule, the same on all ranks."""

@@ -24,6 +24,11 @@ class _SumOverRanks(torch.autograd.Function):
         summed: Tensor = _SumOverRanks.apply(grads[0])
         return summed
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        summed: Tensor = _SumOverRanks.apply(tangents[0])
+        return summed
+
 
 class SyncedBatchNorm(_BatchNorm):
     """Batch normalisation whose training statistics are those of the global batch; plain in evaluation mode."""

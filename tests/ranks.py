@@ -37,29 +37,43 @@ class Shares:
             yield images[mine], labels[mine]
 
 
-def trained(method, mode):
+def trained(method, mode, settings):
     network = chain(3, batchnorm=True)
-    strategy = exitkit.build_strategy(method)
-    strategy.adapt(network)
     engine = Engine(torch.device("cpu"), rank=rank, world=world)
-    engine.place(network)
-    if mode == "eval":
-        for module in network.modules():
-            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-                module.eval()
-    run = Run(network, strategy, sgd(network), engine)
-    run.position.epochs = 2
-    strategy.prepare(run)
-    for epoch in range(2):
-        run.position.epoch = epoch
-        strategy.train_epoch(run, Shares(engine))
-    state = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
-    for name, side in run.auxiliaries.items():
-        state |= {f"{name}.{key}": tensor for key, tensor in side.module.state_dict().items()}
-    return state
+    state = {}
+    for number, phase in enumerate(exitkit.build_strategy(method, **settings).phases(2, 3)):
+        torch.manual_seed(number)  # what an adaptation draws has to be the same on all ranks
+        before = set(dict(network.named_parameters()))
+        phase.strategy.adapt(network)
+        engine.place(network)
+        for name, parameter in network.named_parameters():
+            names = {"all": ("",), "new": tuple(set(dict(network.named_parameters())) - before) or ("!",)}
+            parameter.requires_grad_(name.startswith(names.get(phase.train, phase.train)))
+        if mode == "eval":
+            for module in network.modules():
+                if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        run = Run(network, phase.strategy, sgd(network), engine)
+        run.position.epochs = 2
+        torch.manual_seed(number)
+        phase.strategy.prepare(run)
+        for epoch in range(2):
+            run.position.epoch = epoch
+            phase.strategy.train_epoch(run, Shares(engine))
+        for name, side in run.auxiliaries.items():
+            state |= {f"{name}.{key}": tensor for key, tensor in side.module.state_dict().items()}
+    return state | {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
 
 
-results = {(method, mode): trained(method, mode) for method in registered("method") for mode in ("train", "eval")}
+cases = [(method, {}) for method in registered("method")]
+cases += [("l2w", {"normalise": "samples", "meta_lr": 0.1}), ("l2w", {"normalise": "all", "gradient": "double"})]
+cases += [("l2w", {"weights": "allocated"}), ("imta", {"variant": "released", "first": "joint"})]
+cases += [("boostnet+l2w", {}), ("pcgrad+ofa", {})]
+results = {
+    (method, mode, str(settings)): trained(method, mode, settings)
+    for method, settings in cases
+    for mode in ("train", "eval")
+}
 engine = Engine(torch.device("cpu"), rank=rank, world=world)
 ragged = [torch.arange(length, dtype=torch.float64)[:, None] + 10 * length for length in (1, 2)]
 results["gathered"] = {"": engine.gather(ragged[rank]) if world > 1 else torch.cat(ragged)}

@@ -35,8 +35,10 @@ def test_two_ranks_make_the_updates_of_one_for_every_method(tmp_path):
     assert methods >= {"joint", "ge", "boostnet", "metagf"}
     for case, state in expected.items():
         assert state.keys() == ranks[0][case].keys()
+        # Nash-MTL's solver stops as soon as it is near enough.
+        rtol, atol = (1e-4, 1e-4) if case[0] == "nashmtl" else (1e-9, 1e-11)
         for name, value in state.items():
-            assert torch.allclose(ranks[0][case][name], value, rtol=1e-9, atol=1e-11), (case, name)
+            assert torch.allclose(ranks[0][case][name], value, rtol=rtol, atol=atol), (case, name)
             assert torch.equal(ranks[0][case][name], ranks[1][case][name]), (case, name)
 
 

@@ -1,0 +1,96 @@
+"""Steps that are not taken and derivatives in a direction: what meta-learning asks of a network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from exitkit.errors import UserError
+
+
+class PseudoStep(NamedTuple):
+    """Where a step of SGD would lead.
+
+    Attributes:
+        parameters: {name: value after the step}, leaves that gradients can reach; parameters without gradient are left
+            out, as the optimiser leaves them alone.
+        slopes: {name: s}: with its gradient G, a parameter's value changes as s G.
+    """
+
+    parameters: dict[str, Tensor]
+    slopes: dict[str, float]
+
+
+@torch.no_grad()
+def pseudo_step(
+    optimizer: torch.optim.Optimizer, gradients: Sequence[Tensor | None], names: Mapping[int, str]
+) -> PseudoStep:
+    """Return where a step of SGD on given gradients would lead: momentum, weight decay and all.
+
+    Args:
+        optimizer: SGD; its momentum is read and stays as it is.
+        gradients: one for each parameter, in the optimiser's order, or None.
+        names: {identity of a parameter: its name}.
+
+    Raises:
+        UserError: it is another optimiser, whose step is not linear in the gradient.
+    """
+    if not isinstance(optimizer, torch.optim.SGD):
+        raise UserError(f"a pseudo step of {type(optimizer).__name__} is not known; expected SGD")
+    parameters: dict[str, Tensor] = {}
+    slopes: dict[str, float] = {}
+    pending = iter(gradients)
+    for group in optimizer.param_groups:
+        lr, momentum, sign = float(group["lr"]), group["momentum"], -1.0 if group["maximize"] else 1.0
+        for parameter in group["params"]:
+            gradient = next(pending)
+            if gradient is None:
+                continue
+            change = sign * gradient + group["weight_decay"] * parameter
+            slope = sign
+            if momentum:
+                buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
+                kept = 1.0 if buffer is None else 1 - group["dampening"]
+                rolling = kept * change + (0 if buffer is None else momentum * buffer)
+                slope *= 1 + momentum * kept if group["nesterov"] else kept
+                change = change + momentum * rolling if group["nesterov"] else rolling
+            name = names[id(parameter)]
+            parameters[name] = (parameter - lr * change).requires_grad_()
+            slopes[name] = -lr * slope
+    return PseudoStep(parameters, slopes)
+
+
+@contextmanager
+def untracked(network: nn.Module, wanted: bool = True) -> Iterator[None]:
+    """Have batch norm in training mode leave its running statistics alone meanwhile, if that is wanted."""
+    tracking = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    for module in tracking if wanted else ():
+        module.track_running_stats = False
+    try:
+        yield
+    finally:
+        for module in tracking if wanted else ():
+            module.track_running_stats = True
+
+
+def tangents(
+    function: Callable[[Mapping[str, Tensor]], Sequence[Tensor]],
+    point: Mapping[str, Tensor],
+    direction: Mapping[str, Tensor],
+) -> list[Tensor]:
+    """Return the directional derivative of each output of a function of named tensors, by one forward-mode product.
+
+    Outputs that do not depend on them have a derivative of zero.
+    """
+    # Fused attention has no forward mode.
+    with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+        duals = {name: forward_ad.make_dual(point[name].detach(), direction[name]) for name in point}
+        found = [forward_ad.unpack_dual(output) for output in function(duals)]
+        return [torch.zeros_like(out.primal) if out.tangent is None else out.tangent.clone() for out in found]

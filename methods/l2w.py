@@ -1,0 +1,203 @@
+"""L2W-DEN: a small network, meta-learned beside the other, predicts how much each image counts at each exit.
+
+Paper: Han et al., Learning to Weight Samples for Dynamic Early-exiting Networks, ECCV 2022. Of B images, K exits:
+
+- The weight prediction network g reads an image's K losses (its `inputs`) and gives K numbers in (-1, 1). The weights
+  are w = 1 + epsilon (g - mean g), the mean taken over an image's exits, over the batch, or over both: they average 1.
+- Training minimises sum_k mean_i w_ik l_ik. The two halves of every batch take turns: one trains, the other is the meta
+  half, and then the other way round, which makes two steps a batch.
+- The meta half is shared out among the exits as at inference with a budget: exit k = 1..K takes its p_k ~ q^k most
+  confident images among those not yet taken, the last one all that are left. L_meta = sum_k mean_{i in M_k} l_ik.
+- A pseudo step of the optimiser (momentum, weight decay and all) leads from theta to theta^(w); g is moved by Adam down
+  the gradient of L_meta(theta^). Then the real step is made with the weights that the new g predicts.
+
+The pseudo step is linear in the weights, so that with v = dL_meta/dtheta^ the meta-gradient is exactly
+
+    dL_meta/dw_ik = -(lr / N) <dl_ik/dtheta, v>
+
+for all i and k at once by one forward-mode product (`gradient=forward`); `gradient=double` is the backward through the
+backward that the published code does. Both give the same numbers, and one forward pass of the training half serves the
+pseudo step and the real one, which begin at the same parameters.
+
+What differs from the published code: its halves are the first and the second of the (shuffled) batch, ours the even and
+the odd images, so that several machines can share both; it seeds nothing between the pseudo step and the real one, ours
+draw the same dropout; and a last batch of fewer than four images makes one step without a meta half.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from exitkit.allocation import allocate, confidences
+from exitkit.errors import UserError
+from exitkit.plugins import setting
+from exitkit.strategy import UPDATE, TrainingStrategy, weighted_sum
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from exitkit.data.base import Batch
+    from exitkit.network import Outputs
+    from exitkit.run import Part, Run
+
+
+@dataclass(eq=False)
+class LearnedWeights(TrainingStrategy):
+    """L2W-DEN: a meta-learned network weighs every image at every exit."""
+
+    slots: ClassVar[frozenset[str]] = frozenset({UPDATE})
+    paper: ClassVar[str] = "Han et al., Learning to Weight Samples for Dynamic Early-exiting Networks, ECCV 2022"
+
+    weights: Literal["predicted", "frozen", "fixed", "allocated"] = setting(
+        "predicted",
+        "by the meta-learned network, by that network as it begins, all 1, or 1 only where an image would exit",
+    )
+    inputs: Literal["loss", "confidence", "both"] = setting("loss", "what of each exit the network sees")
+    normalise: Literal["exits", "samples", "all"] = setting(
+        "exits", "over what the weights average 1: an image's exits (CIFAR), an exit's batch, or both (ImageNet)"
+    )
+    epsilon: float = setting(0.8, "reach of the weights around 1 (CIFAR 0.8, ImageNet 0.3)")
+    q: float = setting(0.75, "ratio of the shares of neighbouring exits in the meta half")
+    objective: Literal["allocated", "vanilla"] = setting(
+        "allocated", "each exit judged by the images that would leave there, or by all"
+    )
+    interval: int = setting(1, "batches between two updates of the network (CIFAR 1, ImageNet 100)")
+    hidden: int = setting(500, "width of the network's hidden layer")
+    meta_lr: float = setting(1e-4, "learning rate of the network (Adam, cosine)")
+    meta_weight_decay: float = setting(1e-4, "weight decay of the network")
+    gradient: Literal["forward", "double"] = setting(
+        "forward", "meta-gradient by one forward-mode product, or by a backward through the backward"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("epsilon", "q", "meta_lr"):
+            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
+                raise UserError(f"{name} is {getattr(self, name)}; expected above 0")
+        for name in ("interval", "hidden"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.meta_weight_decay < 0:
+            raise UserError(f"meta_weight_decay is {self.meta_weight_decay}; expected at least 0")
+
+    def prepare(self, run: Run) -> None:
+        """Make the weight prediction network."""
+        if self.weights not in ("predicted", "frozen"):
+            return
+        exits = run.network.num_exits
+        reads = exits * (2 if self.inputs == "both" else 1)
+        layers = [nn.Linear(reads, self.hidden), nn.ReLU(), nn.Linear(self.hidden, exits), nn.Tanh()]
+        run.auxiliary(
+            "weights",
+            nn.Sequential(*layers).to(next(run.network.parameters()).dtype),
+            lambda parameters: torch.optim.Adam(parameters, self.meta_lr, weight_decay=self.meta_weight_decay),
+        )
+
+    def train_step(self, run: Run, batch: Batch) -> None:
+        """Make two steps, each half training once and being the meta half once."""
+        halves = run.halves(batch)
+        if halves is None:
+            self._real_step(run, *run.losses_and_outputs(batch))
+            return
+        for number, (training, meta) in enumerate((halves, halves[::-1])):
+            with run.on(training) as mine, run.seeded(f"half {number}", alike=False):
+                losses, outputs = run.losses_and_outputs(mine)
+            if self.weights == "predicted" and self._batch_number(run) % self.interval == 0:
+                self._meta_step(run, training, meta, losses, outputs, number)
+            with run.on(training):
+                self._real_step(run, losses, outputs)
+
+    def _real_step(self, run: Run, losses: Sequence[Tensor], outputs: Outputs) -> None:
+        """Step on  sum_k a_k mean_i w_ik l_ik,  with the exits' own weights a_k."""
+        with torch.no_grad():
+            weights = self._weights(run, losses, outputs)
+        run.step(_weighed(run, losses, weights))
+
+    def _meta_step(
+        self, run: Run, training: Part, meta: Part, losses: Sequence[Tensor], outputs: Outputs, number: int
+    ) -> None:
+        """Move the weight prediction network down the gradient of L_meta at the pseudo step."""
+        side = run.auxiliaries["weights"]
+        for group in side.optimizer.param_groups:
+            group["lr"] = self.meta_lr * 0.5 * (1 + math.cos(math.pi * run.position.fraction))
+        with run.on(training):
+            predicted = self._predicted(run, losses, outputs)
+            weights = self._normalised(run, predicted.detach()).requires_grad_(self.gradient == "double")
+            loss = _weighed(run, losses, weights)
+            if self.gradient == "double":
+                shared = run.weighed(loss)
+                own = torch.autograd.grad(shared, run.parameters, create_graph=True, allow_unused=True)
+                pseudo = run.pseudo_step(run.averaged(own))
+            else:
+                pseudo = run.pseudo_step(run.gradients(loss, run.parameters))
+        with run.on(meta):
+            slope = self._meta_gradient(run, meta.batch, pseudo.parameters, number)
+        direction = {name: pseudo.slopes[name] * value for name, value in slope.items()}
+        with run.on(training) as mine:
+            if self.gradient == "double":
+                reached = zip(pseudo.parameters, (g for g in own if g is not None), strict=True)
+                pairs = [(gradient, direction[name]) for name, gradient in reached if name in direction]
+                changes, along = zip(*pairs, strict=True)
+                rates = torch.autograd.grad(changes, weights, along, retain_graph=True)[0]
+                rates = rates / torch.autograd.grad(run.weighed(weights.mean(0).sum()), weights)[0]  # for one image
+            else:
+                with run.seeded(f"half {number}", alike=False):
+                    rates = torch.stack(run.loss_tangents(mine, direction), 1)
+                rates = rates * rates.new_tensor(list(run.exit_weights()))
+            # dL/dg = epsilon (I - mean) dL/dw, and the projection that takes the mean away is its own transpose.
+            pull = self.epsilon * (rates - self._mean(run, rates))
+            side.step((pull.to(predicted.dtype) * predicted).sum(1).mean())
+
+    def _meta_gradient(self, run: Run, batch: Batch, parameters: dict[str, Tensor], number: int) -> dict[str, Tensor]:
+        """Return v = dL_meta/dtheta^ by parameter name."""
+        with run.seeded(f"meta {number}", alike=False):
+            outputs = run.functional(parameters, batch[0], batchnorm="kept")
+        losses = run.strategy.exit_losses(run, outputs, batch)
+        loss = _weighed(run, losses, self._allocation(run, outputs) if self.objective == "allocated" else None)
+        found = run.gradients(loss, list(parameters.values()))
+        return {name: gradient for name, gradient in zip(parameters, found, strict=True) if gradient is not None}
+
+    def _weights(self, run: Run, losses: Sequence[Tensor], outputs: Outputs) -> Tensor | None:
+        """Return the weights [B, K], or None where all are 1."""
+        if self.weights == "fixed":
+            return None
+        if self.weights == "allocated":
+            return self._allocation(run, outputs)
+        return self._normalised(run, self._predicted(run, losses, outputs))
+
+    def _allocation(self, run: Run, outputs: Outputs) -> Tensor:
+        mine = confidences(outputs)
+        return run.own(allocate(run.gather(mine), self.q), len(mine))
+
+    def _predicted(self, run: Run, losses: Sequence[Tensor], outputs: Outputs) -> Tensor:
+        """Return what the weight prediction network says of each image, [B, K]."""
+        network = run.auxiliaries["weights"].module
+        seen = [torch.stack([loss.detach() for loss in losses], 1)] if self.inputs != "confidence" else []
+        seen += [confidences(outputs)] if self.inputs != "loss" else []
+        predicted: Tensor = network(torch.cat(seen, 1).to(next(network.parameters()).dtype))
+        return predicted
+
+    def _normalised(self, run: Run, predicted: Tensor) -> Tensor:
+        return 1 + self.epsilon * (predicted - self._mean(run, predicted))
+
+    def _mean(self, run: Run, values: Tensor) -> Tensor:
+        """Return the mean of [B, K] over what the weights are normalised over, to be subtracted from it."""
+        if self.normalise == "exits":
+            return values.mean(1, keepdim=True)
+        return run.mean(values.mean(0, keepdim=True) if self.normalise == "samples" else values.mean())
+
+    @staticmethod
+    def _batch_number(run: Run) -> int:
+        return run.position.epoch * run.position.steps + run.position.step
+
+
+def _weighed(run: Run, losses: Sequence[Tensor], weights: Tensor | None) -> Tensor:
+    """Return  sum_k a_k mean_i w_ik l_ik,  with the exits' own weights a_k."""
+    if weights is not None:
+        losses = [column * loss for column, loss in zip(weights.unbind(1), losses, strict=True)]
+    return weighted_sum(losses, run.exit_weights())

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exitkit.errors import UserError
+from exitkit.ingredients import teacher_recipes
 
 if TYPE_CHECKING:
     from exitkit.recipe import Recipe
@@ -93,16 +94,24 @@ def run_campaign(recipes: Sequence[Recipe], out: Path, jobs: int, tell: Callable
         UserError: a run failed for another reason; all are stopped, and what is finished stays.
     """
     order = sorted(range(len(recipes)), key=lambda index: (-_length(recipes[index]), index))
+    needs = {index: {teacher.id for teacher in teacher_recipes(recipes[index]).values()} for index in order}
+    pending = {recipe.id for recipe in recipes}
     events: queue.SimpleQueue[tuple[_Worker, dict[str, Any] | None]] = queue.SimpleQueue()
     workers: list[_Worker] = []
+    idle: list[_Worker] = []
     diverged: dict[int, str] = {}
     try:
-        for number in range(min(jobs, len(order))):
-            worker = _Worker(recipes[0].threads, events)
-            workers.append(worker)
-            _give_next(worker, order, recipes, out, tell, number)
-        busy = len(workers)
-        while busy:
+        for _ in range(min(jobs, len(order))):
+            workers.append(_Worker(recipes[0].threads, events))
+            idle.append(workers[-1])
+        while True:
+            ready = [index for index in order if not needs[index] & pending]
+            while idle and ready:
+                worker = idle.pop(0)
+                order.remove(ready[0])
+                _give(worker, ready.pop(0), recipes, out, tell, workers.index(worker))
+            if len(idle) == len(workers):
+                break
             worker, answer = events.get()
             if answer is None:
                 raise UserError(
@@ -117,19 +126,17 @@ def run_campaign(recipes: Sequence[Recipe], out: Path, jobs: int, tell: Callable
                 raise UserError(answer["message"])
             if kind == "failed":
                 diverged[worker.index] = answer["message"]
-            if order:
-                _give_next(worker, order, recipes, out, tell, workers.index(worker))
-            else:
-                busy -= 1
+            pending.discard(recipes[worker.index].id)
+            idle.append(worker)
     finally:
         for worker in workers:
             worker.end()
     return diverged
 
 
-def _give_next(
+def _give(
     worker: _Worker,
-    order: list[int],
+    index: int,
     recipes: Sequence[Recipe],
     out: Path,
     tell: Callable[[Event], None],
@@ -137,7 +144,6 @@ def _give_next(
 ) -> None:
     import torch
 
-    index = order.pop(0)
     recipe = recipes[index]
     if torch.cuda.is_available() and recipe.device in ("auto", "cuda"):
         recipe = recipe.with_values(device=f"cuda:{number % torch.cuda.device_count()}")

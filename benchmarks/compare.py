@@ -12,7 +12,7 @@ from exitkit.cli.interrupts import interruptible
 from exitkit.cli.options import COMPARISON_KEYS, make_recipe, parse_sets, read_recipe, recipe_options
 from exitkit.errors import Interrupted, UserError, unknown
 from exitkit.files import exists
-from exitkit.plugins import check_value
+from exitkit.plugins import check_value, configure
 
 if TYPE_CHECKING:
     from exitkit.recipe import Recipe
@@ -65,10 +65,11 @@ def compare(
     if workers < 1:
         raise UserError(f"--jobs is {workers}; expected at least 1")
     folder = Path(out)
-    todo = [recipe for recipe in recipes if not exists(folder / recipe.id / RESULTS)]
+    needed = {recipe.id: recipe for recipe in [*recipes, *_teachers(recipes)]}
+    todo = [recipe for recipe in needed.values() if not exists(folder / recipe.id / RESULTS)]
     diverged: dict[int, str] = {}
     try:
-        with interruptible(), CampaignDisplay(todo, len(recipes)) as display:
+        with interruptible(), CampaignDisplay(todo, len(needed)) as display:
             diverged = run_campaign(todo, folder, workers, display) if todo else {}
     except KeyboardInterrupt:
         raise Interrupted("stopped; the same command goes on where it was") from None
@@ -77,6 +78,13 @@ def compare(
         publish(recipes, folder)
     if left_out:
         raise UserError(left_out)
+
+
+def _teachers(recipes: list[Recipe]) -> list[Recipe]:
+    """Return the recipes of the runs that some of these learn from."""
+    from exitkit.ingredients import teacher_recipes
+
+    return [teacher for recipe in recipes for teacher in teacher_recipes(recipe).values()]
 
 
 def split_methods(methods: str | list[str]) -> list[str]:
@@ -89,10 +97,23 @@ def split_methods(methods: str | list[str]) -> list[str]:
     if not names:
         raise UserError(f"--methods is empty; expected names such as {DEFAULT_METHODS}, or all")
     if names == ["all"]:
-        names = list(registered("method"))
+        names = _usable(list(registered("method")))
     for name in names:
         method_parts(name)
     return list(dict.fromkeys([BASELINE, *names]))
+
+
+def _usable(names: list[str]) -> list[str]:
+    """Return the methods that can be had here, and say which can't and why."""
+    usable = []
+    for name in names:
+        try:
+            configure("method", name, {})
+        except UserError as error:
+            click.echo(f"left out {name}: {error}", err=True)
+        else:
+            usable.append(name)
+    return usable
 
 
 def plan(base: Recipe, methods: list[str], seeds: int, sets: Mapping[str, Any]) -> list[Recipe]:

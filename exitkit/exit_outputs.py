@@ -12,6 +12,7 @@ from torch import Tensor
 from exitkit.build import build_dataset, build_network, build_strategy
 from exitkit.costs import cost
 from exitkit.data.base import Split
+from exitkit.data.thinning import thin
 from exitkit.engine import Engine, choose_device
 from exitkit.files import load_tensors, save_tensors, write_json
 from exitkit.network import MultiExitNetwork
@@ -33,7 +34,8 @@ _FLOAT32_CLASSES = 200
 def load_data(recipe: Recipe, split: Path | None = None) -> Data:
     """Load a recipe's images, with the split stored at `split` or else the data set's own."""
     dataset = build_dataset(recipe.dataset, recipe.dataset_settings)
-    data = dataset.load(Path(recipe.data_dir) if recipe.data_dir else None, recipe.download)
+    loaded = dataset.load(Path(recipe.data_dir) if recipe.data_dir else None, recipe.download)
+    data = thin(loaded, dataset.per_class, dataset.imbalance)
     return data if split is None else data.with_split(Split.load(split))
 
 

@@ -89,6 +89,8 @@ def owners(network: MultiExitNetwork) -> dict[str, tuple[int, ...]]:
             logits = network(x).logits
             reached: dict[str, list[int]] = {name: [] for name, _ in named}
             for index, output in enumerate(logits):
+                if not output.requires_grad:  # all that it reads is frozen
+                    continue
                 grads = torch.autograd.grad(output.sum(), [p for _, p in named], retain_graph=True, allow_unused=True)
                 for (name, _), grad in zip(named, grads, strict=True):
                     if grad is not None:

@@ -17,7 +17,7 @@ from exitkit.build import build_dataset, build_strategy
 from exitkit.errors import UserError, unknown
 
 # Where a run happens is not part of what it is: it can be resumed on another device, from another data folder.
-EXECUTION = frozenset({"device", "threads", "data_dir", "download"})
+EXECUTION = frozenset({"device", "threads", "data_dir", "download", "init_from"})
 _KINDS = ("method", "backbone", "dataset")
 
 
@@ -32,6 +32,8 @@ class Recipe(BaseModel):
     method_settings: dict[str, Any] = Field({}, description="fields of the method")
     backbone_settings: dict[str, Any] = Field({}, description="fields of the backbone")
     dataset_settings: dict[str, Any] = Field({}, description="fields of the data set")
+    init_from: str | None = Field(None, description="a finished run, or a weights file, to start from")
+    init_weights: str | None = Field(None, description="digest of those weights; filled in")
     seed: int = Field(0, ge=0, description="seed of weights, order and augmentation (not of the split)")
     epochs: int | None = Field(None, ge=1, description="epochs of the first phase")
     batch_size: int | None = Field(None, ge=2, description="images a step, over all ranks")
@@ -110,6 +112,10 @@ class Recipe(BaseModel):
         strategy = build_strategy(self.method, **self.method_settings)
         if filled.schedule != "step":
             filled = filled.with_values(milestones=())
+        if filled.init_from and not filled.init_weights:
+            from exitkit.ingredients import digest
+
+            filled = filled.with_values(init_weights=digest(filled.init_from))
         return filled.with_values(
             method_settings=_plain(strategy.settings()),
             backbone_settings=_plain({name: getattr(backbone, name) for name in plugins.fields(type(backbone))}),

@@ -80,6 +80,7 @@ class Run:
         strategy: who rules the phase (a composition, where there is one: ask it for losses and weights).
         optimizer: the network's optimiser.
         position: where in the schedule training stands.
+        teachers: the trained networks of other runs that the strategy learns from, by the names it gives them.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class Run:
         self.meter = Meter(network.num_exits, self.position)
         self.on_checkpoint: Callable[[], None] = lambda: None
         self.auxiliaries: dict[str, Auxiliary] = {}
+        self.teachers: dict[str, MultiExitNetwork] = {}
         self._engine = engine
         self._seed = seed
 
@@ -139,6 +141,13 @@ class Run:
             outputs: Outputs = self.network(images)
         return outputs
 
+    @torch.no_grad()
+    def teacher(self, name: str, images: Tensor) -> Outputs:
+        """Return what the network of another run, one of the strategy's `teachers()`, says of images [B, C, H, W]."""
+        with self._engine.autocast():
+            outputs: Outputs = self.teachers[name](images)
+        return outputs
+
     def functional(
         self, parameters: Mapping[str, Tensor], images: Tensor, *, batchnorm: Literal["moving", "kept"] = "moving"
     ) -> Outputs:
@@ -176,11 +185,13 @@ class Run:
     def loss_tangents(self, batch: Batch, direction: Mapping[str, Tensor]) -> list[Tensor]:
         """Return how fast each image's K losses [B] change as the parameters (by name) move in a direction.
 
-        One forward pass in forward mode; batch norm's running statistics are kept.
+        One forward pass in forward mode, in the parameters' own precision (not all of autocast's casts have a forward
+        mode); batch norm's running statistics are kept.
         """
 
         def losses(parameters: Mapping[str, Tensor]) -> list[Tensor]:
-            outputs = self.functional(parameters, batch[0], batchnorm="kept")
+            with untracked(self.network):
+                outputs = torch.func.functional_call(self.network, dict(parameters), (batch[0],))
             return self.strategy.exit_losses(self, outputs, batch)
 
         return tangents(losses, {name: self.network.get_parameter(name) for name in direction}, direction)

@@ -124,10 +124,15 @@ class RunFolder:
         """What the run's method is called in a table."""
         return self.recipe.method
 
+    @staticmethod
+    def is_finished(path: Path) -> bool:
+        """Whether a finished run lies there."""
+        return (path / RESULTS).is_file()
+
     @property
     def finished(self) -> bool:
         """Whether it was trained and evaluated to the end."""
-        return (self.path / RESULTS).is_file()
+        return self.is_finished(self.path)
 
     def epochs_done(self) -> int:
         """How many epochs, over all phases, have been trained."""

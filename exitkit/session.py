@@ -24,6 +24,7 @@ from exitkit.errors import NonFiniteError, UserError
 from exitkit.exit_outputs import load_data, make_network
 from exitkit.feed import Progress, check_batches
 from exitkit.files import exists, save_checkpoint, write_json, write_text
+from exitkit.ingredients import check_unseen, load_initial, load_teachers
 from exitkit.network import MultiExitNetwork
 from exitkit.randomness import derive
 from exitkit.recipe import Recipe
@@ -47,6 +48,9 @@ class Session:
     folder: RunFolder | None = None
     report: Report = lambda progress: None
     metrics: list[dict[str, Any]] = field(default_factory=list)
+    first: int = 0
+    """Number of the phase that training begins with: the second where the first is another run's."""
+    teachers: dict[str, MultiExitNetwork] = field(default_factory=dict)
     added: set[str] = field(default_factory=set)
     """Names of the modules that this phase's `adapt` has put into the network."""
 
@@ -75,10 +79,21 @@ def prepare(recipe: Recipe, engine: Engine, path: Path, report: Report) -> Sessi
     network = make_network(recipe, data.input_shape, data.num_classes)
     assert recipe.epochs is not None
     phases = build_strategy(recipe.method, **recipe.method_settings).phases(recipe.epochs, network.num_exits)
+    first = 1 if recipe.init_from and len(phases) > 1 else 0
+    begun = exists(path / "checkpoint.pt")  # then nothing is started from any more
+    if recipe.init_from and not begun and Path(recipe.init_from).is_dir():
+        check_unseen(Path(recipe.init_from), recipe, data)
     rehearsal = copy.deepcopy(network)
-    for phase in phases:
+    for number, phase in enumerate(phases):
+        if recipe.init_from and not begun and number == first:
+            load_initial(recipe, rehearsal)
         phase.strategy.adapt(rehearsal)
-    return Session(recipe, engine, data, network, phases, report=report)
+    teachers = load_teachers(recipe, path.parent, data)
+    for teacher in teachers.values():
+        engine.place(teacher)
+        if teacher.num_classes != network.num_classes:
+            raise UserError(f"a teacher of {teacher.num_classes} classes can't teach {network.num_classes}")
+    return Session(recipe, engine, data, network, phases, report=report, first=first, teachers=teachers)
 
 
 def open_folder(session: Session, path: Path) -> RunFolder:
@@ -116,6 +131,7 @@ def begin_phase(session: Session, number: int, phase: Phase) -> Run:
     optimizer = torch.optim.SGD(trained, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
     position = Position(phase=number, epochs=phase.epochs)
     run = Run(network, phase.strategy, optimizer, session.engine, recipe.seed, position)
+    run.teachers = session.teachers
     torch.manual_seed(derive(recipe.seed, "prepare", number))
     phase.strategy.prepare(run)
     return run

@@ -138,6 +138,13 @@ class TrainingStrategy:
         for batch in batches:
             self.train_step(run, batch)
 
+    def teachers(self) -> tuple[str, ...]:
+        """Return the other runs whose networks `run.teacher` is asked for: methods, or folders of finished runs.
+
+        A method stands for the run of that method, with nothing set and all else the same; it is trained first.
+        """
+        return ()
+
     def passes(self, exits: int) -> int:
         """Return how many times an epoch goes over the training data (for progress and the cost of training)."""
         return 1
@@ -237,6 +244,10 @@ class Composition(TrainingStrategy):
     def train_epoch(self, run: Run, batches: Iterable[Batch]) -> None:
         """Let the part that claims the update train the epoch."""
         self._part(UPDATE).train_epoch(run, batches)
+
+    def teachers(self) -> tuple[str, ...]:
+        """Return every part's teachers."""
+        return tuple(dict.fromkeys(name for part in self.parts.values() for name in part.teachers()))
 
     def passes(self, exits: int) -> int:
         """Return the passes of the part that claims the update."""

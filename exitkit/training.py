@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from exitkit.engine import Engine
 from exitkit.errors import UserError
 from exitkit.exit_outputs import augment_validation, evaluate_held, measure
-from exitkit.feed import EpochBatches
+from exitkit.feed import EpochBatches, Progress
 from exitkit.files import append_line, exists, load_checkpoint, save_tensors
+from exitkit.ingredients import load_initial, teacher_recipes
 from exitkit.meter import split_totals
 from exitkit.recipe import Recipe
 from exitkit.run import Run
@@ -53,6 +56,9 @@ def train(
     """
     recipe = (recipe if isinstance(recipe, Recipe) else Recipe.make(**recipe)).resolve()
     path = Path(out) / recipe.id
+    if not RunFolder.is_finished(path):
+        for name, teacher in teacher_recipes(recipe).items():
+            train(teacher, out, report=partial(_report_teacher, report, name))
     with Engine.launch(recipe.device, recipe.precision, recipe.threads) as engine:
         done = _find(path, recipe, resume)
         engine.barrier()  # all ranks have looked before the first makes the folder
@@ -70,6 +76,10 @@ def train(
                     save_tensors(path / "weights.safetensors", session.network.state_dict())
                     evaluate_held(session.folder, str(engine.device))
         return session.folder
+
+
+def _report_teacher(report: Report, name: str, progress: Progress) -> None:
+    report(replace(progress, phase=f"teacher {name}, {progress.phase}"))
 
 
 def _find(path: Path, recipe: Recipe, resume: bool | None) -> RunFolder | None:
@@ -95,8 +105,10 @@ def _train_phases(session: Session) -> None:
     saved = session.folder.path / "checkpoint.pt"
     state = load_checkpoint(saved, _CHECKPOINT_KEYS) if exists(saved) else None
     session.metrics = list(state["metrics"]) if state else []
-    first = state["position"][0] if state else 0
+    first = state["position"][0] if state else session.first
     for number, phase in enumerate(session.phases):
+        if session.recipe.init_from and not state and number == first:
+            load_initial(session.recipe, session.network)
         run = begin_phase(session, number, phase)
         if number < first:
             continue  # its adaptation is all that is left of it
@@ -130,8 +142,8 @@ def _train_mode(network: nn.Module, added: set[str], phase: Phase) -> None:
 
 
 def _batches(session: Session, run: Run, number: int, phase: Phase) -> EpochBatches:
-    total = sum(each.epochs for each in session.phases)
-    before = sum(each.epochs for each in session.phases[:number])
+    total = sum(each.epochs for each in session.phases[session.first :])
+    before = sum(each.epochs for each in session.phases[session.first : number])
     return EpochBatches(
         run,
         session.data,

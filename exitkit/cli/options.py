@@ -22,6 +22,7 @@ _OPTIONS = [
         metavar="NAME",
         help="Network (see `exitkit list backbones`).  [default: the data set's]",
     ),
+    click.option("--init-from", metavar="RUN", help="Start from a finished run, or from a weights file."),
     click.option("--epochs", type=int, help="Epochs.  [default: the data set's]"),
     click.option("--batch-size", type=int, help="Images a step, over all ranks.  [default: the data set's]"),
     click.option("--lr", type=float, help="Learning rate at the start.  [default: the data set's]"),

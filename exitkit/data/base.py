@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,9 +53,16 @@ class DataSet:
         "eval", "read validation images plainly, or through the training augmentation (the papers' habit)"
     )
 
+    per_class: int | None = setting(None, "keep the first so many training images of each class; none: all")
+    imbalance: float = setting(1.0, "make a long tail: how many times as many images the first class keeps as the last")
+
     def __post_init__(self) -> None:
-        if self.validation < 1:
+        if self.validation is not None and self.validation < 1:
             raise UserError(f"validation is {self.validation}; expected at least 1, since thresholds come from there")
+        if self.per_class is not None and self.per_class < 1:
+            raise UserError(f"per_class is {self.per_class}; expected at least 1")
+        if not (self.imbalance >= 1 and math.isfinite(self.imbalance)):
+            raise UserError(f"imbalance is {self.imbalance}; expected at least 1 (1: no long tail)")
 
     def load(self, data_dir: Path | None, download: bool = True) -> Data:
         """Read the images, or get ready to.

@@ -41,8 +41,7 @@ class ImageFolder(DataSet):
     workers: int | None = setting(None, "processes that read images; none: one a core, at most 4", execution=True)
 
     def __post_init__(self) -> None:
-        if self.validation is not None:
-            super().__post_init__()
+        super().__post_init__()
         if self.image_size < 8:
             raise UserError(f"image_size is {self.image_size}; expected at least 8")
         if self.workers is not None and self.workers < 0:

@@ -43,6 +43,7 @@ class Recipe(BaseModel):
     decay: float = Field(0.1, gt=0, lt=1, description="factor of each such drop")
     momentum: float = Field(0.9, ge=0, lt=1, description="SGD momentum")
     weight_decay: float | None = Field(None, ge=0, description="SGD weight decay, of every parameter")
+    probe_every: int | None = Field(None, ge=1, description="epochs between two looks at a fixed batch, for diagnose")
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = Field("fp32", description="arithmetic of training")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
     threads: int = Field(1, ge=1, le=1024, description="CPU threads a process")

@@ -3,6 +3,7 @@
 recipe.json          the resolved recipe        environment.json   versions, device, when
 split.safetensors    train, validation, test    metrics.csv        losses and accuracies, epoch by epoch
 checkpoint.pt        where training stands      timing.csv         seconds an epoch
+probes.safetensors   what was seen on one fixed batch, if asked for (see probe.py)
 weights.safetensors  the trained network        cost.json          multiply-adds and parameters an exit
 outputs-validation.safetensors, outputs-test.safetensors           logits [N, K, C], labels [N], indices [N]
 results.json         accuracy of each exit; written last: a folder that has it is finished
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from exitkit.recipe import Recipe
 
 RESULTS = "results.json"
+PROBES = "probes.safetensors"
 _LOCK_PATIENCE = 15.0  # seconds; a killed process lets its lock go at once, a dying worker within moments
 
 
@@ -158,6 +160,11 @@ class RunFolder:
         """Return one dict an exit: exit (from 1), papers, macs (multiply-adds of one image), params."""
         costs: list[dict[str, int]] = read_json(self.path / "cost.json")
         return costs
+
+    def probes(self) -> dict[str, np.ndarray]:
+        """Return what `exitkit.probe.probe` saw, each stacked over time, with `epoch` [T]; empty without probes."""
+        path = self.path / PROBES
+        return load_arrays(path) if path.exists() else {}
 
     def outputs(self, part: str) -> dict[str, np.ndarray]:
         """Return what every exit said: logits [N, K, C], labels [N], indices [N] of part `validation` or `test`."""

@@ -23,13 +23,14 @@ from exitkit.engine import Engine
 from exitkit.errors import NonFiniteError, UserError
 from exitkit.exit_outputs import load_data, make_network
 from exitkit.feed import Progress, check_batches
-from exitkit.files import exists, save_checkpoint, write_json, write_text
+from exitkit.files import exists, save_checkpoint, save_tensors, write_json, write_text
 from exitkit.ingredients import check_unseen, load_initial, load_teachers
 from exitkit.network import MultiExitNetwork
+from exitkit.probe import probe, probe_batch, stacked
 from exitkit.randomness import derive
 from exitkit.recipe import Recipe
 from exitkit.run import Position, Run
-from exitkit.runs import RunFolder
+from exitkit.runs import PROBES, RunFolder
 from exitkit.strategy import Phase
 
 Report = Callable[[Progress], None]
@@ -51,12 +52,14 @@ class Session:
     first: int = 0
     """Number of the phase that training begins with: the second where the first is another run's."""
     teachers: dict[str, MultiExitNetwork] = field(default_factory=dict)
+    probes: list[dict[str, Tensor]] = field(default_factory=list)
+    """What was seen on the probe batch, one entry a look, with the epoch (over all phases) that it came after."""
     added: set[str] = field(default_factory=set)
     """Names of the modules that this phase's `adapt` has put into the network."""
 
     def save(self, run: Run) -> None:
         """Write a checkpoint (main rank), unless something in it is no longer finite."""
-        state = run.state_dict() | {"metrics": self.metrics}
+        state = run.state_dict()
         tensors = [leaf for leaf in pytree.tree_leaves(state) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         if not all(tensor.isfinite().all() for tensor in tensors):
             raise NonFiniteError(
@@ -67,8 +70,20 @@ class Session:
             assert self.folder is not None
             # The metrics first: killed between the two, the epoch is trained again and they are written again.
             write_text(self.folder.path / "metrics.csv", _csv(self.metrics))
-            save_checkpoint(self.folder.path / "checkpoint.pt", state)
+            if self.probes:
+                save_tensors(self.folder.path / PROBES, stacked(self.probes))
+            save_checkpoint(
+                self.folder.path / "checkpoint.pt", state | {"metrics": self.metrics, "probes": self.probes}
+            )
         self.engine.barrier()
+
+
+def look(session: Session, run: Run) -> None:
+    """Probe the network if this epoch's end is one at which the recipe asks for it."""
+    every, epochs = session.recipe.probe_every, len(session.metrics)
+    if every and epochs % every == 0:
+        seen = probe(run, probe_batch(session.data, session.engine))
+        session.probes.append(seen | {"epoch": torch.tensor(epochs)})
 
 
 def prepare(recipe: Recipe, engine: Engine, path: Path, report: Report) -> Session:

@@ -125,6 +125,10 @@ class TrainingStrategy:
         smoothing = self.label_smoothing
         return F.cross_entropy(at_least_float32(logits), labels, reduction="none", label_smoothing=smoothing)
 
+    def sample_weights(self, run: Run, losses: Sequence[Tensor], outputs: Outputs) -> Tensor | None:
+        """Return how much each image counts at each exit [B, K], or None where all count alike; for diagnostics."""
+        return None
+
     def exit_weights(self, run: Run) -> Sequence[float]:
         """Return how much each exit counts at this point of the schedule: K numbers."""
         return [1.0] * run.network.num_exits
@@ -232,6 +236,10 @@ class Composition(TrainingStrategy):
     def exit_losses(self, run: Run, outputs: Outputs, batch: Batch) -> list[Tensor]:
         """Ask the part that claims the objective."""
         return self._part(OBJECTIVE).exit_losses(run, outputs, batch)
+
+    def sample_weights(self, run: Run, losses: Sequence[Tensor], outputs: Outputs) -> Tensor | None:
+        """Ask the part that claims the update."""
+        return self._part(UPDATE).sample_weights(run, losses, outputs)
 
     def exit_weights(self, run: Run) -> Sequence[float]:
         """Ask the part that claims the exit weights."""

@@ -24,10 +24,10 @@ from exitkit.recipe import Recipe
 from exitkit.run import Run
 from exitkit.runs import RunFolder, unfinished_twin
 from exitkit.schedule import learning_rate
-from exitkit.session import Report, Session, begin_phase, open_folder, prepare
+from exitkit.session import Report, Session, begin_phase, look, open_folder, prepare
 from exitkit.strategy import Phase
 
-_CHECKPOINT_KEYS = {"network", "optimizer", "scaler", "strategy", "auxiliaries", "position", "metrics"}
+_CHECKPOINT_KEYS = {"network", "optimizer", "scaler", "strategy", "auxiliaries", "position", "metrics", "probes"}
 
 
 def train(
@@ -105,6 +105,7 @@ def _train_phases(session: Session) -> None:
     saved = session.folder.path / "checkpoint.pt"
     state = load_checkpoint(saved, _CHECKPOINT_KEYS) if exists(saved) else None
     session.metrics = list(state["metrics"]) if state else []
+    session.probes = list(state["probes"]) if state else []
     first = state["position"][0] if state else session.first
     for number, phase in enumerate(session.phases):
         if session.recipe.init_from and not state and number == first:
@@ -172,6 +173,8 @@ def _end_epoch(session: Session, run: Run, phase: Phase, batches: EpochBatches, 
         scale = 100 if name.endswith("accuracy") else 1
         row |= {f"{name}_{number}": scale * value for number, value in enumerate(values, 1)}
     session.metrics.append(row)
+    _train_mode(session.network, session.added, phase)
+    look(session, run)
     run.position.epoch, run.position.passes, run.position.step = run.position.epoch + 1, 0, 0
     session.save(run)
     if engine.is_main:

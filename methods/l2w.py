@@ -115,7 +115,7 @@ class LearnedWeights(TrainingStrategy):
     def _real_step(self, run: Run, losses: Sequence[Tensor], outputs: Outputs) -> None:
         """Step on  sum_k a_k mean_i w_ik l_ik,  with the exits' own weights a_k."""
         with torch.no_grad():
-            weights = self._weights(run, losses, outputs)
+            weights = self.sample_weights(run, losses, outputs)
         run.step(_weighed(run, losses, weights))
 
     def _meta_step(
@@ -162,7 +162,7 @@ class LearnedWeights(TrainingStrategy):
         found = run.gradients(loss, list(parameters.values()))
         return {name: gradient for name, gradient in zip(parameters, found, strict=True) if gradient is not None}
 
-    def _weights(self, run: Run, losses: Sequence[Tensor], outputs: Outputs) -> Tensor | None:
+    def sample_weights(self, run: Run, losses: Sequence[Tensor], outputs: Outputs) -> Tensor | None:
         """Return the weights [B, K], or None where all are 1."""
         if self.weights == "fixed":
             return None

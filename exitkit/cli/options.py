@@ -26,6 +26,7 @@ _OPTIONS = [
     click.option("--epochs", type=int, help="Epochs.  [default: the data set's]"),
     click.option("--batch-size", type=int, help="Images a step, over all ranks.  [default: the data set's]"),
     click.option("--lr", type=float, help="Learning rate at the start.  [default: the data set's]"),
+    click.option("--probe-every", type=int, help="Look at a fixed batch every so many epochs, for `diagnose`."),
     click.option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.  [default: auto]"),
     click.option("--precision", metavar="NAME", help="fp32, tf32, bf16 or fp16.  [default: fp32]"),
     click.option("--threads", type=int, help="CPU threads a process.  [default: 1]"),

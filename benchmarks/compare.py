@@ -97,13 +97,13 @@ def split_methods(methods: str | list[str]) -> list[str]:
     if not names:
         raise UserError(f"--methods is empty; expected names such as {DEFAULT_METHODS}, or all")
     if names == ["all"]:
-        names = _usable(list(registered("method")))
+        names = usable(list(registered("method")))
     for name in names:
         method_parts(name)
     return list(dict.fromkeys([BASELINE, *names]))
 
 
-def _usable(names: list[str]) -> list[str]:
+def usable(names: list[str]) -> list[str]:
     """Return the methods that can be had here, and say which can't and why."""
     usable = []
     for name in names:

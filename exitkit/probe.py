@@ -75,7 +75,7 @@ def probe(run: Run, batch: Batch) -> dict[str, Tensor]:
         record["norm"].append(torch.where(read, length, torch.nan))
         chunks = torch.stack([pieces[index] for pieces in by_chunk]).nan_to_num()
         record["total_norm"].append(chunks.mean(0).norm())
-        record["total_variance"].append(chunks.var(0).sum())
+        record["total_variance"].append(chunks.var(0).sum() if chunks.numel() else torch.tensor(0.0))
     table = torch.stack([loss.detach() for loss in losses], 1).float().cpu()
     chances = torch.stack([z.detach().float().softmax(1).cpu() for z in outputs.logits], 1)
     sure = chances[torch.arange(len(table)), :, batch.labels.cpu()]

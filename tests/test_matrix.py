@@ -42,13 +42,15 @@ CASES = [
 class Batches:
     """Three batches, the last one ragged; this rank's share of each."""
 
+    sizes = (8, 8, 5)
+
     def __init__(self, run, shape, engine, epoch):
         self.run, self.shape, self.engine, self.epoch = run, shape, engine, epoch
 
     def __iter__(self):
         at = self.run.position
         at.steps = 3
-        for step, size in enumerate((8, 8, 5)):
+        for step, size in enumerate(self.sizes):
             generator = torch.Generator().manual_seed(derive(self.epoch, step))
             images = torch.randn(size, *self.shape, generator=generator)
             labels = torch.randint(10, (size,), generator=generator)
@@ -150,6 +152,7 @@ def on_this_rank(cases, out):
     """Train the cases on this rank's shares, in float64, and save what comes out (see the test below)."""
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     torch.set_num_threads(1)
+    Batches.sizes = (16, 16, 10)  # batch statistics of two or three images blow rounding up
     if world > 1:
         torch.distributed.init_process_group("gloo")
     ends = {}
@@ -174,10 +177,12 @@ def test_two_ranks_equal_one(family, tmp_path):
     alone = torch.load(tmp_path / "alone" / "0.pt")
     ranks = [torch.load(tmp_path / "together" / f"{rank}.pt") for rank in range(2)]
     for case, state in alone.items():
-        # Nash-MTL's solver stops as soon as it is near enough; SDN's dropout is drawn for each rank.
-        near = (1e-3, 1e-3) if case.startswith("nashmtl") else (1e-6, 1e-8)
+        # tests/test_distributed.py holds all of them to 1e-9 on a chain. Here Nash-MTL's solver stops as soon as it is
+        # near enough, Aligned-MTL divides by vanishing singular values, and Adam (L2W) by vanishing means.
+        loose = {"nashmtl": 1e-3, "aligned": 1e-3, "l2w": 1e-3}
+        near = max([loose.get(part, 1e-6) for part in case.split(":")[0].split("+")])
         for name, value in state.items():
-            assert torch.allclose(ranks[0][case][name], value, rtol=near[0], atol=near[1]), (case, name)
+            assert torch.allclose(ranks[0][case][name], value, rtol=near, atol=near), (case, name)
             assert torch.equal(ranks[0][case][name], ranks[1][case][name]), (case, name)
 
 

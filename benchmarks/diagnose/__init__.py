@@ -1,0 +1,1 @@
+"""Figures of how a network's exits got on with one another, as the papers draw them."""

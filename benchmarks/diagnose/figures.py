@@ -1,0 +1,188 @@
+"""The figures of `exitkit diagnose`, each a function of what `exitkit.probe` and `exitkit.diagnostics` give."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from exitkit.benchmarks.report.figures import COLOURS, DASHES, HEIGHT, MARKERS, STYLE, WIDTH
+
+Probes = Mapping[str, np.ndarray]
+
+
+def conflict_figure(probes: Probes) -> Figure:
+    """Draw how far the exits' gradients agree: stage by stage over training, and exit by exit at the end."""
+    cosine, epochs = probes["cosine"], probes["epoch"]
+    exits = cosine.shape[-1]
+    pairs = np.triu_indices(exits, 1)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(2 * WIDTH, HEIGHT), layout="constrained")
+        lines, table = figure.subplots(1, 2)
+        for stage in range(exits):
+            agreeing = cosine[:, stage][:, pairs[0], pairs[1]]
+            if not np.isnan(agreeing).all():
+                _line(lines, epochs, _mean(agreeing), stage, f"stage {stage + 1}")
+        lines.axhline(0, color="#888888", lw=0.6)
+        _finish(lines, "epoch", "mean cosine of two exits' gradients")
+        _matrix(figure, table, cosine[-1, 0], "cosine in stage 1, last probe", "exit", "exit", (-1.0, 1.0))
+    return figure
+
+
+def magnitude_figure(probes: Probes) -> Figure:
+    """Draw the length of each stage's gradient and the variance of what single batches give of it."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(2 * WIDTH, HEIGHT), layout="constrained")
+        panels = figure.subplots(1, 2)
+        named = {"total_norm": "length of the gradient", "total_variance": "variance of the gradient"}
+        for axes, (name, label) in zip(panels, named.items(), strict=True):
+            for stage in range(probes[name].shape[1]):
+                _line(axes, probes["epoch"], probes[name][:, stage], stage, f"stage {stage + 1}")
+            axes.set_yscale("log")
+            _finish(axes, "epoch", label, legend=name == "total_norm")
+    return figure
+
+
+def validity_figure(probes: Probes) -> Figure:
+    """Draw the share of images that still teach each exit something, and its loss."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(2 * WIDTH, HEIGHT), layout="constrained")
+        panels = figure.subplots(1, 2)
+        for axes, (name, scale, label) in zip(
+            panels, [("valid", 100, "valid images (%)"), ("loss", 1, "loss")], strict=True
+        ):
+            for index in range(probes[name].shape[1]):
+                _line(axes, probes["epoch"], scale * probes[name][:, index], index, f"exit {index + 1}")
+            _finish(axes, "epoch", label, legend=name == "valid")
+    return figure
+
+
+def weights_figure(probes: Probes) -> Figure:
+    """Draw what each image counts at each exit against its loss there, in the last probe."""
+    losses, weights = probes["losses"][-1], probes["weights"][-1]
+    exits = losses.shape[1]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(1.5 * exits + 0.4, 2.0), layout="constrained")
+        panels = figure.subplots(1, exits, sharey=True, squeeze=False)[0]
+        for index, axes in enumerate(panels):
+            axes.scatter(losses[:, index], weights[:, index], s=5, color=COLOURS[0], alpha=0.6, lw=0)
+            axes.axhline(1, color="#888888", lw=0.6)
+            axes.set_title(f"exit {index + 1}")
+            _finish(axes, "loss", "weight" if index == 0 else "", legend=False)
+    return figure
+
+
+def ranks_figure(correlation: np.ndarray) -> Figure:
+    """Draw how consistently the exits rank the images by confidence."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+        title = "rank correlation of confidences"
+        _matrix(figure, figure.subplots(), correlation, title, "exit", "exit", (min(0.0, np.nanmin(correlation)), 1.0))
+    return figure
+
+
+def pruning_figure(damage: np.ndarray) -> Figure:
+    """Draw what each exit loses when the parameters that matter most to one exit are gone."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+        top = max(float(np.abs(damage).max()), 1.0)
+        title = "accuracy lost (points)"
+        _matrix(figure, figure.subplots(), damage, title, "exit that loses", "pruned for exit", (-top, top), "{:.1f}")
+    return figure
+
+
+def toy_figure(paths: Mapping[str, np.ndarray]) -> Figure:
+    """Draw every method's path over the sum of the two exits' losses, in one panel a method."""
+    import torch
+
+    from exitkit.benchmarks.diagnose.toy import BEST, SIZES, losses
+
+    columns = 5
+    rows = -(-len(paths) // columns)
+    side = np.linspace(-2.3, 2.3, 121)
+    grid = torch.from_numpy(np.stack(np.meshgrid(side, side), -1))
+    first, second = (values.numpy() for values in losses(grid))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(1.5 * columns, 1.65 * rows), layout="constrained")
+        panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        for axes in panels.flat[len(paths) :]:
+            axes.set_visible(False)
+        for axes, (name, points) in zip(panels.flat, paths.items(), strict=False):
+            for values, size, colour in zip((first, second), SIZES, COLOURS, strict=False):
+                levels = [size * level for level in (0.05, 0.25, 1, 3)]
+                axes.contour(side, side, values, levels=levels, colors=colour, linewidths=0.4, alpha=0.7)
+            for number, (place, colour) in enumerate(zip(BEST, COLOURS, strict=False), 1):
+                axes.plot(*place, "*", color=colour, ms=6, mec="white", mew=0.3, label=f"best for exit {number}")
+            axes.plot(points[:, 0], points[:, 1], color="black", lw=1.0)
+            axes.plot(points[::10, 0], points[::10, 1], ".", color="black", ms=2.5, label="every tenth step")
+            axes.plot(*points[0], "o", color="black", ms=3.5)
+            axes.plot(*points[-1], "X", color="black", ms=5, mec="white", mew=0.4)
+            axes.set_title(name)
+            axes.set_aspect("equal")
+        for axes in panels.flat[max(len(paths) - columns, 0) : len(paths)]:
+            axes.tick_params(labelbottom=True)
+            axes.set_xlabel("$w_1$")
+        for row in panels:
+            row[0].set_ylabel("$w_2$")
+        stars, _ = panels.flat[0].get_legend_handles_labels()
+        figure.legend(handles=stars, loc="outside upper center", ncols=3, frameon=False)
+    return figure
+
+
+def _line(axes: Axes, x: np.ndarray, y: np.ndarray, place: int, label: str) -> None:
+    look: dict[str, Any] = {"color": COLOURS[place % 7], "marker": MARKERS[place % 8], "linestyle": DASHES[place % 5]}
+    axes.plot(x, y, label=label, markevery=max(len(x) // 8, 1), markeredgecolor="white", markeredgewidth=0.4, **look)
+
+
+def _finish(axes: Axes, x: str, y: str, legend: bool = True) -> None:
+    axes.set_xlabel(x)
+    if x == "epoch":
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.set_ylabel(y)
+    axes.grid(axis="y")
+    axes.set_axisbelow(True)
+    if legend:
+        axes.legend(frameon=False, ncols=2, columnspacing=1.0, handlelength=2.2)
+
+
+def _matrix(
+    figure: Figure,
+    axes: Axes,
+    values: np.ndarray,
+    title: str,
+    x: str,
+    y: str,
+    limits: tuple[float, float],
+    form: str = "{:.2f}",
+) -> None:
+    """Draw a square of numbers, each written into its field."""
+    image = axes.imshow(values, cmap="RdBu_r" if limits[0] < 0 else "Blues", vmin=limits[0], vmax=limits[1])
+    ticks = range(len(values))
+    axes.set_xticks(ticks, [str(tick + 1) for tick in ticks])
+    axes.set_yticks(ticks, [str(tick + 1) for tick in ticks])
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.set_title(title)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    for row in ticks:
+        for column in ticks:
+            if np.isfinite(values[row, column]):
+                shade = (values[row, column] - limits[0]) / max(limits[1] - limits[0], 1e-12)
+                dark = shade > 0.6 if limits[0] >= 0 else abs(shade - 0.5) > 0.33
+                colour = "white" if dark else "black"
+                text = form.format(values[row, column])
+                axes.text(column, row, text, ha="center", va="center", fontsize=6.5, color=colour)
+    figure.colorbar(image, ax=axes, shrink=0.85).outline.set_visible(False)
+
+
+def _mean(values: np.ndarray) -> np.ndarray:
+    """Return the mean over pairs of exits of those that both read the stage."""
+    counted = (~np.isnan(values)).sum(1)
+    mean: np.ndarray = np.where(counted > 0, np.nansum(values, 1) / np.maximum(counted, 1), np.nan)
+    return mean

@@ -1,0 +1,99 @@
+"""Two exits that want different things of two shared numbers, and every gradient method's path between them.
+
+In the spirit of figure 1 of Meta-GF (Sun et al., ECCV 2022), which does not say its two functions; these are ours.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from exitkit.build import build_strategy
+from exitkit.network import Head, MultiExitNetwork
+from exitkit.run import Run
+from exitkit.strategy import OBJECTIVE, UPDATE, Composition, TrainingStrategy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from exitkit.data.base import Batch
+    from exitkit.network import Outputs
+
+START = (-2.0, 0.3)
+STEPS, RATE = 120, 0.03
+ANGLES = (0.35, -0.35)
+"""Directions of the exits' valleys, in radians."""
+SIZES = (1.0, 0.3)
+"""How steep each exit's loss is."""
+BEST = tuple((1.4 * math.cos(angle), 1.4 * math.sin(angle)) for angle in ANGLES)
+"""Where each exit's loss is lowest, at 0."""
+
+
+def losses(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both exits' losses at points w [..., 2]: two narrow valleys that cross at the origin.
+
+    f_k = s_k ((a_k - 1.4)^2 / 8 + 2 b_k^2),  with a_k along the valley and b_k across it. Between the valleys
+    the exits' gradients contradict each other: each wants to the other side.
+    """
+    found = []
+    for angle, size in zip(ANGLES, SIZES, strict=True):
+        along = w[..., 0] * math.cos(angle) + w[..., 1] * math.sin(angle)
+        across = w[..., 1] * math.cos(angle) - w[..., 0] * math.sin(angle)
+        found.append(size * ((along - 1.4) ** 2 / 8 + 2 * across**2))
+    return found[0], found[1]
+
+
+class _Point(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(START, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w.expand(len(x), 2)
+
+
+@dataclass(eq=False)
+class _TwoWishes(TrainingStrategy):
+    """Each exit's loss is its function of the point, whatever the images."""
+
+    slots: ClassVar[frozenset[str]] = frozenset({OBJECTIVE})
+
+    def exit_losses(self, run: Run, outputs: Outputs, batch: Batch) -> list[Tensor]:
+        return [losses(embedding)[index] for index, embedding in enumerate(outputs.embeddings)]
+
+
+def gradient_methods(names: Iterable[str]) -> list[str]:
+    """Return those of the methods that decide how the exits' gradients become a step, joint training first."""
+    found = ["joint", "ge"]
+    for name in names:
+        strategy = build_strategy(name)
+        if strategy.claims() == {UPDATE} and "image" not in (type(strategy).__doc__ or ""):
+            found.append(name)
+    return found
+
+
+def path(method: str) -> np.ndarray:
+    """Return the points [T, 2] that a method's steps lead through from `START`."""
+    torch.manual_seed(0)
+    point = _Point()
+    network = MultiExitNetwork(
+        [point, nn.Identity()],
+        [Head(nn.Identity(), nn.Linear(2, 2, dtype=torch.float64)) for _ in range(2)],
+        (1, 1, 1),
+        2,
+    )
+    strategy = Composition({"toy": _TwoWishes(), method: build_strategy(method)})
+    run = Run.local(network, strategy, torch.optim.SGD([point.w], RATE))
+    batch = [(torch.zeros(2, 1, 1, 1, dtype=torch.float64), torch.zeros(2, dtype=torch.int64))]
+    points = [point.w.detach().clone()]
+    run.position.epochs = STEPS
+    for step in range(STEPS):
+        run.position.epoch = step
+        strategy.train_epoch(run, batch)  # type: ignore[arg-type]
+        points.append(point.w.detach().clone())
+    return torch.stack(points).numpy()

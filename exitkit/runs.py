@@ -2,7 +2,8 @@
 
 recipe.json          the resolved recipe        environment.json   versions, device, when
 split.safetensors    train, validation, test    metrics.csv        losses and accuracies, epoch by epoch
-checkpoint.pt        where training stands      timing.csv         seconds an epoch
+checkpoint.pt        where training stands      timing.csv         seconds and peak memory an epoch
+learned.json         what the method learned besides the network, if anything (see LearnedTable)
 probes.safetensors   what was seen on one fixed batch, if asked for (see probe.py)
 weights.safetensors  the trained network        cost.json          multiply-adds and parameters an exit
 outputs-validation.safetensors, outputs-test.safetensors           logits [N, K, C], labels [N], indices [N]
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 RESULTS = "results.json"
 PROBES = "probes.safetensors"
+LEARNED = "learned.json"
 _LOCK_PATIENCE = 15.0  # seconds; a killed process lets its lock go at once, a dying worker within moments
 
 
@@ -160,6 +162,22 @@ class RunFolder:
         """Return one dict an exit: exit (from 1), papers, macs (multiply-adds of one image), params."""
         costs: list[dict[str, int]] = read_json(self.path / "cost.json")
         return costs
+
+    def learned(self) -> list[dict[str, Any]]:
+        """Return what the method learned besides the network: tables of a phase, title, rows, columns and values."""
+        path = self.path / LEARNED
+        tables: list[dict[str, Any]] = read_json(path) if path.exists() else []
+        return tables
+
+    def training_cost(self) -> dict[str, float]:
+        """Return the seconds that training took over all epochs, and its peak memory in MiB (see `exitkit.memory`)."""
+        import pandas as pd
+
+        timing = pd.read_csv(self.path / "timing.csv")
+        # An epoch after which the process was killed may be missing: then it counts as the others of its phase do.
+        mean = timing.groupby("phase").seconds.mean()
+        epochs = pd.read_csv(self.path / "metrics.csv").groupby("phase").size()
+        return {"seconds": float((mean * epochs).sum()), "memory_mib": float(timing.peak_mib.max())}
 
     def probes(self) -> dict[str, np.ndarray]:
         """Return what `exitkit.probe.probe` saw, each stacked over time, with `epoch` [T]; empty without probes."""

@@ -23,14 +23,14 @@ from exitkit.engine import Engine
 from exitkit.errors import NonFiniteError, UserError
 from exitkit.exit_outputs import load_data, make_network
 from exitkit.feed import Progress, check_batches
-from exitkit.files import exists, save_checkpoint, save_tensors, write_json, write_text
+from exitkit.files import exists, read_json, save_checkpoint, save_tensors, write_json, write_text
 from exitkit.ingredients import check_unseen, load_initial, load_teachers
 from exitkit.network import MultiExitNetwork
 from exitkit.probe import probe, probe_batch, stacked
 from exitkit.randomness import derive
 from exitkit.recipe import Recipe
 from exitkit.run import Position, Run
-from exitkit.runs import PROBES, RunFolder
+from exitkit.runs import LEARNED, PROBES, RunFolder
 from exitkit.strategy import Phase
 
 Report = Callable[[Progress], None]
@@ -86,6 +86,16 @@ def look(session: Session, run: Run) -> None:
         session.probes.append(seen | {"epoch": torch.tensor(epochs)})
 
 
+def keep_learned(session: Session, run: Run, phase: Phase) -> None:
+    """Write down what a phase's strategy has learned besides the network, for `exitkit show`."""
+    tables = run.strategy.learned(run)
+    if tables and session.engine.is_main:
+        assert session.folder is not None
+        path = session.folder.path / LEARNED
+        earlier = [table for table in (read_json(path) if exists(path) else []) if table["phase"] != phase.name]
+        write_json(path, earlier + [{"phase": phase.name, **table._asdict()} for table in tables])
+
+
 def prepare(recipe: Recipe, engine: Engine, path: Path, report: Report) -> Session:
     """Make data, network and phases, and try everything that can fail before a folder is made."""
     stored = path / "split.safetensors"
@@ -121,7 +131,7 @@ def open_folder(session: Session, path: Path) -> RunFolder:
             {
                 "environment.json": lambda target: write_json(target, environment),
                 "split.safetensors": session.data.split.save,
-                "timing.csv": lambda target: write_text(target, "phase,epoch,seconds\n"),
+                "timing.csv": lambda target: write_text(target, "phase,epoch,seconds,peak_mib\n"),
             },
         )
     session.engine.barrier()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +62,21 @@ class Phase:
     epochs: int
     train: Literal["all", "heads", "new"] | tuple[str, ...] = "all"
     batchnorm: Literal["train", "frozen"] = "train"
+
+
+class LearnedTable(NamedTuple):
+    """Numbers that a method has learned besides the network, as a table that `exitkit show` draws.
+
+    Attributes:
+        title: what they are.
+        rows, columns: names.
+        values: one list a row; None where there is no number. They are taken to lie between 0 and 1.
+    """
+
+    title: str
+    rows: list[str]
+    columns: list[str]
+    values: list[list[float | None]]
 
 
 @dataclass(eq=False)
@@ -156,6 +171,10 @@ class TrainingStrategy:
     def phases(self, epochs: int, exits: int) -> list[Phase]:
         """Return what is trained when, on a network of `exits` exits, where `epochs` is the first phase's length."""
         return [Phase("train", self, epochs)]
+
+    def learned(self, run: Run) -> list[LearnedTable]:
+        """Return what was learned besides the network, for people to look at."""
+        return []
 
     def state_dict(self) -> dict[str, Any]:
         """Return what has to be saved, besides network, optimiser and side networks, to go on with the same bits."""
@@ -271,6 +290,10 @@ class Composition(TrainingStrategy):
             dataclasses.replace(phase, strategy=Composition({ruler: phase.strategy, **partners}))
             for phase in self.parts[ruler].phases(epochs, exits)
         ]
+
+    def learned(self, run: Run) -> list[LearnedTable]:
+        """Return every part's tables."""
+        return [table for part in self.parts.values() for table in part.learned(run)]
 
     def state_dict(self) -> dict[str, Any]:
         """Return every part's state by its name."""

@@ -19,12 +19,13 @@ from exitkit.exit_outputs import augment_validation, evaluate_held, measure
 from exitkit.feed import EpochBatches, Progress
 from exitkit.files import append_line, exists, load_checkpoint, save_tensors
 from exitkit.ingredients import load_initial, teacher_recipes
+from exitkit.memory import begin_peak, peak_mib
 from exitkit.meter import split_totals
 from exitkit.recipe import Recipe
 from exitkit.run import Run
 from exitkit.runs import RunFolder, unfinished_twin
 from exitkit.schedule import learning_rate
-from exitkit.session import Report, Session, begin_phase, look, open_folder, prepare
+from exitkit.session import Report, Session, begin_phase, keep_learned, look, open_folder, prepare
 from exitkit.strategy import Phase
 
 _CHECKPOINT_KEYS = {"network", "optimizer", "scaler", "strategy", "auxiliaries", "position", "metrics", "probes"}
@@ -116,12 +117,14 @@ def _train_phases(session: Session) -> None:
         if state and number == first:
             _restore(run, state, saved)
         while run.position.epoch < phase.epochs:
+            begin_peak(session.engine.device)
             began = time.perf_counter()
             batches = _batches(session, run, number, phase)
             _train_mode(session.network, session.added, phase)
             run.on_checkpoint = lambda run=run: session.save(run)  # type: ignore[misc]
             phase.strategy.train_epoch(run, batches)
             _end_epoch(session, run, phase, batches, time.perf_counter() - began)
+        keep_learned(session, run, phase)
 
 
 def _restore(run: Run, state: Mapping[str, Any], path: Path) -> None:
@@ -179,5 +182,6 @@ def _end_epoch(session: Session, run: Run, phase: Phase, batches: EpochBatches, 
     session.save(run)
     if engine.is_main:
         assert session.folder is not None
-        append_line(session.folder.path / "timing.csv", f"{phase.name},{row['epoch']},{seconds:.3f}")
+        taken = f"{phase.name},{row['epoch']},{seconds:.3f},{peak_mib(engine.device):.1f}"
+        append_line(session.folder.path / "timing.csv", taken)
     batches.end(row["epoch"], seconds, losses, accuracies)

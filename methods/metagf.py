@@ -40,7 +40,7 @@ from exitkit.errors import UserError
 from exitkit.gradients import owners
 from exitkit.methods.joint import SDN_SHARES, sdn_ramp
 from exitkit.plugins import resolve_variant, setting
-from exitkit.strategy import UPDATE, TrainingStrategy, weighted_sum
+from exitkit.strategy import UPDATE, LearnedTable, TrainingStrategy, weighted_sum
 
 if TYPE_CHECKING:
     from exitkit.data.base import Batch
@@ -267,6 +267,20 @@ class MetaGF(TrainingStrategy):
             if name not in stacks
         }
         return stacks, fixed
+
+    def learned(self, run: Run) -> list[LearnedTable]:
+        """Return each exit's weight in each layer: the mean over its tensors and channels."""
+        with torch.no_grad():
+            weights = run.auxiliaries["fusion"].module()
+        layers: dict[str, list[Tensor]] = {}
+        for name, piece in zip(self._rows, weights.split(list(self._rows.values())), strict=True):
+            owned = torch.tensor([exit in self._owners[name] for exit in range(run.network.num_exits)])
+            mean = piece.mean(0).cpu().masked_fill(~owned, torch.nan)
+            layers.setdefault(name.rpartition(".")[0], []).append(mean)
+        means = [torch.stack(tensors).nanmean(0).tolist() for tensors in layers.values()]
+        values = [[None if value != value else value for value in row] for row in means]
+        exits = [f"exit {number}" for number in range(1, run.network.num_exits + 1)]
+        return [LearnedTable("fusion weights, layer by layer", list(layers), exits, values)] if layers else []
 
     def state_dict(self) -> dict[str, Any]:
         """Return the end points of the branches that this epoch has trained so far."""

@@ -157,7 +157,7 @@ def test_what_diagnose_can_not_draw_is_said_in_one_line(tmp_path):
 def test_on_the_toy_problem_the_exits_conflict_and_every_method_gets_somewhere(tmp_path):
     w = torch.tensor(START, dtype=torch.float64, requires_grad=True)
     one, other = (torch.autograd.grad(loss, w, retain_graph=True)[0] for loss in losses(w))
-    assert F.cosine_similarity(one, other, dim=0) < -0.5
+    assert F.cosine_similarity(one, other, dim=0) < -0.1
     methods = gradient_methods(registered("method"))
     assert {"joint", "ge", "metagf", "pcgrad", "cagrad", "mgda"} <= set(methods) and "l2w" not in methods
     for method in ("joint", "metagf", "pcgrad", "mgda"):

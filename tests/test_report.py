@@ -16,6 +16,7 @@ from exitkit.evaluation import budgeted, confidence, correct, exit_counts, share
 
 MACS = (123_456, 251_000, 322_100, 401_777)
 FILES = [f"{kind}.{suffix}" for kind in ("anytime", "budgeted") for suffix in ("csv", "md", "tex", "png", "pdf")]
+MORE = ["curve.csv", "training.csv", "training.md", "training.tex"]
 
 
 class FakeRun:
@@ -36,6 +37,9 @@ class FakeRun:
 
     def outputs(self, part):
         return self.parts[part]
+
+    def training_cost(self):
+        return {"seconds": 10.0 * len(self.label) + self.recipe.seed, "memory_mib": 100.0 + len(self.label)}
 
     def costs(self):
         return [{"exit": k, "papers": m + 10, "macs": m, "params": 7 * k} for k, m in enumerate(self.macs, 1)]
@@ -151,10 +155,24 @@ def test_same_method_and_seed_on_another_dataset_is_another_group(tmp_path):
 def test_report_writes_every_file_and_csv_holds_the_numbers(tmp_path):
     found = collect(runs())
     folder = tmp_path / "new" / "report"
-    assert sorted(path.name for path in write_report(found, folder)) == sorted([*FILES, "curve.csv"])
-    assert sorted(path.name for path in folder.iterdir()) == sorted([*FILES, "curve.csv"])
-    for name in ("anytime", "budgeted", "curve"):
+    assert sorted(path.name for path in write_report(found, folder)) == sorted([*FILES, *MORE])
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*FILES, *MORE])
+    for name in ("anytime", "budgeted", "curve", "training"):
         pd.testing.assert_frame_equal(pd.read_csv(folder / f"{name}.csv"), getattr(found, name))
+
+
+def test_what_training_cost_is_told_beside_the_baselines(tmp_path):
+    found = collect(runs(("ge", "joint", "boost_net")))
+    table = found.training.set_index("method")
+    assert table.seconds_mean.to_dict() == {"ge": 20.5, "joint": 50.5, "boost_net": 90.5}
+    assert table.time_relative.to_dict() == pytest.approx({"ge": 20.5 / 50.5, "joint": 1, "boost_net": 90.5 / 50.5})
+    assert table.memory_relative["ge"] == pytest.approx(102 / 105) and (table.n == 2).all()
+    write_report(found, tmp_path)
+    assert "| boost_net |     90.5 ± 0.7 |" in (tmp_path / "training.md").read_text()
+    assert r"boost\_net & 90.5 $\pm$ 0.7 & 1.79 &" in (tmp_path / "training.tex").read_text()
+    assert "ratios to joint" in printed(found, 100)
+    alone = collect(runs(("ge", "boost_net"))).training.set_index("method")
+    assert alone.time_relative["ge"] == 1
 
 
 def test_report_is_the_same_bytes_twice(tmp_path):

@@ -21,6 +21,7 @@ from exitkit.evaluation import (
     share_for_budget,
 )
 
+BASELINE = "joint"
 GROUP = ["backbone", "dataset"]
 """What is compared within: methods meet on the same backbone and data set only."""
 
@@ -50,6 +51,9 @@ class FinishedRun(Protocol):
     def costs(self) -> Sequence[Mapping[str, int]]:
         """Return one row an exit: exit (from 1), papers, macs, params."""
 
+    def training_cost(self) -> Mapping[str, float]:
+        """Return `seconds` of training, and its peak `memory_mib`."""
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -65,6 +69,11 @@ class Comparison:
     """method, backbone, dataset, budget, cost_mean (realised on test), accuracy_mean, accuracy_sd, n."""
     curve: pd.DataFrame
     """method, backbone, dataset, point (the papers' p, 1..39), cost_mean, accuracy_mean, accuracy_sd, n."""
+    training: pd.DataFrame
+    """method, backbone, dataset, seconds_mean, seconds_sd, time_relative, memory_mib, memory_relative, n.
+
+    Seconds of training, all epochs and phases; relative to joint training, or to the first method where that is not.
+    """
 
 
 def collect(runs: Iterable[FinishedRun], *, budgets: int = 9) -> Comparison:
@@ -87,7 +96,7 @@ def collect(runs: Iterable[FinishedRun], *, budgets: int = 9) -> Comparison:
         groups.setdefault((run.recipe.backbone, run.recipe.dataset), []).append(run)
     if not groups:
         raise UserError("no finished runs to compare; expected at least one")
-    parts: dict[str, list[pd.DataFrame]] = {"anytime": [], "budgeted": [], "curve": []}
+    parts: dict[str, list[pd.DataFrame]] = {"anytime": [], "budgeted": [], "curve": [], "training": []}
     for members in groups.values():
         _check_comparable(members)
         grid = _common_budgets(members, budgets)
@@ -104,6 +113,7 @@ def collect(runs: Iterable[FinishedRun], *, budgets: int = 9) -> Comparison:
         anytime=_over_seeds(parts["anytime"], ["exit", "papers", "macs"]),
         budgeted=_over_seeds(parts["budgeted"], ["budget"]),
         curve=_over_seeds(parts["curve"], ["point"]),
+        training=_training(pd.concat(parts["training"], ignore_index=True)),
     )
 
 
@@ -170,12 +180,36 @@ def _measure(
     anytime["accuracy"] = 100 * anytime_accuracy(test["logits"], test["labels"])
     cost, accuracy = result.cost, 100 * result.accuracy
     return {
+        "training": pd.DataFrame([{**same, **run.training_cost()}]),
         "anytime": pd.DataFrame({**same, **anytime}),
         "budgeted": pd.DataFrame({**same, "budget": grid, "cost": cost[points:], "accuracy": accuracy[points:]}),
         "curve": pd.DataFrame(
             {**same, "point": range(1, points + 1), "cost": cost[:points], "accuracy": accuracy[:points]}
         ),
     }
+
+
+def _training(rows: pd.DataFrame) -> pd.DataFrame:
+    table = (
+        rows.groupby([*GROUP, "method"], sort=False)
+        .agg(
+            seconds_mean=("seconds", "mean"),
+            seconds_sd=("seconds", "std"),
+            memory_mib=("memory_mib", "mean"),
+            n=("seconds", "size"),
+        )
+        .reset_index()
+    )
+    for name, measure in (("time_relative", "seconds_mean"), ("memory_relative", "memory_mib")):
+        parts = [mine[measure] / _baseline(mine, measure) for _, mine in table.groupby(GROUP, sort=False)]
+        table[name] = pd.concat(parts)
+    order = ["seconds_mean", "seconds_sd", "time_relative", "memory_mib", "memory_relative", "n"]
+    return table[["method", *GROUP, *order]]
+
+
+def _baseline(rows: pd.DataFrame, measure: str) -> float:
+    joint = rows[rows["method"] == BASELINE]
+    return float((joint if len(joint) else rows)[measure].iloc[0])
 
 
 def _over_seeds(parts: Sequence[pd.DataFrame], keys: list[str]) -> pd.DataFrame:

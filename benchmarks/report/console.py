@@ -9,8 +9,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from exitkit.benchmarks.report.collect import Comparison
-from exitkit.benchmarks.report.layout import Cell, Wide, seed_count, wide_tables
+from exitkit.benchmarks.report.collect import GROUP, Comparison
+from exitkit.benchmarks.report.layout import (
+    TRAINING_HEADS,
+    Cell,
+    Wide,
+    group_name,
+    seed_count,
+    training_caption,
+    training_rows,
+    wide_tables,
+)
 
 TITLES = {"anytime": "Anytime accuracy (%)", "budgeted": "Budgeted-batch accuracy (%)"}
 ACROSS = {"anytime": "exit and its multiply-adds", "budgeted": "average budget in multiply-adds"}
@@ -32,6 +41,16 @@ def print_report(comparison: Comparison, console: Console) -> None:
             spread = "mean ± sd; " if max(wide.seeds.values()) > 1 else ""
             unit = f" ({wide.unit.strip()})" if wide.unit else ""
             console.print(Text(f" {spread}columns: {ACROSS[kind]}{unit}; best in bold", style="dim"))
+    for _, rows in comparison.training.groupby(GROUP, sort=False):
+        console.print(Text.assemble("\n ", ("Training", "bold"), f"  {group_name(rows)}"))
+        table = Table(box=box.SIMPLE_HEAVY, padding=(0, 1, 0, 0), header_style="bold cyan")
+        table.add_column("method", no_wrap=True)
+        for head in (*TRAINING_HEADS, "n"):
+            table.add_column(head, justify="right")
+        for row in training_rows(rows):
+            table.add_row(*row)
+        console.print(table)
+        console.print(Text(f" {training_caption(rows).lower()}", style="dim"))
 
 
 def _fitted(wide: Wide, console: Console) -> list[Table]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from exitkit.benchmarks.report.collect import GROUP, Comparison
+from exitkit.benchmarks.report.collect import BASELINE, GROUP, Comparison
 
 UNITS = {"G": 1e9, "M": 1e6, "K": 1e3, "": 1.0}
 MISSING = "–"
@@ -73,6 +73,30 @@ def wide_tables(comparison: Comparison, kind: str) -> list[Wide]:
     frame = comparison.anytime if kind == "anytime" else comparison.budgeted
     decimals = {group: _decimals(rows["accuracy_sd"]) for group, rows in comparison.anytime.groupby(GROUP)}
     return [_wide(kind, rows, decimals[group]) for group, rows in frame.groupby(GROUP, sort=False)]
+
+
+TRAINING_HEADS = ["training (s)", "time ratio", "peak memory (MiB)", "memory ratio"]
+
+
+def training_rows(rows: pd.DataFrame) -> list[list[str]]:
+    """Return one row a method: its name, what stands under `TRAINING_HEADS`, and the number of seeds."""
+    return [
+        [
+            row["method"],
+            Cell(f"{row['seconds_mean']:.1f}", f"{row['seconds_sd']:.1f}" if row["n"] > 1 else "", best=False).text(),
+            f"{row['time_relative']:.2f}",
+            f"{row['memory_mib']:.0f}",
+            f"{row['memory_relative']:.2f}",
+            str(row["n"]),
+        ]
+        for row in rows.to_dict("records")
+    ]
+
+
+def training_caption(rows: pd.DataFrame) -> str:
+    """Say what the table is and what it is relative to."""
+    methods = list(rows["method"])
+    return f"What training cost, all epochs; ratios to {BASELINE if BASELINE in methods else methods[0]}"
 
 
 def _decimals(sds: pd.Series) -> int:

@@ -6,7 +6,8 @@ import re
 
 import pandas as pd
 
-from exitkit.benchmarks.report.layout import Wide
+from exitkit.benchmarks.report.collect import GROUP
+from exitkit.benchmarks.report.layout import TRAINING_HEADS, Wide, group_name, training_caption, training_rows
 
 PREAMBLE = "% needs \\usepackage{booktabs} and \\usepackage{adjustbox} (which shrinks what is too wide)\n"
 
@@ -47,6 +48,36 @@ def _markdown_table(table: Wide) -> str:
     align = ("left", *["right"] * (len(heads) + 1))
     # Left to itself, tabulate reads "97.30" as a number and writes 97.3.
     return str(frame.to_markdown(index=False, colalign=align, disable_numparse=True))
+
+
+def training_markdown(training: pd.DataFrame) -> str:
+    """Write what training cost, a table for each backbone and data set."""
+    return (
+        "\n\n".join(
+            f"{training_caption(rows)} ({group_name(rows)})\n\n"
+            + str(
+                _training_frame(rows).to_markdown(index=False, disable_numparse=True, colalign=("left", *["right"] * 5))
+            )
+            for _, rows in training.groupby(GROUP, sort=False)
+        )
+        + "\n"
+    )
+
+
+def training_latex(training: pd.DataFrame) -> str:
+    """Write what training cost, a table for each backbone and data set, ready to be \\input."""
+    tables = []
+    for _, rows in training.groupby(GROUP, sort=False):
+        frame = _training_frame(rows).map(lambda text: text.translate(SPECIAL))
+        tabular = frame.style.hide(axis="index").to_latex(hrules=True, column_format="l" + "r" * 5)
+        label = re.sub(r"[^a-zA-Z0-9]+", "-", f"training-{group_name(rows)}")
+        caption = f"{training_caption(rows)} ({group_name(rows)})".translate(SPECIAL)
+        tables.append(TABLE % (caption, label, tabular))
+    return PREAMBLE + "\n".join(tables)
+
+
+def _training_frame(rows: pd.DataFrame) -> pd.DataFrame:
+    return pd.DataFrame(training_rows(rows), columns=["method", *TRAINING_HEADS, "n"])
 
 
 def latex(tables: list[Wide]) -> str:

@@ -8,6 +8,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from rich.console import Console
+
     from exitkit.runs import RunFolder
 
 
@@ -45,11 +49,12 @@ def _facts(run: RunFolder) -> dict[str, Any]:
         "recipe": run.recipe.model_dump(mode="json"),
         "environment": run.environment(),
         "exits": exits,
+        "learned": run.learned(),
     }
 
 
-def print_run(run: RunFolder) -> None:
-    """Print a run for a person."""
+def print_run(run: RunFolder, pictures: bool = True) -> None:
+    """Print a run for a person, with pictures of what its method learned besides the network."""
     from rich.console import Console
     from rich.table import Table
 
@@ -77,6 +82,30 @@ def print_run(run: RunFolder) -> None:
     for row in facts["exits"]:
         costs = [f"{row[key]:,}" for key in ("macs", "papers", "params")]
         table.add_row(str(row["exit"]), *costs, f"{row['validation_accuracy']:.2f}", f"{row['accuracy']:.2f}")
+    console.print(table)
+    if pictures:
+        for learned in facts["learned"]:
+            _print_learned(console, learned)
+
+
+def _print_learned(console: Console, learned: Mapping[str, Any]) -> None:
+    """Print numbers between 0 and 1 as a picture: the larger, the brighter the field."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        box=None, padding=(0, 0), title=f"{learned['title']} (phase {learned['phase']})", title_justify="left"
+    )
+    table.add_column("", style="dim", overflow="ellipsis", no_wrap=True)
+    for name in learned["columns"]:
+        table.add_column(f" {name} ", justify="right")
+    for name, values in zip(learned["rows"], learned["values"], strict=True):
+        fields = []
+        for value in values:
+            level = 0 if value is None else round(23 * min(max(value, 0.0), 1.0))
+            style = "" if value is None else f"{'black' if level > 11 else 'white'} on color({232 + level})"
+            fields.append(Text("" if value is None else f" {value:.2f} ", style=style, justify="center"))
+        table.add_row(name, *fields)
     console.print(table)
 
 

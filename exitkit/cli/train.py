@@ -52,5 +52,5 @@ def train(sets: tuple[str, ...], recipe_file: str | None, out: str, resume: bool
     if progress.speaks:
         from exitkit.cli.show import print_run
 
-        print_run(run)
+        print_run(run, pictures=False)
         click.echo(f"run folder: {run.path}")

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from exitkit.build import build_strategy, method_parts
 from exitkit.data.base import Split
 from exitkit.errors import UserError
-from exitkit.files import disk_error, load_tensors
+from exitkit.files import disk_error, load_checkpoint, load_tensors
 from exitkit.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -117,6 +118,23 @@ def load_teachers(recipe: Recipe, out: Path, data: Data) -> dict[str, MultiExitN
         check_unseen(folder.path, recipe, data)
         found[name] = load_network(folder, data).requires_grad_(False)
     return found
+
+
+def side_network(folder: str, name: str) -> dict[str, Tensor]:
+    """Return the tensors of a side network, as a finished run has left it.
+
+    Raises:
+        UserError: no finished run, or one without such a network.
+    """
+    from exitkit.training import CHECKPOINT_KEYS
+
+    run = RunFolder(folder)
+    run.results()
+    saved = load_checkpoint(run.path / "checkpoint.pt", CHECKPOINT_KEYS)["auxiliaries"]
+    if name not in saved:
+        raise UserError(f"run {folder} has no {name} network; it has {', '.join(saved) or 'none'}")
+    module: dict[str, Tensor] = saved[name]["module"]
+    return module
 
 
 def _teachers(recipe: Recipe) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from exitkit.data.base import Batch
 from exitkit.engine import Engine
+from exitkit.errors import UserError
 from exitkit.functional import PseudoStep, pseudo_step, tangents, untracked
 from exitkit.meter import Meter
 from exitkit.network import MultiExitNetwork, Outputs, map_tensors
@@ -295,6 +296,17 @@ class Run:
         module.to(self._engine.device)
         self.auxiliaries[name] = Auxiliary(self._engine, module, optimizer(module.parameters()))
         return self.auxiliaries[name]
+
+    def load_auxiliary(self, name: str, folder: str) -> None:
+        """Give a side network what the one of that name had learned at the end of a finished run."""
+        from exitkit.ingredients import side_network
+
+        module, state = self.auxiliaries[name].module, side_network(folder, name)
+        try:
+            module.load_state_dict(state)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise UserError(f"the {name} network of {folder} does not fit here ({reason})") from None
 
     def mean(self, tensor: Tensor) -> Tensor:
         """Return the mean over the global batch of what is a mean over the local one."""

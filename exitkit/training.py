@@ -28,7 +28,7 @@ from exitkit.schedule import learning_rate
 from exitkit.session import Report, Session, begin_phase, keep_learned, look, open_folder, prepare
 from exitkit.strategy import Phase
 
-_CHECKPOINT_KEYS = {"network", "optimizer", "scaler", "strategy", "auxiliaries", "position", "metrics", "probes"}
+CHECKPOINT_KEYS = {"network", "optimizer", "scaler", "strategy", "auxiliaries", "position", "metrics", "probes"}
 
 
 def train(
@@ -104,7 +104,7 @@ def _train_phases(session: Session) -> None:
     """Train what is not trained yet, phase by phase and epoch by epoch, with a checkpoint after each."""
     assert session.folder is not None
     saved = session.folder.path / "checkpoint.pt"
-    state = load_checkpoint(saved, _CHECKPOINT_KEYS) if exists(saved) else None
+    state = load_checkpoint(saved, CHECKPOINT_KEYS) if exists(saved) else None
     session.metrics = list(state["metrics"]) if state else []
     session.probes = list(state["probes"]) if state else []
     first = state["position"][0] if state else session.first

@@ -55,7 +55,10 @@ class LearnedWeights(TrainingStrategy):
 
     weights: Literal["predicted", "frozen", "fixed", "allocated"] = setting(
         "predicted",
-        "by the meta-learned network, by that network as it begins, all 1, or 1 only where an image would exit",
+        "by the meta-learned network, by that network frozen, all 1, or 1 only where an image would exit",
+    )
+    frozen_from: str | None = setting(
+        None, "folder of a finished l2w run whose network weighs the images (with weights=frozen)"
     )
     inputs: Literal["loss", "confidence", "both"] = setting("loss", "what of each exit the network sees")
     normalise: Literal["exits", "samples", "all"] = setting(
@@ -82,6 +85,8 @@ class LearnedWeights(TrainingStrategy):
         for name in ("interval", "hidden"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.frozen_from is not None and self.weights != "frozen":
+            raise UserError(f"frozen_from is for weights=frozen, and weights is {self.weights}")
         if self.meta_weight_decay < 0:
             raise UserError(f"meta_weight_decay is {self.meta_weight_decay}; expected at least 0")
 
@@ -97,6 +102,8 @@ class LearnedWeights(TrainingStrategy):
             nn.Sequential(*layers).to(next(run.network.parameters()).dtype),
             lambda parameters: torch.optim.Adam(parameters, self.meta_lr, weight_decay=self.meta_weight_decay),
         )
+        if self.frozen_from is not None:
+            run.load_auxiliary("weights", self.frozen_from)
 
     def train_step(self, run: Run, batch: Batch) -> None:
         """Make two steps, each half training once and being the meta half once."""

@@ -103,3 +103,36 @@ def test_the_method_of_contributing_draws_alike_at_one_place_and_anew_at_the_nex
         drawn.append(run.exit_weights())
     means = torch.tensor(drawn).mean(0)
     assert means[-1] == 1 and ((means[:-1] - 0.5).abs() < 0.1).all()
+
+
+PAGES = sorted((ROOT / "docs/methods").glob("*.md"))
+
+
+def test_every_method_has_a_page_and_the_list_of_pages_its_slots():
+    from exitkit.plugins import load, registered
+
+    index = (ROOT / "docs/methods/README.md").read_text(encoding="utf-8")
+    for name, point in registered("method").items():
+        page = point.module.rpartition(".")[2]
+        assert (ROOT / f"docs/methods/{page}.md").exists(), name
+        (row,) = [line for line in index.splitlines() if line.startswith("| `") and f"`{name}`" in line]
+        assert f"[{page}]({page}.md)" in row
+        assert all(slot in row for slot in load("method", name)().claims() if name != "imta"), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_the_tests_that_a_page_names_are_there(page):
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"tests/(\w+\.py)(?:::(\w+))?", text)
+    assert named
+    for file, test in named:
+        source = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        assert not test or f"def {test}(" in source, test
+
+
+def test_the_matrix_names_every_method_and_no_failure():
+    from exitkit.plugins import registered
+
+    text = (ROOT / "docs/matrix.md").read_text(encoding="utf-8")
+    assert all(f"| `{name}` | ✓ | ✓ | ✓ | ✓ |" in text for name in registered("method"))
+    assert "fails" not in text

@@ -154,6 +154,12 @@ def test_new_classifiers_alone_are_the_row_of_distillation():
     assert type(again.strategy.parts["isc"]).__name__ == "InlineCollaboration" and "ofa" not in again.strategy.parts
 
 
+def test_its_cost_is_that_of_the_released_network():
+    network = exitkit.build_network("msdnet-cifar-lg5", num_classes=100)
+    exitkit.build_strategy("isc").adapt(network)
+    assert [row.pruned for row in exitkit.cost(network)] == [5917184, 12670976, 24553984, 40246272, 58190336]
+
+
 def test_refusals():
     for settings in ({"gamma": 1.5}, {"temperature": 0.0}, {"ratio": 0.0}):
         with pytest.raises(UserError, match=next(iter(settings))):

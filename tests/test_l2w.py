@@ -232,6 +232,23 @@ def test_a_pseudo_step_is_where_the_optimiser_goes_and_its_slope_is_right(option
             )
 
 
+def test_a_frozen_network_can_be_that_of_an_earlier_run(tmp_path):
+    short = {"epochs": 1, "batch_size": 256}
+    first = exitkit.train({"method": "l2w", **short}, tmp_path)
+    settings = {"weights": "frozen", "frozen_from": str(first.path)}
+    second = exitkit.train({"method": "l2w", "method_settings": settings, **short, "seed": 1}, tmp_path)
+    states = [torch.load(run.path / "checkpoint.pt")["auxiliaries"]["weights"]["module"] for run in (first, second)]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    plain = exitkit.train({"method": "joint", **short}, tmp_path)
+    for settings, reason in (
+        ({"weights": "frozen", "frozen_from": str(plain.path)}, "has no weights network"),
+        ({"weights": "frozen", "frozen_from": str(first.path), "hidden": 7}, "does not fit here"),
+        ({"frozen_from": str(first.path)}, "is for weights=frozen"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            exitkit.train({"method": "l2w", "method_settings": settings, **short}, tmp_path / "out")
+
+
 def test_refusals():
     network = chain()
     run = run_of(network, torch.optim.Adam(network.parameters()))

@@ -18,10 +18,8 @@ from exitkit.backbones.msdnet import MSDNet
 from exitkit.backbones.ranet import RANet
 from exitkit.cli.import_weights import import_weights
 from exitkit.errors import UserError
-from exitkit.network import LogitLink
 from exitkit.released_layouts import LAYOUTS
 from exitkit.released_weights import load_released_weights, read_released_file
-from exitkit.strategy import LOGIT_LINK, TrainingStrategy
 
 MSDNET = {"blocks": 3, "base": 2, "step": 1, "channels": 4, "growth": 2}
 RANET = {"scales": (1, 2), "blocks": 2, "block_step": 1, "step": 2, "channels": 4, "growth": 4}
@@ -158,41 +156,39 @@ def test_what_holds_no_tensors_is_refused():
     assert "family 'custom'; there are some for msdnet, ranet, sdn" in refusal(custom, {"a": torch.ones(1)})
 
 
-class Path(LogitLink):
-    """A link with tensors of its own, shaped as the knowledge path of IMTA."""
+class SecondPhase(nn.Module):
+    """IMTA's second phase as its authors lay it out: the frozen network, new classifiers, paths between them."""
 
     def __init__(self):
         super().__init__()
-        self.answers = nn.ModuleList([nn.Linear(128 * min(index + 1, 2), 5) for index in range(3)])
-        self.paths = nn.ModuleList([nn.Sequential(nn.Linear(5, 128), nn.BatchNorm1d(128)) for _ in range(2)])
+        self.net = released.MSDNet()
+        self.classifier = nn.ModuleList([nn.Linear(128 * min(index + 1, 2), 5) for index in range(3)])
+        self.isc_modules = nn.ModuleList(
+            [nn.Sequential(nn.Linear(5, 128), nn.BatchNorm1d(128), nn.ReLU()) for _ in range(2)]
+        )
 
-
-class SecondPhase(TrainingStrategy):
-    """A method whose files hold the network behind `net.`, and its link beside it."""
-
-    slots = frozenset({LOGIT_LINK})
-
-    def adapt(self, network):
-        network.set_link(Path())
-
-    def released_names(self):
-        return {r"link\.answers\.": "classifier.", r"link\.paths\.(\d+)\.": r"isc_modules.\1.", "": "net."}
-
-
-def second_phase_file():
-    link = Path()
-    mine = scrambled(nn.ModuleDict({"classifier": link.answers, "isc_modules": link.paths})).state_dict()
-    return prefixed(scrambled(released.MSDNet()).state_dict(), "net.") | mine
+    def forward(self, x):
+        outputs = []
+        for index, block in enumerate(self.net.blocks):
+            x = block(x)
+            feature = self.net.classifier[index].m(x[-1]).flatten(1)
+            if index:
+                feature = torch.cat([feature, self.isc_modules[index - 1](outputs[-1])], 1)
+            outputs.append(self.classifier[index](feature))
+        return outputs
 
 
 def test_a_methods_own_tensors_go_by_its_strategys_names():
-    theirs, ours, strategy = second_phase_file(), our_msdnet(), SecondPhase()
-    strategy.adapt(ours.double())
-    assert load_released_weights(ours.double(), prefixed(theirs, "module."), strategy) == (len(theirs), [])
-    assert torch.equal(ours.heads[1].classify.weight, theirs["net.classifier.1.linear.weight"])
-    assert torch.equal(ours.link.answers[1].weight, theirs["classifier.1.weight"])
-    assert torch.equal(ours.link.paths[1][1].running_mean, theirs["isc_modules.1.1.running_mean"])
-    assert "nearest: net.blocks.0.0.layers.0.net.0.weight" in refusal(ours, theirs)
+    theirs, ours = scrambled(SecondPhase()).double().eval(), our_msdnet()
+    strategy = exitkit.build_strategy("imta", variant="released").phases(1, 3)[1].strategy
+    strategy.adapt(ours)
+    state = theirs.state_dict()
+    assert load_released_weights(ours, prefixed(state, "module."), strategy) == (len(state), [])
+    assert torch.equal(ours.heads[1].classify.weight, state["net.classifier.1.linear.weight"])
+    x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    for mine, published in zip(ours.eval()(x).logits, theirs(x), strict=True):
+        assert torch.allclose(mine, published, rtol=1e-10)
+    assert "nearest: net.blocks.0.0.layers.0.net.0.weight" in refusal(ours, state)
 
 
 def test_no_pickle_is_ever_run(tmp_path):

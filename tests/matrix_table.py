@@ -1,0 +1,42 @@
+"""Turn the result of the whole matrix into docs/matrix.md.
+
+pytest tests/test_matrix.py -m "full or not full" --junitxml=matrix.xml && python tests/matrix_table.py matrix.xml
+"""
+
+import re
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+HEAD = """# Every method on every family of networks
+
+What `pytest tests/test_matrix.py -m "full or not full"` found, written by `tests/matrix_table.py`. A tick in a field:
+two epochs of three steps in fp32, after which losses are finite, what should move has moved and what should not has
+not, and a second run that takes over after the first epoch ends in the same bits; and two epochs in bf16.
+
+"""
+
+
+def main(results):
+    cells, ranks = {}, {}
+    for case in ElementTree.parse(results).iter("testcase"):
+        failed = any(child.tag in ("failure", "error", "skipped") for child in case)
+        found = re.fullmatch(r"test_(what_should_move|half_precision).*\[(.+)-(\w+)\]", case.get("name"))
+        if found:
+            cells.setdefault((found[2], found[3]), []).append(not failed)
+        pair = re.fullmatch(r"test_two_ranks_equal_one\[(\w+)\]", case.get("name"))
+        if pair:
+            ranks[pair[1]] = not failed
+    methods, families = (list(dict.fromkeys(key[place] for key in cells)) for place in (0, 1))
+    mark = {True: "✓", False: "**fails**"}
+    lines = ["| method | " + " | ".join(families) + " |", "|---|" + ":-:|" * len(families)]
+    for method in methods:
+        fields = [cells.get((method, family), []) for family in families]
+        lines.append(f"| `{method}` | " + " | ".join(mark[len(each) == 2 and all(each)] for each in fields) + " |")
+    equal = " | ".join(mark[ranks.get(family, False)] for family in families)
+    lines.append("| all of them: two ranks make the updates of one | " + equal + " |")
+    Path(__file__).parent.parent.joinpath("docs/matrix.md").write_text(HEAD + "\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from rich.console import Console
+from scipy import stats
 
 from exitkit.benchmarks.report import anytime_figure, budgeted_figure, collect, print_report, write_report
 from exitkit.errors import UserError
@@ -16,7 +17,7 @@ from exitkit.evaluation import budgeted, confidence, correct, exit_counts, share
 
 MACS = (123_456, 251_000, 322_100, 401_777)
 FILES = [f"{kind}.{suffix}" for kind in ("anytime", "budgeted") for suffix in ("csv", "md", "tex", "png", "pdf")]
-MORE = ["curve.csv", "training.csv", "training.md", "training.tex"]
+MORE = ["curve.csv", *(f"{name}.{kind}" for name in ("training", "differences") for kind in ("csv", "md", "tex"))]
 
 
 class FakeRun:
@@ -157,7 +158,7 @@ def test_report_writes_every_file_and_csv_holds_the_numbers(tmp_path):
     folder = tmp_path / "new" / "report"
     assert sorted(path.name for path in write_report(found, folder)) == sorted([*FILES, *MORE])
     assert sorted(path.name for path in folder.iterdir()) == sorted([*FILES, *MORE])
-    for name in ("anytime", "budgeted", "curve", "training"):
+    for name in ("anytime", "budgeted", "curve", "training", "differences"):
         pd.testing.assert_frame_equal(pd.read_csv(folder / f"{name}.csv"), getattr(found, name))
 
 
@@ -173,6 +174,31 @@ def test_what_training_cost_is_told_beside_the_baselines(tmp_path):
     assert "ratios to joint" in printed(found, 100)
     alone = collect(runs(("ge", "boost_net"))).training.set_index("method")
     assert alone.time_relative["ge"] == 1
+
+
+def test_differences_are_paired_by_seed_and_only_seeds_of_both_count(tmp_path):
+    members = [*runs(("joint", "ge"), seeds=3), FakeRun("boost_net", 0), FakeRun("boost_net", 5)]
+    found = collect(members)
+    table = found.differences.set_index(["method", "measure"])
+    pairs = [[accuracy(run)[1] for run in members if run.label == name] for name in ("ge", "joint")]
+    known = stats.ttest_rel(*pairs)
+    row = table.loc[("ge", "exit 2")]
+    assert (row["mean"], row["p"], row["n"]) == pytest.approx((np.subtract(*pairs).mean(), known.pvalue, 3))
+    assert row["low"] == pytest.approx(known.confidence_interval(0.95).low)
+    assert table.loc[("boost_net", "exit 2"), "n"] == 1 and np.isnan(table.loc[("boost_net", "exit 2"), "p"])
+    curve = found.curve[found.curve.method == "ge"]
+    assert 0 < abs(table.loc[("ge", "area"), "mean"]) < curve.accuracy_mean.max()
+    assert set(found.differences.measure) == {"exit 1", "exit 2", "exit 3", "exit 4", "area"}
+    write_report(found, tmp_path)
+    assert f"{row['mean']:+.2f}" in (tmp_path / "differences.md").read_text()
+    assert "Difference to joint" in printed(found, 100)
+
+
+def test_a_method_alone_has_nothing_to_differ_from(tmp_path):
+    found = collect(runs(("joint",), seeds=1))
+    assert found.differences.empty
+    write_report(found, tmp_path)
+    assert "Difference" not in printed(found, 100)
 
 
 def test_report_is_the_same_bytes_twice(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import ceil
 
+import pandas as pd
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -14,6 +15,9 @@ from exitkit.benchmarks.report.layout import (
     TRAINING_HEADS,
     Cell,
     Wide,
+    difference_caption,
+    difference_heads,
+    difference_rows,
     group_name,
     seed_count,
     training_caption,
@@ -41,6 +45,10 @@ def print_report(comparison: Comparison, console: Console) -> None:
             spread = "mean ± sd; " if max(wide.seeds.values()) > 1 else ""
             unit = f" ({wide.unit.strip()})" if wide.unit else ""
             console.print(Text(f" {spread}columns: {ACROSS[kind]}{unit}; best in bold", style="dim"))
+    for _, rows in comparison.differences.groupby(GROUP, sort=False):
+        console.print(Text.assemble("\n ", ("Differences", "bold"), f"  {group_name(rows)}"))
+        console.print(_differences(rows))
+        console.print(Text(f" {difference_caption(rows)}", style="dim"))
     for _, rows in comparison.training.groupby(GROUP, sort=False):
         console.print(Text.assemble("\n ", ("Training", "bold"), f"  {group_name(rows)}"))
         table = Table(box=box.SIMPLE_HEAVY, padding=(0, 1, 0, 0), header_style="bold cyan")
@@ -51,6 +59,18 @@ def print_report(comparison: Comparison, console: Console) -> None:
             table.add_row(*row)
         console.print(table)
         console.print(Text(f" {training_caption(rows).lower()}", style="dim"))
+
+
+def _differences(rows: pd.DataFrame) -> Table:
+    table = Table(box=box.SIMPLE_HEAVY, padding=(0, 1, 0, 0), header_style="bold cyan")
+    table.add_column("method", no_wrap=True)
+    for head in difference_heads(rows):
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("n", justify="right", style="dim", no_wrap=True)
+    seeds = rows.groupby("method", sort=False)["n"].max()
+    for name, cells in difference_rows(rows).items():
+        table.add_row(Text(name), *(_cell(cell, stacked=True) for cell in cells), str(seeds[name]))
+    return table
 
 
 def _fitted(wide: Wide, console: Console) -> list[Table]:

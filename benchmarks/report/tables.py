@@ -7,7 +7,16 @@ import re
 import pandas as pd
 
 from exitkit.benchmarks.report.collect import GROUP
-from exitkit.benchmarks.report.layout import TRAINING_HEADS, Wide, group_name, training_caption, training_rows
+from exitkit.benchmarks.report.layout import (
+    TRAINING_HEADS,
+    Wide,
+    difference_caption,
+    difference_heads,
+    difference_rows,
+    group_name,
+    training_caption,
+    training_rows,
+)
 
 PREAMBLE = "% needs \\usepackage{booktabs} and \\usepackage{adjustbox} (which shrinks what is too wide)\n"
 
@@ -48,6 +57,36 @@ def _markdown_table(table: Wide) -> str:
     align = ("left", *["right"] * (len(heads) + 1))
     # Left to itself, tabulate reads "97.30" as a number and writes 97.3.
     return str(frame.to_markdown(index=False, colalign=align, disable_numparse=True))
+
+
+def difference_markdown(differences: pd.DataFrame) -> str:
+    """Write the differences to the baseline, a table for each backbone and data set."""
+    texts = []
+    for _, rows in differences.groupby(GROUP, sort=False):
+        heads, cells = difference_heads(rows), difference_rows(rows)
+        table = [[name, *(cell.text() for cell in row)] for name, row in cells.items()]
+        align = ("left", *["right"] * len(heads))
+        frame = pd.DataFrame(table, columns=["method", *heads])
+        markdown = frame.to_markdown(index=False, disable_numparse=True, colalign=align)
+        texts.append(f"{difference_caption(rows)} ({group_name(rows)})\n\n{markdown}")
+    return "\n\n".join(texts) + "\n"
+
+
+def difference_latex(differences: pd.DataFrame) -> str:
+    """Write the differences to the baseline, a table for each backbone and data set, ready to be \\input."""
+    tables = []
+    for _, rows in differences.groupby(GROUP, sort=False):
+        heads, cells = difference_heads(rows), difference_rows(rows)
+        table = [
+            [name.translate(SPECIAL), *(cell.text(r"$\pm$").replace("–", "--") for cell in row)]
+            for name, row in cells.items()
+        ]
+        frame = pd.DataFrame(table, columns=["method", *heads])
+        tabular = frame.style.hide(axis="index").to_latex(hrules=True, column_format="l" + "r" * len(heads))
+        label = re.sub(r"[^a-zA-Z0-9]+", "-", f"differences-{group_name(rows)}")
+        caption = f"{difference_caption(rows)} ({group_name(rows)})".translate(SPECIAL)
+        tables.append(TABLE % (caption, label, tabular))
+    return PREAMBLE + "\n".join(tables)
 
 
 def training_markdown(training: pd.DataFrame) -> str:

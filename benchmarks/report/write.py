@@ -9,7 +9,14 @@ from pathlib import Path
 from exitkit.benchmarks.report.collect import Comparison
 from exitkit.benchmarks.report.figures import anytime_figure, budgeted_figure, save_figure
 from exitkit.benchmarks.report.layout import wide_tables
-from exitkit.benchmarks.report.tables import latex, markdown, training_latex, training_markdown
+from exitkit.benchmarks.report.tables import (
+    difference_latex,
+    difference_markdown,
+    latex,
+    markdown,
+    training_latex,
+    training_markdown,
+)
 from exitkit.files import make_folder, written_whole
 
 
@@ -17,15 +24,15 @@ def write_report(comparison: Comparison, folder: str | Path) -> list[Path]:
     """Write the tables and figures of a comparison into `folder` (made if missing) and return their paths.
 
     These are anytime and budgeted, each as .csv (raw numbers), .md and .tex (wide tables), .png and .pdf; curve.csv;
-    and training (what training cost) as .csv, .md and .tex. Each file appears whole or not at all, and replaces an
-    earlier one.
+    and differences (to the baseline) and training (what it cost), as .csv, .md and .tex. Each file appears whole or
+    not at all, and replaces an earlier one.
 
     Raises:
         UserError: the folder cannot be written.
     """
     folder = Path(folder)
     frames = {"anytime": comparison.anytime, "budgeted": comparison.budgeted, "curve": comparison.curve}
-    frames["training"] = comparison.training
+    frames |= {"differences": comparison.differences, "training": comparison.training}
     writers: dict[str, Callable[[Path], object]] = {
         f"{name}.csv": partial(frame.to_csv, index=False) for name, frame in frames.items()
     }
@@ -35,6 +42,8 @@ def write_report(comparison: Comparison, folder: str | Path) -> list[Path]:
         writers[f"{kind}.tex"] = partial(_write_text, latex(tables))
         for suffix in ("png", "pdf"):
             writers[f"{kind}.{suffix}"] = partial(save_figure, figure, kind=suffix)
+    writers["differences.md"] = partial(_write_text, difference_markdown(comparison.differences))
+    writers["differences.tex"] = partial(_write_text, difference_latex(comparison.differences))
     writers["training.md"] = partial(_write_text, training_markdown(comparison.training))
     writers["training.tex"] = partial(_write_text, training_latex(comparison.training))
     make_folder(folder)

@@ -1,0 +1,35 @@
+"""Statistics against scipy's own tests and by hand."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from exitkit.benchmarks.statistics import area_under_curve, holm, paired_difference
+
+
+def test_a_paired_difference_is_scipys_paired_test():
+    generator = np.random.default_rng(0)
+    ours, theirs = generator.normal(1, 2, 7), generator.normal(0, 2, 7)
+    found, known = paired_difference(ours, theirs, 0.9), stats.ttest_rel(ours, theirs)
+    interval = known.confidence_interval(0.9)
+    assert found == pytest.approx(((ours - theirs).mean(), interval.low, interval.high, known.pvalue, 7))
+
+
+def test_one_seed_has_no_interval_and_seeds_that_agree_exactly_have_no_width():
+    alone = paired_difference([2.0], [1.5])
+    assert alone.mean == 0.5 and alone.n == 1 and np.isnan([alone.low, alone.high, alone.p]).all()
+    assert paired_difference([2.0, 3.0], [1.0, 2.0]) == (1.0, 1.0, 1.0, 0.0, 2)
+    assert paired_difference([2.0, 3.0], [2.0, 3.0]).p == 1.0
+
+
+def test_holm_is_its_definition():
+    assert holm([0.01, 0.04, 0.03, np.nan]) == pytest.approx([0.03, 0.06, 0.06, np.nan], nan_ok=True)
+    assert holm([0.5, 0.9]).tolist() == [1.0, 1.0]
+    assert holm([]).size == 0
+
+
+def test_the_area_is_the_mean_height():
+    assert area_under_curve([1, 3, 2], [10, 30, 20], 1, 3) == pytest.approx(20)
+    assert area_under_curve([1, 2, 3], [10, 20, 30], 1.5, 2.5) == pytest.approx(20)
+    assert area_under_curve([1, 1, 2], [5, 10, 20], 1, 2) == pytest.approx(15)
+    assert np.isnan(area_under_curve([1, 2], [10, 20], 0.5, 2))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +28,8 @@ class FakeRun:
         self.label, self.macs = label, macs
         self.path = Path("runs") / f"{label}-{seed}"
         self.recipe = SimpleNamespace(method=label, backbone=backbone, dataset=dataset, seed=seed, epochs=3)
-        self.identity = {"method": label, "seed": str(seed), "epochs": "3", **identity}
+        same = {"method": json.dumps(label), "backbone": json.dumps(backbone), "dataset": json.dumps(dataset)}
+        self.identity = {**same, "seed": str(seed), "epochs": "3", **identity}
         self.parts = {}
         for part, samples in (("validation", 200), ("test", n)):
             rng = np.random.default_rng([seed, samples, len(label)])
@@ -192,6 +194,30 @@ def test_differences_are_paired_by_seed_and_only_seeds_of_both_count(tmp_path):
     write_report(found, tmp_path)
     assert f"{row['mean']:+.2f}" in (tmp_path / "differences.md").read_text()
     assert "Difference to joint" in printed(found, 100)
+
+
+PAPERS = {"backbone": "msdnet-cifar-k10", "dataset": "cifar100", "macs": tuple(range(10**7, 11 * 10**7, 10**7))}
+
+
+def test_ours_stands_beside_the_papers_and_another_schedule_is_said(tmp_path):
+    found = collect(runs(("joint", "ge", "boostnet"), **PAPERS))
+    assert set(found.published.method) == {"ge", "boostnet"}  # that paper has no joint training
+    row = found.published[(found.published.method == "boostnet") & (found.published.exit == 3)].iloc[0]
+    assert (row.paper, row.table, row.published, row.published_epochs, row.epochs) == (
+        "boostnet",
+        "table1",
+        72.34,
+        300,
+        3,
+    )
+    assert {f"published.{kind}" for kind in ("csv", "md", "tex")} <= {
+        path.name for path in write_report(found, tmp_path)
+    }
+    text = (tmp_path / "published.md").read_text()
+    assert "OURS IS NOT THE PAPER'S SCHEDULE" in text and "| boostnet | boostnet, table1 |" in text
+    assert "72.34" in printed(found, 200)
+    few = collect(runs(("ge",), **PAPERS, **{"dataset.per_class": "150"}))
+    assert few.published.empty
 
 
 def test_a_method_alone_has_nothing_to_differ_from(tmp_path):

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import pandas as pd
 
+from exitkit.benchmarks.published import published_for
 from exitkit.benchmarks.statistics import area_under_curve, holm, paired_difference
 from exitkit.errors import UserError
 from exitkit.evaluation import (
@@ -77,6 +78,11 @@ class Comparison:
     is corrected for the methods of the table. "area" is the mean height of the budgeted curve between the costs that
     the curves of all runs reach.
     """
+    published: pd.DataFrame
+    """method, backbone, dataset, paper, table, exit, accuracy_mean (ours), published, epochs, published_epochs, note.
+
+    Empty where no paper has numbers for what was run.
+    """
     training: pd.DataFrame
     """method, backbone, dataset, seconds_mean, seconds_sd, time_relative, memory_mib, memory_relative, n.
 
@@ -122,6 +128,7 @@ def collect(runs: Iterable[FinishedRun], *, budgets: int = 9) -> Comparison:
         budgeted=_over_seeds(parts["budgeted"], ["budget"]),
         curve=_over_seeds(parts["curve"], ["point"]),
         differences=_differences(parts),
+        published=_published(groups.values(), _over_seeds(parts["anytime"], ["exit", "papers", "macs"])),
         training=_training(pd.concat(parts["training"], ignore_index=True)),
     )
 
@@ -230,6 +237,20 @@ def _differences(parts: Mapping[str, Sequence[pd.DataFrame]]) -> pd.DataFrame:
             frame.insert(len(columns) - 1, "p_holm", holm(frame["p"]))
             table.append(frame)
     return pd.concat(table, ignore_index=True)
+
+
+def _published(groups: Iterable[Sequence[FinishedRun]], ours: pd.DataFrame) -> pd.DataFrame:
+    columns = ["method", *GROUP, "paper", "table", "exit", "accuracy_mean", "published"]
+    columns += ["epochs", "published_epochs", "note"]
+    found = [pd.DataFrame(columns=columns)]
+    for run in {run.label: run for members in groups for run in members}.values():
+        theirs = published_for(run.identity).rename(columns={"accuracy": "published", "epochs": "published_epochs"})
+        mine = ours[(ours["method"] == run.label) & (ours["backbone"] == run.recipe.backbone)]
+        mine = mine[mine["dataset"] == run.recipe.dataset].drop(columns="accuracy_sd").assign(epochs=run.recipe.epochs)
+        both = theirs.drop(columns="method").merge(mine, on=[*GROUP, "exit"])
+        if len(both):
+            found.append(both[columns])
+    return pd.concat(found[1:] or found, ignore_index=True)
 
 
 def _training(rows: pd.DataFrame) -> pd.DataFrame:

@@ -19,6 +19,8 @@ from exitkit.benchmarks.report.layout import (
     difference_heads,
     difference_rows,
     group_name,
+    published_caption,
+    published_rows,
     seed_count,
     training_caption,
     training_rows,
@@ -49,6 +51,16 @@ def print_report(comparison: Comparison, console: Console) -> None:
         console.print(Text.assemble("\n ", ("Differences", "bold"), f"  {group_name(rows)}"))
         console.print(_differences(rows))
         console.print(Text(f" {difference_caption(rows)}", style="dim"))
+    for _, rows in comparison.published.groupby(GROUP, sort=False):
+        console.print(Text.assemble("\n ", ("Published", "bold"), f"  {group_name(rows)}"))
+        heads, lines = published_rows(rows)
+        table = Table(box=box.SIMPLE_HEAVY, padding=(0, 1, 0, 0), header_style="bold cyan")
+        for place, head in enumerate(heads):
+            table.add_column(head, justify="left" if place < 2 else "right")
+        for line in lines:
+            table.add_row(*line)
+        console.print(table)
+        console.print(Text(f" {published_caption(rows)}", style="dim"))
     for _, rows in comparison.training.groupby(GROUP, sort=False):
         console.print(Text.assemble("\n ", ("Training", "bold"), f"  {group_name(rows)}"))
         table = Table(box=box.SIMPLE_HEAVY, padding=(0, 1, 0, 0), header_style="bold cyan")

@@ -121,6 +121,27 @@ def difference_caption(rows: pd.DataFrame) -> str:
     )
 
 
+def published_rows(rows: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """Return the heads and the rows of the table that sets ours and the papers' accuracies side by side."""
+    exits = sorted(rows["exit"].unique())
+    table = []
+    for (method, paper, place), mine in rows.groupby(["method", "paper", "table"], sort=False):
+        by_exit = mine.set_index("exit")
+        for who, column in (("ours", "accuracy_mean"), (f"{paper}, {place}", "published")):
+            values = by_exit[column].reindex(exits)
+            epochs = by_exit["epochs" if column == "accuracy_mean" else "published_epochs"].iloc[0]
+            table.append([str(method), who, *(MISSING if pd.isna(v) else f"{v:.2f}" for v in values), str(epochs)])
+    return ["method", "source", *(f"exit {number}" for number in exits), "epochs"], table
+
+
+def published_caption(rows: pd.DataFrame) -> str:
+    """Say what the table shows, and whether it is a fair comparison."""
+    fair = (rows["epochs"] == rows["published_epochs"]).all()
+    warning = "" if fair else "; OURS IS NOT THE PAPER'S SCHEDULE, so that the two can't be compared"
+    notes = "".join(f"; {note}" for note in dict.fromkeys(rows["note"]) if note)
+    return f"Ours beside the published accuracy (top-1, %){warning}{notes}"
+
+
 def training_caption(rows: pd.DataFrame) -> str:
     """Say what the table is and what it is relative to."""
     methods = list(rows["method"])

@@ -14,6 +14,8 @@ from exitkit.benchmarks.report.layout import (
     difference_heads,
     difference_rows,
     group_name,
+    published_caption,
+    published_rows,
     training_caption,
     training_rows,
 )
@@ -86,6 +88,30 @@ def difference_latex(differences: pd.DataFrame) -> str:
         label = re.sub(r"[^a-zA-Z0-9]+", "-", f"differences-{group_name(rows)}")
         caption = f"{difference_caption(rows)} ({group_name(rows)})".translate(SPECIAL)
         tables.append(TABLE % (caption, label, tabular))
+    return PREAMBLE + "\n".join(tables)
+
+
+def published_markdown(published: pd.DataFrame) -> str:
+    """Write ours beside the papers' numbers, a table for each backbone and data set."""
+    texts = []
+    for _, rows in published.groupby(GROUP, sort=False):
+        heads, table = published_rows(rows)
+        align = ("left", "left", *["right"] * (len(heads) - 2))
+        frame = pd.DataFrame(table, columns=heads)
+        markdown = frame.to_markdown(index=False, disable_numparse=True, colalign=align)
+        texts.append(f"{published_caption(rows)} ({group_name(rows)})\n\n{markdown}")
+    return "\n\n".join(texts) + "\n"
+
+
+def published_latex(published: pd.DataFrame) -> str:
+    """Write ours beside the papers' numbers, a table for each backbone and data set, ready to be \\input."""
+    tables = []
+    for _, rows in published.groupby(GROUP, sort=False):
+        heads, table = published_rows(rows)
+        frame = pd.DataFrame([[text.translate(SPECIAL) for text in row] for row in table], columns=heads)
+        tabular = frame.style.hide(axis="index").to_latex(hrules=True, column_format="ll" + "r" * (len(heads) - 2))
+        label = re.sub(r"[^a-zA-Z0-9]+", "-", f"published-{group_name(rows)}")
+        tables.append(TABLE % (f"{published_caption(rows)} ({group_name(rows)})".translate(SPECIAL), label, tabular))
     return PREAMBLE + "\n".join(tables)
 
 

@@ -14,6 +14,8 @@ from exitkit.benchmarks.report.tables import (
     difference_markdown,
     latex,
     markdown,
+    published_latex,
+    published_markdown,
     training_latex,
     training_markdown,
 )
@@ -25,7 +27,8 @@ def write_report(comparison: Comparison, folder: str | Path) -> list[Path]:
 
     These are anytime and budgeted, each as .csv (raw numbers), .md and .tex (wide tables), .png and .pdf; curve.csv;
     and differences (to the baseline) and training (what it cost), as .csv, .md and .tex. Each file appears whole or
-    not at all, and replaces an earlier one.
+    not at all, and replaces an earlier one. Where papers have numbers for what was run, published (.csv, .md, .tex)
+    sets both side by side.
 
     Raises:
         UserError: the folder cannot be written.
@@ -44,6 +47,10 @@ def write_report(comparison: Comparison, folder: str | Path) -> list[Path]:
             writers[f"{kind}.{suffix}"] = partial(save_figure, figure, kind=suffix)
     writers["differences.md"] = partial(_write_text, difference_markdown(comparison.differences))
     writers["differences.tex"] = partial(_write_text, difference_latex(comparison.differences))
+    if len(comparison.published):
+        writers["published.csv"] = partial(comparison.published.to_csv, index=False)
+        writers["published.md"] = partial(_write_text, published_markdown(comparison.published))
+        writers["published.tex"] = partial(_write_text, published_latex(comparison.published))
     writers["training.md"] = partial(_write_text, training_markdown(comparison.training))
     writers["training.tex"] = partial(_write_text, training_latex(comparison.training))
     make_folder(folder)

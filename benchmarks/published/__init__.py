@@ -1,0 +1,55 @@
+"""The papers' own numbers, one CSV file a paper, with what is known to be misprinted put right and noted.
+
+Columns: table; dataset; backbone (our preset) and method (ours), with the settings (`field=value`, spaces between) that
+make ours theirs; printed (what the table calls it); exit, from 1; multiply_adds_m and params_m (millions, as printed);
+accuracy (%); epochs and batch_size of the paper's schedule; note.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.resources import files
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PAPERS = ("boostnet", "imta", "metagf", "l2w")
+_PLAIN = {"dataset.per_class": "null", "dataset.imbalance": "1.0"}
+
+
+def load_published() -> pd.DataFrame:
+    """Return all published numbers as one table: `paper`, and the columns above."""
+    import pandas as pd
+
+    tables = []
+    for paper in PAPERS:
+        with (files(__name__) / f"{paper}.csv").open(encoding="utf-8") as file:
+            blank = {"multiply_adds_m": [""], "params_m": [""]}  # not printed; other empty fields are empty text
+            table = pd.read_csv(file, dtype={"settings": str, "note": str}, keep_default_na=False, na_values=blank)
+        table.insert(0, "paper", paper)
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True)
+
+
+def published_for(identity: Mapping[str, str]) -> pd.DataFrame:
+    """Return the published rows that a run can be set beside.
+
+    Args:
+        identity: what makes the run this run, flat, as `RunFolder.identity` gives it.
+    """
+    known = load_published()
+    for key in ("backbone", "dataset", "method"):
+        known = known[known[key] == json.loads(identity[key])]
+    return known[known["settings"].map(lambda settings: _fits(settings, identity)).astype(bool)]
+
+
+def _fits(settings: str, identity: Mapping[str, str]) -> bool:
+    wanted = dict(pair.split("=", 1) for pair in settings.split())
+    for key, value in wanted.items():
+        name = key if "." in key else f"method.{key}"
+        has = json.loads(identity.get(name, "null"))
+        if value not in (str(has), json.dumps(has)):
+            return False
+    return all(identity.get(key, plain) == plain for key, plain in _PLAIN.items() if key not in wanted)

@@ -43,9 +43,10 @@ from exitkit.plugins import resolve_variant, setting
 from exitkit.strategy import UPDATE, LearnedTable, TrainingStrategy, weighted_sum
 
 if TYPE_CHECKING:
+    from exitkit.auxiliary import Auxiliary
     from exitkit.data.base import Batch
     from exitkit.network import MultiExitNetwork
-    from exitkit.run import Auxiliary, Run
+    from exitkit.run import Run
 
 
 Driver = Literal["paper", "released", "released-channel"]

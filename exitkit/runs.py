@@ -131,7 +131,7 @@ class RunFolder:
     @staticmethod
     def is_finished(path: Path) -> bool:
         """Whether a finished run lies there."""
-        return (path / RESULTS).is_file()
+        return exists(path / RESULTS)
 
     @property
     def finished(self) -> bool:

@@ -19,7 +19,7 @@ from exitkit.exit_outputs import augment_validation, evaluate_held, measure
 from exitkit.feed import EpochBatches, Progress
 from exitkit.files import append_line, exists, load_checkpoint, save_tensors
 from exitkit.ingredients import load_initial, teacher_recipes
-from exitkit.memory import begin_peak, peak_mib
+from exitkit.memory import begin_peak, give_back_freed, peak_mib
 from exitkit.meter import split_totals
 from exitkit.recipe import Recipe
 from exitkit.run import Run
@@ -65,6 +65,7 @@ def train(
         engine.barrier()  # all ranks have looked before the first makes the folder
         if done is not None and done.finished:
             return done
+        give_back_freed()
         session = prepare(recipe, engine, path, report)
         session.folder = open_folder(session, path)
         with session.folder.held() if engine.is_main else nullcontext():

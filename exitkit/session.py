@@ -113,6 +113,9 @@ def prepare(recipe: Recipe, engine: Engine, path: Path, report: Report) -> Sessi
         if recipe.init_from and not begun and number == first:
             load_initial(recipe, rehearsal)
         phase.strategy.adapt(rehearsal)
+        if not begun:
+            unused = torch.optim.SGD(rehearsal.parameters(), lr=0.0)
+            phase.strategy.prepare(Run(rehearsal, phase.strategy, unused, Engine(torch.device("cpu"))))
     teachers = load_teachers(recipe, path.parent, data)
     for teacher in teachers.values():
         engine.place(teacher)

@@ -247,6 +247,7 @@ def test_a_frozen_network_can_be_that_of_an_earlier_run(tmp_path):
     ):
         with pytest.raises(UserError, match=reason):
             exitkit.train({"method": "l2w", "method_settings": settings, **short}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_refusals():

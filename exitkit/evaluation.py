@@ -25,8 +25,16 @@ Integers = NDArray[np.int64]
 Share = float | Fraction
 """q, the ratio between the shares of neighbouring exits: 0 (all at the first) .. inf (all at the last)."""
 
-PAPER_SHARES: tuple[Share, ...] = tuple(Fraction(p, 20) for p in range(1, 40))
-"""The operating points of MSDNet, RANet, BoostNet and L2W-DEN: q = p / 20 (IMTA and Meta-GF add p = 40)."""
+
+def paper_shares(points: int = 39) -> tuple[Share, ...]:
+    """Return the papers' operating points, q = p / 20 for p = 1..points.
+
+    39 points are those of MSDNet, RANet, BoostNet and L2W-DEN; IMTA and Meta-GF have 40.
+    """
+    return tuple(Fraction(p, 20) for p in range(1, points + 1))
+
+
+PAPER_SHARES = paper_shares()
 
 
 class Budgeted(NamedTuple):

@@ -1,0 +1,144 @@
+"""Exit rules: how sure each exit is of each sample, as one number; a sample leaves where it reaches a threshold.
+
+Four scores, of an exit's class probabilities p (softmax of its logits) or of its predicted classes:
+
+- confidence: max p (MSDNet, ICLR 2018, section 5); `evaluation.confidence` to the last bit.
+- margin: the largest p minus the second largest ("best versus second best", Joshi et al., CVPR 2009).
+- entropy: 1 - H(p) / log C, so that 1 is sure and 0 is uniform (BranchyNet, ICPR 2016, thresholds H itself).
+- patience: for how many exits in a row, this one included, the predicted class has been the same (PABEE, Zhou et
+  al., NeurIPS 2020). The paper's counter starts at 0: its patience t asks for t + 1 exits that agree, ours for t.
+
+Each is the larger, the surer, so that `evaluation.thresholds` and `evaluation.leave_at` take them as they are.
+
+Shapes: N samples, K exits, C classes. Nothing here sees a label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import inf, log
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from exitkit.errors import UserError, unknown
+from exitkit.evaluation import Floats
+
+SCORES = ("confidence", "margin", "entropy", "patience")
+"""What a sample's exit can be decided by."""
+
+
+def scores(logits: ArrayLike, rule: str, temperatures: ArrayLike | None = None) -> Floats:
+    """Return how sure each exit is, [N, K] in float64, the larger the surer, from logits [N, K, C].
+
+    Args:
+        logits: [N, K, C]; -infinity rules a class out.
+        rule: one of `SCORES`.
+        temperatures: divide each exit's logits first, [K]; see `calibration.fit_temperatures`. The predicted
+            class, and with it patience, does not change.
+
+    Raises:
+        UserError: there is no such rule, a sample's logits hold a NaN or +infinity, or a temperature is not
+            positive.
+    """
+    if rule not in SCORES:
+        raise unknown("exit rule", rule, SCORES)
+    outputs = np.asarray(logits)
+    exits = outputs.shape[1]
+    heat = np.ones(exits) if temperatures is None else checked_temperatures(temperatures, exits)
+    # One exit at a time: all of ImageNet's validation logits at once in float64 would take gigabytes.
+    if rule == "patience":
+        return _patience(outputs)
+    result = np.empty(outputs.shape[:2])
+    for k in range(exits):
+        with np.errstate(over="ignore"):
+            z = below_top(outputs, k) / heat[k]
+        result[:, k] = _OF_ONE_EXIT[rule](z)
+    return result
+
+
+def patience_thresholds(exits: int) -> Floats:
+    """Return the operating points of patience t = 1..K, [K, K]: t at exits 1..K-1 and -inf at the last.
+
+    The first lets all leave at the first exit; the last, which no exit but the last can reach, at the last.
+    """
+    limits = np.repeat(np.arange(1.0, exits + 1)[:, None], exits, axis=1)
+    limits[:, -1] = -inf
+    return limits
+
+
+def below_top(logits: ArrayLike, k: int) -> Floats:
+    """Return exit k's logits (k from 0) minus each sample's largest, [N, C] in float64, from logits [N, K, C].
+
+    Raises:
+        UserError: a sample's logits hold a NaN or +infinity, or nothing else than -infinity.
+    """
+    z = np.asarray(logits)[:, k].astype(np.float64)
+    top = z.max(axis=1, keepdims=True)
+    if not np.isfinite(top).all():
+        raise UserError(f"the logits of exit {k + 1} are not finite; evaluation needs finite outputs")
+    # A difference beyond the float64 range becomes -inf, whose probability is the 0 it would be anyway.
+    with np.errstate(over="ignore"):
+        z -= top
+    return z
+
+
+def checked_temperatures(temperatures: ArrayLike, exits: int) -> Floats:
+    """Return temperatures [K] in float64.
+
+    Raises:
+        UserError: there is not one for each exit, or one is not a positive number.
+    """
+    heat = np.asarray(temperatures, dtype=np.float64)
+    if heat.shape != (exits,):
+        raise UserError(f"temperatures of shape {heat.shape}; expected one for each of the {exits} exits")
+    if not (np.isfinite(heat) & (heat > 0)).all():
+        raise UserError(f"temperatures {heat.tolist()}; expected positive numbers")
+    return heat
+
+
+def _confidence(z: Floats) -> Floats:
+    result: Floats = 1 / np.exp(z).sum(axis=1)
+    return result
+
+
+def _margin(z: Floats) -> Floats:
+    largest = 1 / np.exp(z).sum(axis=1)
+    if z.shape[1] == 1:
+        return np.ones_like(largest)
+    # p_1 - p_2 = p_1 (1 - exp(z_2)), as the largest z is 0: small margins lose no digits to the difference.
+    second = np.partition(z, -2, axis=1)[:, -2]
+    result: Floats = -np.expm1(second) * largest
+    return result
+
+
+def _entropy(z: Floats) -> Floats:
+    classes = z.shape[1]
+    if classes == 1:
+        return np.ones(len(z))
+    weights = np.exp(z)
+    total = weights.sum(axis=1)
+    # H = log sum_c e^z_c - sum_c p_c z_c; a class that is ruled out adds 0, not 0 times infinity.
+    spread = np.log(total) - (weights * np.where(weights > 0, z, 0)).sum(axis=1) / total
+    # Rounding may put nearly uniform outputs a hair below 0.
+    result: Floats = np.maximum(1 - spread / log(classes), 0)
+    return result
+
+
+_OF_ONE_EXIT: dict[str, Callable[[Floats], Floats]] = {
+    "confidence": _confidence,
+    "margin": _margin,
+    "entropy": _entropy,
+}
+
+
+def _patience(outputs: np.ndarray) -> Floats:
+    result = np.ones(outputs.shape[:2])
+    before = None
+    for k in range(outputs.shape[1]):
+        below_top(outputs, k)  # refuses what is not finite, whose argmax would mean nothing
+        predicted = outputs[:, k].argmax(axis=1)
+        if before is not None:
+            result[:, k] += np.where(predicted == before, result[:, k - 1], 0)
+        before = predicted
+    return result

@@ -1,154 +1,96 @@
-"""Many independent runs at once, each in a process of its own kind: one a core, or one a GPU."""
+"""Many independent runs: which comes when, what becomes of those that fail, and of those that someone else is at."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import queue
-import subprocess
-import sys
-import threading
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from exitkit.errors import UserError
+from exitkit.benchmarks.launchers import Event, Launcher
+from exitkit.benchmarks.record import forget_failure, note_failure
 from exitkit.ingredients import teacher_recipes
+from exitkit.runs import RunFolder
 
 if TYPE_CHECKING:
     from exitkit.recipe import Recipe
 
-
-_LAUNCHERS = ("WORLD_SIZE", "RANK", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
-
-
-@dataclass(frozen=True)
-class Event:
-    """What a campaign says while it goes: run number `index` has begun, progressed, is done or has failed."""
-
-    index: int
-    kind: str
-    facts: dict[str, Any]
+_POLL = 2.0  # seconds between two looks at a run that another process is at
 
 
-class _Worker:
-    """One worker process and the thread that listens to it."""
+class Campaign:
+    """Trains recipes that are not finished yet, the longest first, as many at once as the launcher takes.
 
-    def __init__(self, threads: int, events: queue.SimpleQueue[tuple[_Worker, dict[str, Any] | None]]) -> None:
-        self.index = -1
-        # Whatever launched the campaign may have left its ranks' variables; a run here is one process.
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHERS)}
-        environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "exitkit.benchmarks.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            text=True,
-            start_new_session=True,  # Ctrl-C is for the campaign, which then ends its workers
-        )
-        threading.Thread(target=self._listen, args=(events,), daemon=True).start()
+    A run that fails leaves the others going on. A run that another process is at is waited for, and taken over if that
+    process dies. A run whose teacher is another comes after it.
 
-    def _listen(self, events: queue.SimpleQueue[tuple[_Worker, dict[str, Any] | None]]) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            events.put((self, json.loads(line)))
-        events.put((self, None))
-
-    def give(self, index: int, recipe: Recipe, out: Path) -> None:
-        """Hand over a run."""
-        self.index = index
-        assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # a worker that is dead already says so by its closed output
-            self.process.stdin.write(json.dumps({"recipe": recipe.model_dump(mode="json"), "out": str(out)}) + "\n")
-            self.process.stdin.flush()
-
-    def end(self) -> None:
-        """End the process, now; a run that it was at goes on from its checkpoint another time."""
-        self.process.kill()
-        self.process.wait()
-
-
-def default_jobs(device: str, threads: int) -> int:
-    """Return how many runs to have at once: one a GPU, or as many as there are cores for their threads."""
-    import torch
-
-    from exitkit.engine import choose_device
-
-    if device in ("auto", "cuda") and torch.cuda.is_available():
-        return torch.cuda.device_count()
-    if choose_device(device).type != "cpu":
-        return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(cores // threads, 1)
-
-
-def run_campaign(recipes: Sequence[Recipe], out: Path, jobs: int, tell: Callable[[Event], None]) -> dict[int, str]:
-    """Train all recipes that are not finished yet, longest first, `jobs` at a time.
-
-    Returns {index: reason} of those that diverged; the others are finished.
-
-    Raises:
-        UserError: a run failed for another reason; all are stopped, and what is finished stays.
+    Args:
+        recipes: resolved.
+        out: where run folders go; several campaigns, on several machines, may share it.
+        launcher: what trains them.
+        tell: called with every event.
     """
-    order = sorted(range(len(recipes)), key=lambda index: (-_length(recipes[index]), index))
-    needs = {index: {teacher.id for teacher in teacher_recipes(recipes[index]).values()} for index in order}
-    pending = {recipe.id for recipe in recipes}
-    events: queue.SimpleQueue[tuple[_Worker, dict[str, Any] | None]] = queue.SimpleQueue()
-    workers: list[_Worker] = []
-    idle: list[_Worker] = []
-    diverged: dict[int, str] = {}
-    try:
-        for _ in range(min(jobs, len(order))):
-            workers.append(_Worker(recipes[0].threads, events))
-            idle.append(workers[-1])
-        while True:
-            ready = [index for index in order if not needs[index] & pending]
-            while idle and ready:
-                worker = idle.pop(0)
-                order.remove(ready[0])
-                _give(worker, ready.pop(0), recipes, out, tell, workers.index(worker))
-            if len(idle) == len(workers):
-                break
-            worker, answer = events.get()
-            if answer is None:
-                raise UserError(
-                    f"the process training {recipes[worker.index].id} ended by itself (exit code "
-                    f"{worker.process.wait()}; out of memory?); start again to go on where it was"
-                )
-            kind = answer.pop("event")
-            tell(Event(worker.index, kind, answer))
-            if kind == "progress":
-                continue
-            if kind == "failed" and not answer["diverged"]:
-                raise UserError(answer["message"])
-            if kind == "failed":
-                diverged[worker.index] = answer["message"]
-            pending.discard(recipes[worker.index].id)
-            idle.append(worker)
-    finally:
-        for worker in workers:
-            worker.end()
-    return diverged
 
+    def __init__(self, recipes: Sequence[Recipe], out: Path, launcher: Launcher, tell: Callable[[Event], None]) -> None:
+        self.recipes, self.out, self.launcher, self.tell = recipes, out, launcher, tell
+        self.order = sorted(range(len(recipes)), key=lambda index: (-_length(recipes[index]), index))
+        self.needs = [{teacher.id for teacher in teacher_recipes(recipe).values()} for recipe in recipes]
+        self.pending = {recipe.id for recipe in recipes}
+        self.failed: dict[int, str] = {}
 
-def _give(
-    worker: _Worker,
-    index: int,
-    recipes: Sequence[Recipe],
-    out: Path,
-    tell: Callable[[Event], None],
-    number: int,
-) -> None:
-    import torch
+    def run(self) -> dict[int, str]:
+        """Train them all, and return {index: reason} of those that failed."""
+        under_way: set[int] = set()
+        try:
+            while self.order or under_way:
+                while len(under_way) < self.launcher.slots and (index := self._next()) is not None:
+                    forget_failure(self.out, self.recipes[index])
+                    self.launcher.start(index, self.recipes[index], self.out)
+                    self.tell(Event(index, "begun", {}))
+                    under_way.add(index)
+                if not under_way:
+                    if self.order:
+                        time.sleep(_POLL)  # all that is left is others' work, or waits for it
+                    continue
+                event = self.launcher.wait()
+                if event.kind == "held":
+                    self.order.append(event.index)
+                elif event.kind == "failed":
+                    self._fail(event.index, event.facts["message"])
+                elif event.kind == "done":
+                    self.pending.discard(self.recipes[event.index].id)
+                self.tell(event)
+                if event.kind != "progress":
+                    under_way.discard(event.index)
+        finally:
+            self.launcher.close()
+        return self.failed
 
-    recipe = recipes[index]
-    if torch.cuda.is_available() and recipe.device in ("auto", "cuda"):
-        recipe = recipe.with_values(device=f"cuda:{number % torch.cuda.device_count()}")
-    worker.give(index, recipe, out)
-    tell(Event(index, "begun", {}))
+    def _next(self) -> int | None:
+        """Return a run that can begin now, and take from the queue those that have come to an end elsewhere."""
+        for index in list(self.order):
+            path = self.out / self.recipes[index].id
+            lost = [name for name in self.needs[index] if name in self._failed_names]
+            if RunFolder.is_finished(path):
+                self.order.remove(index)
+                self.pending.discard(self.recipes[index].id)
+                self.tell(Event(index, "done", {"elsewhere": True}))
+            elif lost:
+                self.order.remove(index)
+                self._fail(index, f"its teacher {lost[0]} failed")
+                self.tell(Event(index, "failed", {"message": self.failed[index]}))
+            elif not self.needs[index] & self.pending and not RunFolder.is_held(path):
+                self.order.remove(index)
+                return index
+        return None
+
+    @property
+    def _failed_names(self) -> set[str]:
+        return {self.recipes[index].id for index in self.failed}
+
+    def _fail(self, index: int, reason: str) -> None:
+        self.failed[index] = reason
+        note_failure(self.out, self.recipes[index], reason)
 
 
 def _length(recipe: Recipe) -> int:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
-from exitkit.benchmarks.campaign import Event
+from exitkit.benchmarks.estimate import in_words, wall_time
+from exitkit.benchmarks.launchers import Event
+from exitkit.benchmarks.report.labels import name_runs
+from exitkit.runs import flat_identity
 
 if TYPE_CHECKING:
     from exitkit.recipe import Recipe
@@ -25,7 +30,7 @@ class CampaignDisplay:
     """
 
     def __init__(self, recipes: Sequence[Recipe], planned: int) -> None:
-        self._names = [f"{recipe.method} seed {recipe.seed}" for recipe in recipes]
+        self._names = [f"{name} seed {recipe.seed}" for name, recipe in zip(_names(recipes), recipes, strict=True)]
         self._planned = planned
         self._began = time.monotonic()
         self._finished = planned - len(recipes)
@@ -65,11 +70,16 @@ class CampaignDisplay:
             self._tasks[event.index] = self._bars.add_task(name, total=1.0, note="starting")
         elif event.kind == "progress":
             self._progress(event)
+        elif event.kind == "held":
+            self._bars.remove_task(self._tasks.pop(event.index))
+            self._say(f"{self._finished}/{self._planned}  {name} is being trained by another process")
         else:
             self._shares[event.index] = 1.0
             self._finished += event.kind == "done"
-            self._bars.remove_task(self._tasks.pop(event.index))
-            outcome = "finished" if event.kind == "done" else f"failed: {event.facts['message']}"
+            if event.index in self._tasks:
+                self._bars.remove_task(self._tasks.pop(event.index))
+            where = " elsewhere" if event.facts.get("elsewhere") else ""
+            outcome = f"finished{where}" if event.kind == "done" else f"failed: {event.facts['message']}"
             self._say(f"{self._finished}/{self._planned}  {name} {outcome}")
         self._refresh()
 
@@ -86,3 +96,39 @@ class CampaignDisplay:
 
     def _say(self, line: str) -> None:
         self._bars.console.print(line, soft_wrap=True, markup=False)
+
+
+def announce(recipes: Sequence[Recipe], seconds: Mapping[str, float], jobs: int, whole: bool) -> None:
+    """Show what a campaign will do and about how long that takes.
+
+    Args:
+        recipes: of all its runs.
+        seconds: {name: about how long} of those that are still to be trained.
+        jobs: how many at once.
+        whole: a table with a line a method, network and data set, instead of one line in all.
+    """
+    console = Console(stderr=not whole, highlight=False)
+    done = len(recipes) - len(seconds)
+    finished = f", {done} of them finished" if done else ""
+    about = f"about {in_words(wall_time(list(seconds.values()), jobs))}" if seconds else "nothing to train"
+    if whole:
+        table = Table(box=box.SIMPLE_HEAVY, padding=(0, 1, 0, 0), header_style="bold cyan")
+        for head in ("method", "network", "data", "epochs", "seeds", "finished", "to train"):
+            table.add_column(head, justify="left" if head in ("method", "network", "data") else "right")
+        lines: dict[tuple[str, str, str], list[Recipe]] = {}
+        for names, recipe in zip(name_runs([flat_identity(recipe) for recipe in recipes]), recipes, strict=True):
+            lines.setdefault(tuple(names), []).append(recipe)
+        for line, same in lines.items():
+            left = [seconds[recipe.id] for recipe in same if recipe.id in seconds]
+            cells = [str(same[0].epochs), ",".join(str(r.seed) for r in same), str(len(same) - len(left))]
+            table.add_row(*line, *cells, in_words(sum(left)) if left else "–")
+        console.print(table)
+    at_once = f", {min(jobs, len(seconds))} at a time" if len(seconds) > 1 else ""
+    console.print(f"plan: {len(recipes)} runs{finished}; {about}{at_once}", soft_wrap=True)
+
+
+def _names(recipes: Sequence[Recipe]) -> list[str]:
+    """Name runs by their method, and by network and data where there are several."""
+    names = name_runs([flat_identity(recipe) for recipe in recipes])
+    parts = [place for place in range(3) if place == 0 or len({name[place] for name in names}) > 1]
+    return [" ".join(name[place] for place in parts) for name in names]

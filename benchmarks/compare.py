@@ -1,83 +1,166 @@
-"""`exitkit compare`: several methods, several seeds, one recipe; tables and curves at the end."""
+"""`exitkit compare`: methods, networks, data and seeds under one recipe; tables and curves at the end."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from exitkit.benchmarks.plan import BASELINE, DEFAULT_METHODS, Plan
 from exitkit.cli.interrupts import interruptible
-from exitkit.cli.options import COMPARISON_KEYS, make_recipe, parse_sets, read_recipe, recipe_options
-from exitkit.errors import Interrupted, UserError, unknown
+from exitkit.cli.options import parse_sets, read_recipe, recipe_options
+from exitkit.errors import Interrupted, UserError
 from exitkit.files import exists
-from exitkit.plugins import check_value, configure
 
 if TYPE_CHECKING:
+    from exitkit.benchmarks.plan import Planned
     from exitkit.recipe import Recipe
-
-BASELINE = "joint"
-DEFAULT_METHODS = "ge,boostnet,metagf"
 
 
 @click.command(short_help="Train several methods and print their tables.")
 @click.option("--methods", metavar="A,B,...", help=f"Methods, or all.  [default: {DEFAULT_METHODS}]")
+@click.option("--baseline", metavar="NAME", help=f"What differences are taken to.  [default: {BASELINE}]")
 @click.option("--seeds", type=int, help="How many seeds each.  [default: 2]")
 @click.option("--seed", type=int, help="The first seed.  [default: 0]")
+@click.option("--sweep", "sweeps", metavar="FIELD=A,B,...", multiple=True, help="Try these values; repeatable.")
+@click.option("--static", is_flag=True, help="Also train each exit as a network of its own, as reference points.")
+@click.option("--plan", "only_plan", is_flag=True, help="Show what would be run, and about how long; run nothing.")
 @click.option("--jobs", type=int, help="Runs at once.  [default: one a core, or one a GPU]")
+@click.option("--launcher", metavar="NAME", default="processes", help="processes, here, slurm or submitit-local.")
+@click.option("--slurm", "slurm", metavar="KEY=VALUE", multiple=True, help="A parameter of submitit; repeatable.")
 @click.option("--resume", is_flag=True, help="What compare always does: skip what is finished, go on with the rest.")
 @recipe_options
 def compare(
-    methods: str | None,
-    seeds: int | None,
-    jobs: int | None,
-    resume: bool,
     sets: tuple[str, ...],
+    sweeps: tuple[str, ...],
     recipe_file: str | None,
     out: str,
+    only_plan: bool,
+    jobs: int | None,
+    launcher: str,
+    slurm: tuple[str, ...],
+    resume: bool,
     **given: Any,
 ) -> None:
-    """Train several methods side by side, joint training always among them, and print accuracy against cost.
+    """Train methods side by side, the baseline always among them, and print accuracy against cost.
 
-    Started again, it skips what is finished and goes on with what is not. Tables (CSV, Markdown, LaTeX) and curves
-    (PNG, PDF) go into OUT/report.
+    Methods, --backbone and --dataset may be lists with commas; every combination is run, with every seed. Started
+    again, it skips what is finished, goes on with what is not and tries again what failed; several may share a folder.
+    Tables and figures go into OUT/report.
 
     \b
     Examples:
       exitkit compare --methods ge,boostnet,metagf
-      exitkit compare --methods boostnet,metagf --seeds 5 --epochs 60 --out study
-      exitkit compare --methods ge --dataset cifar100 --data-dir data --device cuda
+      exitkit compare --recipe imta-table2-quick --out study
+      exitkit compare --methods boostnet --baseline ge --sweep boostnet.temperature=0,0.2,0.5,0.8,1
+      exitkit compare --methods ge --backbone msdnet-cifar-lg4,msdnet-cifar-lg5 --dataset cifar100 --data-dir data
+      exitkit compare --recipe metagf-table1 --plan
     """
-    values = read_recipe(recipe_file)
-    # What a recipe of a comparison has beyond one of a run.
-    asked = {key: values.pop(key) for key in COMPARISON_KEYS if key in values}
-    listed = check_value("methods", list[str] | str, asked.get("methods", DEFAULT_METHODS))
-    names = split_methods(listed if methods is None else methods)
-    count = check_value("seeds", int, asked.get("seeds", 2)) if seeds is None else seeds
-    recipes = plan(make_recipe(values, given), names, count, parse_sets(sets))
+    plan = Plan.make(_values(read_recipe(recipe_file), given, parse_sets(sets), parse_sweeps(sweeps)))
+    folder = Path(out)
+    if "toy" in plan.figures:
+        from exitkit.benchmarks.diagnose.command import draw_toy
 
-    from exitkit.benchmarks.campaign import default_jobs, run_campaign
-    from exitkit.benchmarks.campaign_display import CampaignDisplay
-    from exitkit.runs import RESULTS
+        draw_toy(folder / "report")
+        return
+    runs = plan.runs()
 
-    workers = default_jobs(recipes[0].device, recipes[0].threads) if jobs is None else jobs
+    from exitkit.benchmarks.launchers import default_jobs, make_launcher
+
+    first = runs[0].recipe
+    workers = default_jobs(first.device, first.threads) if jobs is None else jobs
     if workers < 1:
         raise UserError(f"--jobs is {workers}; expected at least 1")
-    folder = Path(out)
-    needed = {recipe.id: recipe for recipe in [*recipes, *_teachers(recipes)]}
-    todo = [recipe for recipe in needed.values() if not exists(folder / recipe.id / RESULTS)]
-    diverged: dict[int, str] = {}
+    recipes = {each.recipe.id: each.recipe for each in runs}
+    needed = recipes | {teacher.id: teacher for teacher in _teachers(list(recipes.values()))}
+    starter = make_launcher(launcher, workers, first, folder, parse_sets(slurm, "--slurm"))
     try:
-        with interruptible(), CampaignDisplay(todo, len(needed)) as display:
-            diverged = run_campaign(todo, folder, workers, display) if todo else {}
+        with interruptible():
+            todo = _announce(needed, folder, workers, only_plan)
+            if only_plan:
+                return
+            failed = _train(todo, len(needed), folder, starter, plan, runs)
     except KeyboardInterrupt:
         raise Interrupted("stopped; the same command goes on where it was") from None
-    left_out = "; ".join(f"left out {todo[index].id}: {reason}" for index, reason in diverged.items())
-    if len(diverged) < len(recipes):
-        publish(recipes, folder)
-    if left_out:
-        raise UserError(left_out)
+    if len(failed) < len(needed):
+        publish(folder, plan, recipes)
+    if failed:
+        raise UserError(_told(failed, len(needed)))
+
+
+def _values(
+    values: Mapping[str, Any], given: Mapping[str, Any], sets: Mapping[str, str], sweeps: Mapping[str, list[str]]
+) -> dict[str, Any]:
+    """Put what the command line gives over what the recipe says."""
+    merged = dict(values) | {key: value for key, value in given.items() if value not in (None, False)}
+    for key in ("backbone", "dataset"):
+        if isinstance(given.get(key), str):
+            merged[key] = [name.strip() for name in given[key].split(",") if name.strip()]
+    for key, more in (("set", sets), ("sweep", sweeps)):
+        if more:
+            earlier = merged.get(key, {})
+            merged[key] = (dict(earlier) if isinstance(earlier, Mapping) else {}) | more
+    return merged
+
+
+def parse_sweeps(sweeps: Sequence[str]) -> dict[str, list[str]]:
+    """Read `field=a,b,c` (or `field=1,2;1,3` where values have commas themselves).
+
+    Raises:
+        UserError: one without an equals sign, without a value, or a field given twice.
+    """
+    found = {}
+    for field, text in parse_sets(tuple(sweeps), "--sweep").items():
+        found[field] = [value.strip() for value in text.split(";" if ";" in text else ",") if value.strip()]
+        if not found[field]:
+            raise UserError(f"--sweep {field}= has no values; expected such as {field}=0,0.5,1")
+    return found
+
+
+def _announce(needed: Mapping[str, Recipe], folder: Path, workers: int, whole: bool) -> list[Recipe]:
+    """Show the plan with an estimate, and return what is to be trained.
+
+    Raises:
+        UserError: images are missing, or a network can't be built: told before anything is trained.
+    """
+    from exitkit.benchmarks.campaign_display import announce
+    from exitkit.benchmarks.estimate import Estimate
+    from exitkit.runs import RESULTS
+
+    todo = [recipe for recipe in needed.values() if not exists(folder / recipe.id / RESULTS)]
+    estimate = Estimate(folder)
+    seconds = {recipe.id: estimate.seconds(recipe) for recipe in todo}
+    announce(list(needed.values()), seconds, workers, whole)
+    return todo
+
+
+def _train(
+    todo: list[Recipe], planned: int, folder: Path, launcher: Any, plan: Plan, runs: Sequence[Planned]
+) -> dict[str, str]:
+    """Train what is left, and return {name: reason} of what failed."""
+    from exitkit.benchmarks.campaign import Campaign
+    from exitkit.benchmarks.campaign_display import CampaignDisplay
+    from exitkit.benchmarks.record import write_plan
+
+    write_plan(folder, plan, runs)
+    if not todo:
+        return {}
+    with CampaignDisplay(todo, planned) as display:
+        launcher.on_progress = display
+        failed = Campaign(todo, folder, launcher, display).run()
+    return {todo[index].id: reason for index, reason in failed.items()}
+
+
+def _told(failed: Mapping[str, str], planned: int) -> str:
+    """Say which runs failed and why, runs with one reason together."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in failed.items():
+        reasons.setdefault(reason, []).append(name)
+    if len(reasons) == 1 and len(failed) == planned:
+        return next(iter(reasons))
+    return "; ".join(f"left out {', '.join(names)}: {reason}" for reason, names in reasons.items())
 
 
 def _teachers(recipes: list[Recipe]) -> list[Recipe]:
@@ -87,72 +170,23 @@ def _teachers(recipes: list[Recipe]) -> list[Recipe]:
     return [teacher for recipe in recipes for teacher in teacher_recipes(recipe).values()]
 
 
-def split_methods(methods: str | list[str]) -> list[str]:
-    """Return the methods named, each once, with the baseline first."""
-    from exitkit.build import method_parts
-    from exitkit.plugins import registered
-
-    names = methods if isinstance(methods, list) else methods.split(",")
-    names = [name.strip() for name in names if str(name).strip()]
-    if not names:
-        raise UserError(f"--methods is empty; expected names such as {DEFAULT_METHODS}, or all")
-    if names == ["all"]:
-        names = usable(list(registered("method")))
-    for name in names:
-        method_parts(name)
-    return list(dict.fromkeys([BASELINE, *names]))
-
-
-def usable(names: list[str]) -> list[str]:
-    """Return the methods that can be had here, and say which can't and why."""
-    usable = []
-    for name in names:
-        try:
-            configure("method", name, {})
-        except UserError as error:
-            click.echo(f"left out {name}: {error}", err=True)
-        else:
-            usable.append(name)
-    return usable
-
-
-def plan(base: Recipe, methods: list[str], seeds: int, sets: Mapping[str, Any]) -> list[Recipe]:
-    """Return the resolved recipes of all runs, method by method; a field is set in every method that has it.
-
-    Raises:
-        UserError: anything wrong with any of them, a field that no method has, or fewer than one seed.
-    """
-    if seeds < 1:
-        raise UserError(f"--seeds is {seeds}; expected at least 1")
-    recipes = []
-    used: set[str] = set()
-    known: set[str] = set()
-    for method in methods:
-        recipe = base.with_values(method=method)
-        settable = recipe.settable()
-        known |= settable
-        mine = {key: value for key, value in sets.items() if key in settable}
-        # `boostnet.temperature` says which method is meant.
-        prefixed = {k: v for k, v in sets.items() if k.startswith(f"{method}.") and k.split(".", 1)[1] in settable}
-        used |= mine.keys() | prefixed.keys()
-        mine |= {key.split(".", 1)[1]: value for key, value in prefixed.items()}
-        for seed in range(base.seed, base.seed + seeds):
-            recipes.append(recipe.with_values(seed=seed).with_settings(mine).resolve())
-    for key in sets:
-        if key not in used:
-            raise unknown(f"field of {', '.join(methods)} or their network and data", key, known)
-    return recipes
-
-
-def publish(recipes: list[Recipe], out: Path) -> None:
-    """Write and print the report of those runs that are finished."""
+def publish(out: Path, plan: Plan, recipes: Mapping[str, Recipe]) -> None:
+    """Write and print the report of those runs that are finished, and draw what the plan asks for."""
     from rich.console import Console
 
-    from exitkit.benchmarks.report import collect, print_report, write_report
+    from exitkit.benchmarks.record import read_plan
+    from exitkit.benchmarks.report import ReportOptions, collect, print_report, write_report
     from exitkit.runs import RESULTS, RunFolder
 
-    runs = [RunFolder(out / recipe.id) for recipe in recipes if exists(out / recipe.id / RESULTS)]
-    comparison = collect(runs)
-    write_report(comparison, out / "report")
+    context, options, _ = read_plan(out)
+    runs = [RunFolder(out / name) for name in recipes if exists(out / name / RESULTS)]
+    comparison = collect(runs, options=ReportOptions.make(options), context=context)
+    write_report(comparison, out / "report", runs=runs)
     print_report(comparison, Console())
+    if "diagnose" in plan.figures:
+        from exitkit.benchmarks.diagnose.command import draw_run
+
+        for run in runs:
+            if run.recipe.seed == plan.base.seed:
+                draw_run(run, out / "report" / f"diagnose-{run.path.name}")
     click.echo(f"tables and figures: {out / 'report'}")

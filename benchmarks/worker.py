@@ -13,7 +13,30 @@ import queue
 import sys
 import threading
 import traceback
+from collections.abc import Callable, Mapping
 from typing import IO, Any
+
+
+def outcome(request: Mapping[str, Any], tell: Callable[..., None]) -> None:
+    """Train the run of a request and tell what becomes of it: "progress" often, then "done", "failed" or "held".
+
+    Whatever goes wrong is told: one run must not end the others.
+    """
+    from exitkit.errors import HeldError, UserError
+    from exitkit.recipe import Recipe
+    from exitkit.training import train
+
+    try:
+        recipe = Recipe.make(**request["recipe"])
+        run = train(recipe, request["out"], report=lambda progress: tell("progress", **dataclasses.asdict(progress)))
+        tell("done", path=str(run.path))
+    except HeldError:
+        tell("held")
+    except UserError as error:
+        tell("failed", message=str(error))
+    except Exception as error:
+        traceback.print_exception(error)
+        tell("failed", message=f"{type(error).__name__}: {error}")
 
 
 def serve(requests: IO[str], answers: IO[str]) -> None:
@@ -32,29 +55,7 @@ def serve(requests: IO[str], answers: IO[str]) -> None:
         answers.flush()
 
     while True:
-        request = json.loads(waiting.get())
-        try:
-            tell("done", path=_train(request, tell))
-        except Exception as error:  # whatever it is, the campaign has to hear of it
-            tell("failed", **_reason(error))
-
-
-def _train(request: dict[str, Any], tell: Any) -> str:
-    from exitkit.recipe import Recipe
-    from exitkit.training import train
-
-    recipe = Recipe.make(**request["recipe"])
-    run = train(recipe, request["out"], report=lambda progress: tell("progress", **dataclasses.asdict(progress)))
-    return str(run.path)
-
-
-def _reason(error: Exception) -> dict[str, Any]:
-    from exitkit.errors import NonFiniteError, UserError
-
-    if isinstance(error, UserError):
-        return {"message": str(error), "diverged": isinstance(error, NonFiniteError)}
-    traceback.print_exception(error)
-    return {"message": f"{type(error).__name__}: {error}", "diverged": False}
+        outcome(json.loads(waiting.get()), tell)
 
 
 def main() -> None:

@@ -14,6 +14,10 @@ class NonFiniteError(UserError):
     """Training met a NaN or an infinity and stopped; the last good checkpoint stays."""
 
 
+class HeldError(UserError):
+    """Another process is training this run."""
+
+
 class Note(UserWarning):
     """Something that the user should know and need not mend; the command line prints it as one line."""
 

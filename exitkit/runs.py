@@ -7,6 +7,7 @@ learned.json         what the method learned besides the network, if anything (s
 probes.safetensors   what was seen on one fixed batch, if asked for (see probe.py)
 weights.safetensors  the trained network        cost.json          multiply-adds and parameters an exit
 outputs-validation.safetensors, outputs-test.safetensors           logits [N, K, C], labels [N], indices [N]
+latency.json         milliseconds until each exit answers, if measured (see benchmarks/bench.py)
 results.json         accuracy of each exit; written last: a folder that has it is finished
 """
 
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from exitkit.errors import UserError
+from exitkit.errors import HeldError, UserError
 from exitkit.files import beside, disk_error, exists, load_arrays, make_folder, read_json, write_json
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 RESULTS = "results.json"
 PROBES = "probes.safetensors"
 LEARNED = "learned.json"
+LATENCY = "latency.json"
+_LOCK = "run.lock"
 _LOCK_PATIENCE = 15.0  # seconds; a killed process lets its lock go at once, a dying worker within moments
 
 
@@ -90,10 +93,10 @@ class RunFolder:
             UserError: another process holds it.
         """
         try:
-            lock = FileLock(self.path / "run.lock", timeout=_LOCK_PATIENCE)
+            lock = FileLock(self.path / _LOCK, timeout=_LOCK_PATIENCE)
             lock.acquire()
         except Timeout:
-            raise UserError(
+            raise HeldError(
                 f"run {self.path} is being trained by another process; wait for it, or choose another --out"
             ) from None
         except OSError as error:
@@ -108,6 +111,19 @@ class RunFolder:
         finally:
             lock.release()
 
+    @staticmethod
+    def is_held(path: Path) -> bool:
+        """Whether another process is at the run there, as far as can be told without waiting."""
+        if not exists(path / _LOCK):
+            return False
+        lock = FileLock(path / _LOCK, timeout=0)
+        try:
+            lock.acquire()
+        except (Timeout, OSError):
+            return True
+        lock.release()
+        return False
+
     @property
     def recipe(self) -> Recipe:
         """The resolved recipe."""
@@ -121,7 +137,7 @@ class RunFolder:
     @property
     def identity(self) -> dict[str, str]:
         """What makes the run this run, flat: {key, or `method.field`, `backbone.field`, `dataset.field`: JSON}."""
-        return _flat(self.recipe.identity())
+        return flat_identity(self.recipe)
 
     @property
     def label(self) -> str:
@@ -162,6 +178,24 @@ class RunFolder:
         """Return one dict an exit: exit (from 1), papers, macs (multiply-adds of one image), params."""
         costs: list[dict[str, int]] = read_json(self.path / "cost.json")
         return costs
+
+    def metrics(self) -> pd.DataFrame:
+        """Return one row an epoch: phase, epoch (within it), lr, losses and accuracies (percent) of every exit."""
+        import pandas as pd
+
+        return pd.read_csv(self.path / "metrics.csv")
+
+    def latency(self) -> list[float]:
+        """Return the milliseconds until each exit answers, as `exitkit bench` measured them.
+
+        Raises:
+            UserError: it did not.
+        """
+        path = self.path / LATENCY
+        if not path.exists():
+            raise UserError(f"run {self.path} has no measured latency; measure it with: exitkit bench {self.path}")
+        milliseconds: list[float] = read_json(path)["milliseconds"]
+        return milliseconds
 
     def learned(self) -> list[dict[str, Any]]:
         """Return what the method learned besides the network: tables of a phase, title, rows, columns and values."""
@@ -254,7 +288,7 @@ def unfinished_twin(recipe: Recipe, out: Path) -> str:
     For an error message; "" if there is none.
     """
     told: list[tuple[int, str]] = []
-    wanted = _flat(recipe.identity())
+    wanted = flat_identity(recipe)
     for path in sorted(out.glob("[!.]*/recipe.json")):
         try:
             run = RunFolder(path.parent)
@@ -269,9 +303,10 @@ def unfinished_twin(recipe: Recipe, out: Path) -> str:
     return min(told)[1] if told else ""
 
 
-def _flat(identity: Mapping[str, Any]) -> dict[str, str]:
+def flat_identity(recipe: Recipe) -> dict[str, str]:
+    """Return what makes a resolved recipe's run this run, flat; see `RunFolder.identity`."""
     flat: dict[str, str] = {}
-    for key, value in identity.items():
+    for key, value in recipe.identity().items():
         if isinstance(value, Mapping):
             flat.update({f"{key.removesuffix('_settings')}.{name}": json.dumps(item) for name, item in value.items()})
         else:

@@ -40,17 +40,14 @@ def diagnose(run: str | None, toy: bool, share: float, out: str | None) -> None:
     if not 0 < share < 1:
         raise UserError(f"--share is {share}; expected above 0 and below 1")
     if toy:
-        folder, drawn = Path(out or "toy"), _toy()
-    else:
-        from exitkit.runs import RunFolder
+        draw_toy(Path(out or "toy"))
+        return
+    from exitkit.runs import RunFolder
 
-        trained = RunFolder(str(run))
-        trained.results()  # says how to go on with one that is not finished
-        folder = Path(out) if out else trained.path / "diagnostics"
-        drawn = _probed(trained) | _finished(trained, share)
-    _write(drawn, folder)
-    click.echo(f"wrote {', '.join(drawn)} (.png, .pdf, .csv) to {folder}")
-    if not toy and "conflict" not in drawn:
+    trained = RunFolder(str(run))
+    trained.results()  # says how to go on with one that is not finished
+    drawn = draw_run(trained, Path(out) if out else trained.path / "diagnostics", share)
+    if "conflict" not in drawn:
         click.echo(
             "gradient conflict, magnitude and valid images are seen during training only; "
             f"train with probes: exitkit train --recipe {trained.path / 'recipe.json'} --probe-every 1"
@@ -61,9 +58,27 @@ Drawn = dict[str, tuple[Any, Mapping[str, Any]]]
 """{name: (figure, columns of its table)}."""
 
 
+def draw_toy(folder: Path) -> None:
+    """Draw every gradient method's path on the toy problem into a folder, and say so."""
+    _write(_toy(), folder)
+
+
+def draw_run(run: RunFolder, folder: Path, share: float = 0.01) -> Drawn:
+    """Draw all that a finished run can show into a folder, and say so.
+
+    Args:
+        run: the run.
+        folder: where to.
+        share: of the parameters that is pruned.
+    """
+    drawn = _probed(run) | _finished(run, share)
+    _write(drawn, folder)
+    return drawn
+
+
 def _toy() -> Drawn:
-    from exitkit.benchmarks.compare import usable
     from exitkit.benchmarks.diagnose import figures, toy
+    from exitkit.benchmarks.usable import usable
     from exitkit.plugins import registered
 
     paths = {name: toy.path(name) for name in toy.gradient_methods(usable(list(registered("method"))))}
@@ -157,3 +172,4 @@ def _write(drawn: Drawn, folder: Path) -> None:
         for suffix, write in writers.items():
             with written_whole(folder / f"{name}.{suffix}") as temporary:
                 write(temporary)
+    click.echo(f"wrote {', '.join(drawn)} (.png, .pdf, .csv) to {folder}")

@@ -8,7 +8,7 @@ accuracy (%); epochs and batch_size of the paper's schedule; note.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
@@ -33,23 +33,39 @@ def load_published() -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def published_for(identity: Mapping[str, str]) -> pd.DataFrame:
+def tables() -> dict[str, None]:
+    """Return the name of every published table, such as "boostnet/table1", in order."""
+    known = load_published()
+    return dict.fromkeys(known["paper"] + "/" + known["table"])
+
+
+def published_for(
+    identity: Mapping[str, str], stands_for: Mapping[str, str] | None = None, only: Sequence[str] = ()
+) -> pd.DataFrame:
     """Return the published rows that a run can be set beside.
 
     Args:
         identity: what makes the run this run, flat, as `RunFolder.identity` gives it.
+        stands_for: what a paper has in the place of the run's "backbone" and "dataset", if something else.
+        only: names of tables; none: all.
     """
     known = load_published()
+    stands_for = stands_for or {}
     for key in ("backbone", "dataset", "method"):
-        known = known[known[key] == json.loads(identity[key])]
-    return known[known["settings"].map(lambda settings: _fits(settings, identity)).astype(bool)]
+        known = known[known[key] == stands_for.get(key, json.loads(identity[key]))]
+    if only:
+        known = known[(known["paper"] + "/" + known["table"]).isin(list(only))]
+    # What stands for a paper's data need not have as many images of a class as that.
+    skipped = "dataset." if "dataset" in stands_for else None
+    return known[known["settings"].map(lambda settings: _fits(settings, identity, skipped)).astype(bool)]
 
 
-def _fits(settings: str, identity: Mapping[str, str]) -> bool:
+def _fits(settings: str, identity: Mapping[str, str], skipped: str | None) -> bool:
     wanted = dict(pair.split("=", 1) for pair in settings.split())
     for key, value in wanted.items():
         name = key if "." in key else f"method.{key}"
         has = json.loads(identity.get(name, "null"))
-        if value not in (str(has), json.dumps(has)):
+        if value not in (str(has), json.dumps(has)) and not (skipped and name.startswith(skipped)):
             return False
-    return all(identity.get(key, plain) == plain for key, plain in _PLAIN.items() if key not in wanted)
+    plain = {} if skipped else _PLAIN
+    return all(identity.get(key, value) == value for key, value in plain.items() if key not in wanted)

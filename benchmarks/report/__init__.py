@@ -5,14 +5,19 @@
 
 from __future__ import annotations
 
-from exitkit.benchmarks.report.collect import Comparison, FinishedRun, collect
+from exitkit.benchmarks.report.collect import Comparison, Context, Missing, collect
 from exitkit.benchmarks.report.console import print_report
 from exitkit.benchmarks.report.figures import anytime_figure, budgeted_figure
+from exitkit.benchmarks.report.measure import FinishedRun
+from exitkit.benchmarks.report.options import ReportOptions
 from exitkit.benchmarks.report.write import write_report
 
 __all__ = [
     "Comparison",
+    "Context",
     "FinishedRun",
+    "Missing",
+    "ReportOptions",
     "anytime_figure",
     "budgeted_figure",
     "collect",

@@ -2,291 +2,305 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from exitkit.benchmarks.published import published_for
-from exitkit.benchmarks.statistics import area_under_curve, holm, paired_difference
+from exitkit.benchmarks.report.labels import Names, name_runs, unlike
+from exitkit.benchmarks.report.measure import COST_COLUMNS, FinishedRun, RunMeasures, anytime_rows, exit_costs
+from exitkit.benchmarks.report.options import ReportOptions, read_budget
+from exitkit.benchmarks.report.relate import differences, published_beside, stitch, training, verdicts
 from exitkit.errors import UserError
-from exitkit.evaluation import (
-    PAPER_SHARES,
-    anytime_accuracy,
-    budgeted,
-    confidence,
-    correct,
-    exit_counts,
-    share_for_budget,
-)
 
 BASELINE = "joint"
+STATIC = "static"
+"""What runs are called that were trained for one exit alone: reference points, not curves."""
 GROUP = ["backbone", "dataset"]
 """What is compared within: methods meet on the same backbone and data set only."""
 
 
-class FinishedRun(Protocol):
-    """What a comparison needs of a run; `exitkit.RunFolder` is one."""
+@dataclass(frozen=True)
+class Missing:
+    """A run that was planned and is not there: its identity, and why not."""
 
-    @property
-    def path(self) -> Path:
-        """Return the run's folder, for messages."""
+    identity: Mapping[str, str]
+    reason: str
 
-    @property
-    def label(self) -> str:
-        """Return what the run's method is called in a table."""
 
-    @property
-    def recipe(self) -> Any:
-        """Return what the run is: `backbone`, `dataset` and `seed` are read."""
+@dataclass(frozen=True)
+class Context:
+    """What run folders alone do not say: what a paper has in the place of ours, and what was planned.
 
-    @property
-    def identity(self) -> Mapping[str, str]:
-        """Return what makes the run this run, flat: a method's own fields are called `method.field`."""
+    Attributes:
+        title, note: of the comparison.
+        published: tables of the papers that it is to stand beside; none: every one that fits.
+        stands_for: {name of a run's folder: {"backbone" or "dataset": the paper's}}.
+        missing: runs that were planned and failed, or have not been made.
+    """
 
-    def outputs(self, part: str) -> Mapping[str, np.ndarray]:
-        """Return logits [N, K, C], labels [N] and indices [N] of "validation" or "test"."""
-
-    def costs(self) -> Sequence[Mapping[str, int]]:
-        """Return one row an exit: exit (from 1), papers, macs, params."""
-
-    def training_cost(self) -> Mapping[str, float]:
-        """Return `seconds` of training, and its peak `memory_mib`."""
+    title: str = ""
+    note: str = ""
+    published: Sequence[str] = ()
+    stands_for: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    missing: Sequence[Missing] = ()
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Three tidy tables, averaged over seeds.
+    """Tidy tables, averaged over seeds.
 
-    Accuracies are in percent, costs in multiply-adds of one image (convention `macs`; `papers` beside it), sd
-    is the sample's (n - 1; NaN for one seed), n counts seeds. Methods keep the order they were given in.
+    Accuracies are in percent, costs in multiply-adds of one image (convention `macs`; `papers` beside it) or in what
+    `options.cost` says, sd is the sample's (n - 1; NaN for one seed), n counts seeds. Methods keep the order they were
+    given in; they are told apart by the fields in which they differ (see `labels`).
     """
 
+    options: ReportOptions
+    context: Context
     anytime: pd.DataFrame
-    """method, backbone, dataset, exit, papers, macs, accuracy_mean, accuracy_sd, n."""
+    """method, backbone, dataset, exit, papers, macs (, milliseconds), accuracy_mean, accuracy_sd, n."""
     budgeted: pd.DataFrame
     """method, backbone, dataset, budget, cost_mean (realised on test), accuracy_mean, accuracy_sd, n."""
     curve: pd.DataFrame
     """method, backbone, dataset, point (the papers' p, 1..39), cost_mean, accuracy_mean, accuracy_sd, n."""
+    points: pd.DataFrame
+    """method, backbone, dataset, point, and means over seeds of cost, accuracy, threshold_k and share_k."""
+    oracle: pd.DataFrame
+    """method, backbone, dataset, exit, cost_mean, accuracy_mean, accuracy_sd, n: the best any exit rule could do."""
+    static: pd.DataFrame
+    """backbone, dataset, exit, cost_mean, accuracy_mean, accuracy_sd, n: networks trained for one exit alone."""
+    stitched: pd.DataFrame
+    """method, dataset, budget, cost_mean, accuracy_mean, accuracy_sd, n: networks of several sizes as one curve."""
+    calibration: pd.DataFrame
+    """method, backbone, dataset, where ("exit 1", ..., "point 1", ...), error_mean, error_sd (percent), n."""
+    risk: pd.DataFrame
+    """method, backbone, dataset, found (seeds), cost_mean, accuracy_mean, accuracy_sd, drop_mean, n.
+
+    The cheapest operating point that loses at most `options.risk` points of accuracy against the full network, with
+    certainty `options.certainty`; seeds for which none could be found count with the full network.
+    """
+    verdicts: pd.DataFrame
+    """backbone, dataset, where, budget, best, accuracy, second, lead, low, high, p_holm, verdict: see `verdicts`."""
     differences: pd.DataFrame
     """method, backbone, dataset, baseline, measure ("exit 1", ..., "area"), mean, low, high, p, p_holm, n.
 
-    Seed by seed against joint training (or the first method), in points of accuracy, with a 95 % t-interval; `p_holm`
-    is corrected for the methods of the table. "area" is the mean height of the budgeted curve between the costs that
-    the curves of all runs reach.
+    Seed by seed against the baseline, in points of accuracy, with a 95 % t-interval; `p_holm` is corrected for the
+    methods of the table. "area" is the mean height of the budgeted curve between the costs that the curves of all
+    runs reach.
     """
     published: pd.DataFrame
-    """method, backbone, dataset, paper, table, exit, accuracy_mean (ours), published, epochs, published_epochs, note.
-
-    Empty where no paper has numbers for what was run.
-    """
+    """method, backbone, dataset, paper, table, exit, accuracy_mean (ours), published, epochs, published_epochs,
+    published_backbone, published_dataset, note. Empty where no paper has numbers for what was run."""
     training: pd.DataFrame
     """method, backbone, dataset, seconds_mean, seconds_sd, time_relative, memory_mib, memory_relative, n.
 
-    Seconds of training, all epochs and phases; relative to joint training, or to the first method where that is not.
+    Seconds of training, all epochs and phases; relative to the baseline, or to the first method where that is not.
     """
+    missing: pd.DataFrame
+    """method, backbone, dataset, seed, reason: runs that belong into the table and are not there."""
+    notes: Mapping[tuple[str, str], Sequence[str]]
+    """{(backbone, dataset): in what its methods differ besides the method}."""
+
+    names: Mapping[str, Names]
+    """{name of a run's folder: what it is called}."""
+
+    def frames(self) -> dict[str, pd.DataFrame]:
+        """Return all tables by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, pd.DataFrame)}
+
+    @property
+    def cost_column(self) -> str:
+        """The column of `anytime` that holds the cost."""
+        return COST_COLUMNS[self.options.cost]
 
 
-def collect(runs: Iterable[FinishedRun], *, budgets: int = 9) -> Comparison:
+class _Named(NamedTuple):
+    run: FinishedRun
+    names: Names
+
+
+def collect(
+    runs: Iterable[FinishedRun],
+    *,
+    budgets: int = 9,
+    options: ReportOptions | None = None,
+    context: Context | None = None,
+) -> Comparison:
     """Evaluate finished runs, anytime and budgeted batch, and average over seeds.
 
-    Runs of one backbone and data set are compared with one another. Their budgets are spaced evenly between
-    the costs that all of them can spend: from the dearest first exit to the cheapest last one, ends left out.
-    At each budget a run gets the exit shares whose planned cost is the budget, and thresholds from its
+    Runs of one backbone and data set are compared with one another. Unless the options give budgets, these are spaced
+    evenly between the costs that all runs can spend: from the dearest first exit to the cheapest last one, ends left
+    out. At each budget a run gets the exit shares whose planned cost is the budget, and thresholds from its
     validation outputs.
 
     Args:
         runs: in the order in which the methods are to appear.
-        budgets: how many budgets.
+        budgets: how many budgets, where none are given.
+        options: how to measure.
+        context: what the folders do not say.
 
     Raises:
         UserError: no runs, a method twice with one seed, runs that cannot be compared.
     """
-    groups: dict[tuple[str, str], list[FinishedRun]] = {}
-    for run in runs:
-        groups.setdefault((run.recipe.backbone, run.recipe.dataset), []).append(run)
-    if not groups:
+    options, context = options or ReportOptions(), context or Context()
+    given = list(runs)
+    if not given:
         raise UserError("no finished runs to compare; expected at least one")
-    parts: dict[str, list[pd.DataFrame]] = {"anytime": [], "budgeted": [], "curve": [], "training": []}
-    for members in groups.values():
-        _check_comparable(members)
-        grid = _common_budgets(members, budgets)
-        samples: np.ndarray | None = None
-        for run in members:
-            validation, test = run.outputs("validation"), run.outputs("test")
-            indices = np.sort(test["indices"])
-            if samples is not None and not np.array_equal(indices, samples):
-                raise UserError(f"{run.path} and {members[0].path} were tested on different samples")
-            samples = indices
-            for name, rows in _measure(run, validation, test, grid).items():
-                parts[name].append(rows)
+    absent = [one.identity for one in context.missing]
+    identities = [run.identity for run in given]
+    labels = name_runs([*(_without_weights(one) for one in identities), *absent])
+    named = [
+        _Named(run, names._replace(method=STATIC) if _only_exit(run.identity) else names)
+        for run, names in zip(given, labels, strict=False)
+    ]
+    groups: dict[tuple[str, str], list[_Named]] = {}
+    for one in named:
+        groups.setdefault((one.names.backbone, one.names.dataset), []).append(one)
+    parts: dict[str, list[pd.DataFrame]] = {}
+    notes: dict[tuple[str, str], Sequence[str]] = {}
+    for group, members in groups.items():
+        _check_seeds(members)
+        notes[group] = unlike([m.run.identity for m in members], [m.names.method for m in members])
+        for name, rows in _measure_group(members, options, budgets).items():
+            parts.setdefault(name, []).append(rows)
+    whole = {name: pd.concat(frames, ignore_index=True) for name, frames in parts.items()}
+    anytime = _over_seeds(whole["anytime"], ["exit", "papers", "macs"])
+    baseline = options.baseline or BASELINE
+    missing = [
+        (*names, json.loads(one.identity["seed"]), one.reason)
+        for names, one in zip(labels[len(given) :], context.missing, strict=True)
+    ]
     return Comparison(
-        anytime=_over_seeds(parts["anytime"], ["exit", "papers", "macs"]),
-        budgeted=_over_seeds(parts["budgeted"], ["budget"]),
-        curve=_over_seeds(parts["curve"], ["point"]),
-        differences=_differences(parts),
-        published=_published(groups.values(), _over_seeds(parts["anytime"], ["exit", "papers", "macs"])),
-        training=_training(pd.concat(parts["training"], ignore_index=True)),
+        options=options,
+        context=context,
+        anytime=anytime,
+        budgeted=_over_seeds(whole["budgeted"], ["budget"]),
+        curve=_over_seeds(whole["curve"], ["point"]),
+        points=whole["points"]
+        .drop(columns="seed")
+        .groupby(["method", *GROUP, "point"], sort=False)
+        .mean()
+        .reset_index(),
+        oracle=_over_seeds(whole["oracle"], ["exit"]),
+        static=_static(named, options),
+        stitched=_over_seeds(stitch(whole["stitch"]), ["budget"], ["method", "dataset"]),
+        calibration=_over_seeds(whole["calibration"], ["where"], of="error"),
+        risk=_risk(whole["risk"]),
+        verdicts=verdicts(whole["anytime"], whole["budgeted"]),
+        differences=differences(whole["anytime"], whole["curve"], baseline),
+        published=published_beside(named, anytime, context),
+        training=training(whole["training"], baseline),
+        missing=_missing(named, missing),
+        notes=notes,
+        names={one.run.path.name: one.names for one in named},
     )
 
 
-def _check_comparable(runs: Sequence[FinishedRun]) -> None:
-    """Refuse a seed that counts twice, and runs that differ in more than the method and the seed."""
-    seen: dict[tuple[str, int], FinishedRun] = {}
-    first_of: dict[str, FinishedRun] = {}
-    for run in runs:
-        twin = seen.setdefault((run.label, run.recipe.seed), run)
+def _only_exit(identity: Mapping[str, str]) -> int:
+    """Return the exit (from 1) that a run was trained for alone, 0 if for several."""
+    weights = json.loads(identity.get("method.weights", "null"))
+    positive = [k for k, w in enumerate(weights, 1) if w > 0] if isinstance(weights, list) else []
+    return positive[0] if len(positive) == 1 else 0
+
+
+def _without_weights(identity: Mapping[str, str]) -> Mapping[str, str]:
+    """Static references do not make other runs of their method be told apart by the weights of exits."""
+    return {**identity, "method.weights": "null"} if _only_exit(identity) else identity
+
+
+def _check_seeds(members: Sequence[_Named]) -> None:
+    """Refuse a seed that counts twice."""
+    seen: dict[tuple[str, int, int], FinishedRun] = {}
+    for run, names in members:
+        twin = seen.setdefault((names.method, run.recipe.seed, _only_exit(run.identity)), run)
         if twin is not run:
             raise UserError(
-                f"{twin.path} and {run.path} are both {run.label} with seed {run.recipe.seed}; "
+                f"{twin.path} and {run.path} are both {names.method} with seed {run.recipe.seed}; "
                 "expected each seed of a method once"
             )
-        _check_alike(runs[0], run, ignoring=("seed", "method"))
-        _check_alike(first_of.setdefault(run.label, run), run, ignoring=("seed",))
 
 
-def _check_alike(one: FinishedRun, other: FinishedRun, ignoring: tuple[str, ...]) -> None:
-    a, b = one.identity, other.identity
-    keys = sorted(key for key in a.keys() | b.keys() if key.split(".")[0] not in ignoring and a.get(key) != b.get(key))
-    if keys:
-        told = ", ".join(f"{key}={a.get(key)} and {b.get(key)}" for key in keys[:3])
-        raise UserError(
-            f"{one.path} and {other.path} can't stand in one table: they differ in {told}; "
-            "expected runs of one recipe, in a folder of their own"
-        )
-
-
-def _macs(run: FinishedRun) -> np.ndarray:
-    return np.array([row["macs"] for row in run.costs()], dtype=np.int64)
-
-
-def _common_budgets(runs: Sequence[FinishedRun], count: int) -> np.ndarray:
-    low, high = max(_macs(run)[0] for run in runs), min(_macs(run)[-1] for run in runs)
+def _budgets(members: Sequence[_Named], options: ReportOptions, count: int) -> np.ndarray:
+    if options.budgets:
+        return np.array([read_budget(text) for text in options.budgets])
+    costs = [exit_costs(run, options.cost) for run, _ in members]
+    low, high = max(cost[0] for cost in costs), min(cost[-1] for cost in costs)
     if low >= high:
+        names = members[0].names
         raise UserError(
-            f"the runs of {runs[0].recipe.backbone} on {runs[0].recipe.dataset} have no common budget: "
-            f"one's first exit costs {low} multiply-adds, one's last {high}; expected less first than last"
+            f"the runs of {names.backbone} on {names.dataset} have no common budget: "
+            f"one's first exit costs {low}, one's last {high}; expected less first than last"
         )
     return np.linspace(low, high, count + 2)[1:-1]
 
 
-def _measure(
-    run: FinishedRun, validation: Mapping[str, np.ndarray], test: Mapping[str, np.ndarray], grid: np.ndarray
-) -> dict[str, pd.DataFrame]:
-    """Return one run's rows of each table, before averaging."""
-    if not len(validation["labels"]):
-        raise UserError(f"{run.path} has no validation samples; expected some, to find thresholds on")
-    costs = run.costs()
-    macs = _macs(run)
-    samples, exits = validation["logits"].shape[:2]
-    shares = [*PAPER_SHARES, *share_for_budget(macs, grid)]
-    result = budgeted(
-        confidence(validation["logits"]),
-        confidence(test["logits"]),
-        correct(test["logits"], test["labels"]),
-        macs,
-        exit_counts(samples, exits, shares),
-    )
-    points = len(PAPER_SHARES)
-    same = {
-        "method": run.label,
-        "seed": run.recipe.seed,
-        "backbone": run.recipe.backbone,
-        "dataset": run.recipe.dataset,
-    }
-    anytime: dict[str, Any] = {name: [int(row[name]) for row in costs] for name in ("exit", "papers", "macs")}
-    anytime["accuracy"] = 100 * anytime_accuracy(test["logits"], test["labels"])
-    cost, accuracy = result.cost, 100 * result.accuracy
-    return {
-        "training": pd.DataFrame([{**same, **run.training_cost()}]),
-        "anytime": pd.DataFrame({**same, **anytime}),
-        "budgeted": pd.DataFrame({**same, "budget": grid, "cost": cost[points:], "accuracy": accuracy[points:]}),
-        "curve": pd.DataFrame(
-            {**same, "point": range(1, points + 1), "cost": cost[:points], "accuracy": accuracy[:points]}
-        ),
-    }
+def _measure_group(members: Sequence[_Named], options: ReportOptions, count: int) -> dict[str, pd.DataFrame]:
+    parts: dict[str, list[pd.DataFrame]] = {}
+    samples: np.ndarray | None = None
+    adaptive = [member for member in members if member.names.method != STATIC]
+    grid = _budgets(adaptive or members, options, count)
+    for run, names in adaptive or members:
+        measures = RunMeasures(run, names, options)
+        indices = np.sort(measures.test["indices"])
+        if samples is not None and not np.array_equal(indices, samples):
+            raise UserError(f"{run.path} and {members[0].run.path} were tested on different samples")
+        samples = indices
+        frames = measures.frames(grid)
+        frames["training"] = pd.DataFrame([{**measures.same, **run.training_cost()}])
+        curve = measures.curve
+        seen = {"validation_cost": curve.validation_cost, "validation_accuracy": curve.validation_accuracy}
+        frames["stitch"] = pd.DataFrame({**measures.same, **seen, "cost": curve.cost, "accuracy": curve.accuracy})
+        for name, rows in frames.items():
+            parts.setdefault(name, []).append(rows)
+    return {name: pd.concat(rows, ignore_index=True) for name, rows in parts.items()}
 
 
-def _differences(parts: Mapping[str, Sequence[pd.DataFrame]]) -> pd.DataFrame:
-    anytime = pd.concat(parts["anytime"], ignore_index=True)
-    anytime["measure"] = "exit " + anytime["exit"].astype(str)
-    measured = [anytime[["method", "seed", *GROUP, "measure", "accuracy"]]]
-    for group, rows in pd.concat(parts["curve"], ignore_index=True).groupby(GROUP, sort=False):
-        runs = rows.groupby(["method", "seed"], sort=False)
-        low, high = runs["cost"].min().max(), runs["cost"].max().min()
-        heights = [(*run, *group, "area", area_under_curve(r["cost"], r["accuracy"], low, high)) for run, r in runs]
-        measured.append(pd.DataFrame(heights, columns=measured[0].columns))
-    table = []
-    for group, rows in pd.concat(measured, ignore_index=True).groupby(GROUP, sort=False):
-        methods = list(dict.fromkeys(rows["method"]))
-        baseline = BASELINE if BASELINE in methods else methods[0]
-        for measure, mine in rows.groupby("measure", sort=False):
-            wide = mine.pivot(index="seed", columns="method", values="accuracy")
-            found = []
-            rivals = [name for name in methods if name != baseline and {name, baseline} <= set(wide.columns)]
-            for method in rivals:
-                pairs = wide[[method, baseline]].dropna()
-                if len(pairs):
-                    change = paired_difference(pairs[method], pairs[baseline])
-                    found.append((method, *group, baseline, measure, *change))
-            columns = ["method", *GROUP, "baseline", "measure", "mean", "low", "high", "p", "n"]
-            frame = pd.DataFrame(found, columns=columns)
-            frame.insert(len(columns) - 1, "p_holm", holm(frame["p"]))
-            table.append(frame)
-    return pd.concat(table, ignore_index=True)
+def _static(named: Sequence[_Named], options: ReportOptions) -> pd.DataFrame:
+    columns = [*GROUP, "exit", "cost_mean", "accuracy_mean", "accuracy_sd", "n"]
+    rows = []
+    for run, names in named:
+        only = _only_exit(run.identity)
+        if only:
+            row = anytime_rows(run, {"seed": run.recipe.seed, **names._asdict()}, options.cost).iloc[[only - 1]]
+            rows.append(row.assign(cost=row[COST_COLUMNS[options.cost]]))
+    if not rows:
+        return pd.DataFrame(columns=columns)
+    return _over_seeds(pd.concat(rows, ignore_index=True), ["exit"], GROUP)[columns]
 
 
-def _published(groups: Iterable[Sequence[FinishedRun]], ours: pd.DataFrame) -> pd.DataFrame:
-    columns = ["method", *GROUP, "paper", "table", "exit", "accuracy_mean", "published"]
-    columns += ["epochs", "published_epochs", "note"]
-    found = [pd.DataFrame(columns=columns)]
-    for run in {run.label: run for members in groups for run in members}.values():
-        theirs = published_for(run.identity).rename(columns={"accuracy": "published", "epochs": "published_epochs"})
-        mine = ours[(ours["method"] == run.label) & (ours["backbone"] == run.recipe.backbone)]
-        mine = mine[mine["dataset"] == run.recipe.dataset].drop(columns="accuracy_sd").assign(epochs=run.recipe.epochs)
-        both = theirs.drop(columns="method").merge(mine, on=[*GROUP, "exit"])
-        if len(both):
-            found.append(both[columns])
-    return pd.concat(found[1:] or found, ignore_index=True)
+def _risk(rows: pd.DataFrame) -> pd.DataFrame:
+    table = _over_seeds(rows, [])
+    more = rows.groupby(["method", *GROUP], sort=False).agg(found=("point", "count"), drop_mean=("drop", "mean"))
+    return table.merge(more.reset_index(), on=["method", *GROUP])
 
 
-def _training(rows: pd.DataFrame) -> pd.DataFrame:
+def _missing(named: Sequence[_Named], absent: list[tuple[Any, ...]]) -> pd.DataFrame:
+    """Return what was planned and is not there, and seeds that other methods of the same table have."""
+    found = pd.DataFrame(absent, columns=["method", *GROUP, "seed", "reason"])
+    known = {tuple(row) for row in found[["method", *GROUP, "seed"]].itertuples(index=False)}
+    rows = []
+    have: dict[tuple[str, ...], dict[int, None]] = {}
+    for run, names in named:
+        have.setdefault(tuple(names), {})[run.recipe.seed] = None
+    for names, seeds in have.items():
+        wanted = sorted({seed for other, theirs in have.items() if other[1:] == names[1:] for seed in theirs})
+        gaps = [(*names, seed) for seed in wanted if seed not in seeds]
+        rows += [(*gap, "not there") for gap in gaps if gap not in known]
+    return pd.concat([found, pd.DataFrame(rows, columns=found.columns)], ignore_index=True) if rows else found
+
+
+def _over_seeds(
+    rows: pd.DataFrame, keys: list[str], by: Sequence[str] = ("method", *GROUP), of: str = "accuracy"
+) -> pd.DataFrame:
+    means = {f"{name}_mean": (name, "mean") for name in ("cost",) if name in rows}
+    means |= {name: (name, "mean") for name in ("milliseconds",) if name in rows}
+    counted = rows.assign(counted=rows[of])
     table = (
-        rows.groupby([*GROUP, "method"], sort=False)
-        .agg(
-            seconds_mean=("seconds", "mean"),
-            seconds_sd=("seconds", "std"),
-            memory_mib=("memory_mib", "mean"),
-            n=("seconds", "size"),
-        )
+        counted.groupby([*by, *keys], sort=False)
+        .agg(**means, **{f"{of}_mean": (of, "mean"), f"{of}_sd": (of, "std")}, n=("counted", "count"))
         .reset_index()
     )
-    for name, measure in (("time_relative", "seconds_mean"), ("memory_relative", "memory_mib")):
-        parts = [mine[measure] / _baseline(mine, measure) for _, mine in table.groupby(GROUP, sort=False)]
-        table[name] = pd.concat(parts)
-    order = ["seconds_mean", "seconds_sd", "time_relative", "memory_mib", "memory_relative", "n"]
-    return table[["method", *GROUP, *order]]
-
-
-def _baseline(rows: pd.DataFrame, measure: str) -> float:
-    joint = rows[rows["method"] == BASELINE]
-    return float((joint if len(joint) else rows)[measure].iloc[0])
-
-
-def _over_seeds(parts: Sequence[pd.DataFrame], keys: list[str]) -> pd.DataFrame:
-    rows = pd.concat(parts, ignore_index=True)
-    named = {"cost_mean": ("cost", "mean")} if "cost" in rows else {}
-    by = ["method", *GROUP, *keys]
-    return (
-        rows.groupby(by, sort=False)
-        .agg(
-            **named,
-            accuracy_mean=("accuracy", "mean"),
-            accuracy_sd=("accuracy", "std"),
-            n=("accuracy", "size"),
-        )
-        .reset_index()
-    )
+    return table

@@ -4,31 +4,18 @@ from __future__ import annotations
 
 from math import ceil
 
-import pandas as pd
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from exitkit.benchmarks.report.collect import GROUP, Comparison
-from exitkit.benchmarks.report.layout import (
-    TRAINING_HEADS,
-    Cell,
-    Wide,
-    difference_caption,
-    difference_heads,
-    difference_rows,
-    group_name,
-    published_caption,
-    published_rows,
-    seed_count,
-    training_caption,
-    training_rows,
-    wide_tables,
-)
+from exitkit.benchmarks.report.collect import Comparison
+from exitkit.benchmarks.report.layout import Cell, Wide, seed_count, wide_tables
+from exitkit.benchmarks.report.sheets import Sheet, sheets
 
 TITLES = {"anytime": "Anytime accuracy (%)", "budgeted": "Budgeted-batch accuracy (%)"}
-ACROSS = {"anytime": "exit and its multiply-adds", "budgeted": "average budget in multiply-adds"}
+ACROSS = {"anytime": "exit and its", "budgeted": "average budget in"}
+PRINTED = ("verdicts", "differences", "published", "risk", "training", "missing")
 BEST, SPREAD = "bold green", "not bold dim default"
 
 
@@ -46,42 +33,40 @@ def print_report(comparison: Comparison, console: Console) -> None:
                 console.print(table)
             spread = "mean ± sd; " if max(wide.seeds.values()) > 1 else ""
             unit = f" ({wide.unit.strip()})" if wide.unit else ""
-            console.print(Text(f" {spread}columns: {ACROSS[kind]}{unit}; best in bold", style="dim"))
-    for _, rows in comparison.differences.groupby(GROUP, sort=False):
-        console.print(Text.assemble("\n ", ("Differences", "bold"), f"  {group_name(rows)}"))
-        console.print(_differences(rows))
-        console.print(Text(f" {difference_caption(rows)}", style="dim"))
-    for _, rows in comparison.published.groupby(GROUP, sort=False):
-        console.print(Text.assemble("\n ", ("Published", "bold"), f"  {group_name(rows)}"))
-        heads, lines = published_rows(rows)
-        table = Table(box=box.SIMPLE_HEAVY, padding=(0, 1, 0, 0), header_style="bold cyan")
-        for place, head in enumerate(heads):
-            table.add_column(head, justify="left" if place < 2 else "right")
-        for line in lines:
-            table.add_row(*line)
-        console.print(table)
-        console.print(Text(f" {published_caption(rows)}", style="dim"))
-    for _, rows in comparison.training.groupby(GROUP, sort=False):
-        console.print(Text.assemble("\n ", ("Training", "bold"), f"  {group_name(rows)}"))
-        table = Table(box=box.SIMPLE_HEAVY, padding=(0, 1, 0, 0), header_style="bold cyan")
-        table.add_column("method", no_wrap=True)
-        for head in (*TRAINING_HEADS, "n"):
-            table.add_column(head, justify="right")
-        for row in training_rows(rows):
-            table.add_row(*row)
-        console.print(table)
-        console.print(Text(f" {training_caption(rows).lower()}", style="dim"))
+            console.print(Text(f" {spread}columns: {ACROSS[kind]} {wide.cost}{unit}; best in bold", style="dim"))
+    for sheet in sheets(comparison):
+        if sheet.kind in PRINTED:
+            console.print(Text.assemble("\n ", (sheet.title, "bold"), f"  {sheet.group}"))
+            for table in _parts(sheet, console):
+                console.print(table)
+            console.print(Text(f" {sheet.caption}", style="dim"))
+    for (backbone, dataset), notes in comparison.notes.items():
+        for note in notes:
+            console.print(Text(f"\n mind: on {backbone}, {dataset}, {note}", style="yellow"))
 
 
-def _differences(rows: pd.DataFrame) -> Table:
+def _parts(sheet: Sheet, console: Console) -> list[Table]:
+    """Return a narrow table as it is, or cut into several where the console is narrower."""
+    unlimited = console.options.update(width=10_000)
+    numbers = range(sheet.left, len(sheet.heads))
+    for parts in range(1, len(numbers) + 1):
+        step = ceil(len(numbers) / parts)
+        tables = [_sheet(sheet, numbers[start : start + step]) for start in range(0, len(numbers), step)]
+        if all(console.measure(table, options=unlimited).maximum <= console.width for table in tables):
+            return tables
+    return [_sheet(sheet, numbers, fold=True)]
+
+
+def _sheet(sheet: Sheet, columns: range, fold: bool = False) -> Table:
     table = Table(box=box.SIMPLE_HEAVY, padding=(0, 1, 0, 0), header_style="bold cyan")
-    table.add_column("method", no_wrap=True)
-    for head in difference_heads(rows):
-        table.add_column(head, justify="right", no_wrap=True)
-    table.add_column("n", justify="right", style="dim", no_wrap=True)
-    seeds = rows.groupby("method", sort=False)["n"].max()
-    for name, cells in difference_rows(rows).items():
-        table.add_row(Text(name), *(_cell(cell, stacked=True) for cell in cells), str(seeds[name]))
+    for place in (*range(sheet.left), *columns):
+        head = sheet.heads[place]
+        words = place < sheet.left
+        table.add_column(
+            head, justify="left" if words else "right", style="dim" if head == "n" else "", no_wrap=not fold
+        )
+    for row in sheet.rows:
+        table.add_row(*(_cell(row[place], stacked=True) for place in (*range(sheet.left), *columns)))
     return table
 
 
@@ -107,7 +92,7 @@ def _table(wide: Wide, columns: range, stacked: bool) -> Table:
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("n", justify="right", style="dim", no_wrap=True)
     for name, cells in wide.cells.items():
-        table.add_row(Text(name), *(_cell(cells[i], stacked) for i in columns), str(wide.seeds[name]))
+        table.add_row(Text(name), *(_cell(cells[i], stacked) for i in columns), wide.count(name))
     return table
 
 

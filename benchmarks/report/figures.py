@@ -5,6 +5,7 @@ Figures are made on matplotlib's objects, not on pyplot's global state, so that 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +51,112 @@ STYLE: dict[Any, Any] = {
 
 
 def anytime_figure(comparison: Comparison) -> Figure:
-    """Draw the accuracy of each exit against its multiply-adds; bands are one sd over seeds."""
-    return _panels(comparison.anytime, "macs")
+    """Draw the accuracy of each exit against its cost; bands are one sd over seeds, crosses networks of one exit."""
+    return _panels(comparison, comparison.anytime, comparison.cost_column, _add_static)
 
 
 def budgeted_figure(comparison: Comparison) -> Figure:
-    """Draw the papers' 39 budgeted-batch points at their realised mean cost; bands are one sd over seeds."""
-    return _panels(comparison.curve, "cost_mean")
+    """Draw the budgeted-batch points at their realised mean cost; bands are one sd over seeds."""
+    return _panels(comparison, comparison.curve, "cost_mean", _add_static)
+
+
+def oracle_figure(comparison: Comparison) -> Figure:
+    """Draw the budgeted curves with the upper bound of each, that of a rule which knows the best exit of each image."""
+
+    def bounds(axes: Axes, comparison: Comparison, group: tuple[str, str], size: float) -> None:
+        for place, method in enumerate(_methods(comparison)):
+            rows = comparison.oracle
+            mine = rows[(rows["method"] == method) & (rows["backbone"] == group[0]) & (rows["dataset"] == group[1])]
+            colour = _look(place)["color"]
+            axes.plot(mine["cost_mean"] / size, mine["accuracy_mean"], ":", color=colour, lw=0.9)
+
+    return _panels(comparison, comparison.curve, "cost_mean", bounds)
+
+
+def stitched_figure(comparison: Comparison) -> Figure:
+    """Draw the curve that each method's networks of several sizes make together, a panel a data set."""
+    rows = comparison.stitched.assign(backbone="all networks")
+    return _panels(comparison, rows, "cost_mean", None)
+
+
+def learning_figure(learning: pd.DataFrame) -> Figure:
+    """Draw the validation accuracy of up to four exits over training: a panel an exit, a row a network and data set."""
+    groups = [rows for _, rows in learning.groupby(GROUP, sort=False)]
+    methods = list(dict.fromkeys(learning["method"]))
+    chosen = [_spread_over(sorted(rows["exit"].unique()), 4) for rows in groups]
+    across = max(map(len, chosen))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(1.75 * across, 1.75 * len(groups) + 0.35), layout="constrained")
+        panels = figure.subplots(len(groups), across, squeeze=False)
+        for line, (rows, exits) in enumerate(zip(groups, chosen, strict=True)):
+            for axes, number in zip(panels[line], [*exits, *[None] * (across - len(exits))], strict=True):
+                if number is None:
+                    axes.axis("off")
+                    continue
+                for place, method in enumerate(methods):
+                    mine = rows[(rows["method"] == method) & (rows["exit"] == number)]
+                    look = _look(place) | {"marker": "" if len(mine) > 15 else _look(place)["marker"], "lw": 1.0}
+                    axes.plot(mine["epoch"], mine["validation_accuracy_mean"], label=method, **look)
+                axes.set_title(
+                    f"exit {number}" if len(groups) == 1 else f"exit {number}, {group_name(rows)}", fontsize=7
+                )
+                axes.set_xlabel("epoch")
+                axes.grid(axis="y")
+            panels[line][0].set_ylabel("validation accuracy (%)")
+        _legend(figure, methods)
+    return figure
+
+
+def sweep_figure(sweep: pd.DataFrame) -> Figure:
+    """Draw accuracy against the values of a swept field, one line an exit; a panel for each method and field."""
+    groups = [(names, rows) for names, rows in sweep.groupby(["method", "field", *GROUP], sort=False)]
+    exits = _spread_over(sorted(sweep["exit"].unique()), 5)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH * len(groups), HEIGHT), layout="constrained")
+        for axes, (names, rows) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
+            for place, number in enumerate(exits):
+                mine = rows[rows["exit"] == number].sort_values("value")
+                axes.errorbar(
+                    mine["value"],
+                    mine["accuracy_mean"],
+                    mine["accuracy_sd"].fillna(0),
+                    label=f"exit {number}",
+                    capsize=2,
+                    elinewidth=0.6,
+                    **_look(place),
+                )
+            axes.set_title(f"{names[0]}, {names[2]} on {names[3]}")
+            axes.set_xlabel(names[1].replace("_", " "))
+            axes.grid(axis="y")
+        figure.axes[0].set_ylabel("accuracy (%)")
+        _legend(figure, [f"exit {number}" for number in exits])
+    return figure
+
+
+def _spread_over(values: list[int], most: int) -> list[int]:
+    """Return up to `most` of the values, first and last among them, evenly spread."""
+    if len(values) <= most:
+        return values
+    return [values[round(place)] for place in np.linspace(0, len(values) - 1, most)]
+
+
+def _methods(comparison: Comparison) -> list[str]:
+    return list(dict.fromkeys(comparison.anytime["method"]))
+
+
+def _add_static(axes: Axes, comparison: Comparison, group: tuple[str, str], size: float) -> None:
+    rows = comparison.static
+    mine = rows[(rows["backbone"] == group[0]) & (rows["dataset"] == group[1])]
+    if len(mine):
+        axes.plot(
+            mine["cost_mean"] / size,
+            mine["accuracy_mean"],
+            "x",
+            color="#555555",
+            ms=5,
+            mew=1.2,
+            label="static networks",
+        )
 
 
 def save_figure(figure: Figure, path: Path, kind: str) -> None:
@@ -65,26 +165,47 @@ def save_figure(figure: Figure, path: Path, kind: str) -> None:
         figure.savefig(path, format=kind, metadata={"CreationDate" if kind == "pdf" else "Software": None})
 
 
-def _panels(frame: pd.DataFrame, cost: str) -> Figure:
-    methods = list(dict.fromkeys(frame["method"]))
+Extra = Callable[[Axes, Comparison, tuple[str, str], float], None]
+"""What a figure draws over a panel: its axes, the comparison, backbone and data set, and the size of the unit."""
+
+
+def _panels(comparison: Comparison, frame: pd.DataFrame, cost: str, extra: Extra | None) -> Figure:
+    methods = [method for method in _methods(comparison) if method in set(frame["method"])]
     groups = [rows for _, rows in frame.groupby(GROUP, sort=False)]
+    across = min(len(groups), 3)
+    down = -(-len(groups) // across)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH * len(groups), HEIGHT), layout="constrained")
-        panels = figure.subplots(1, len(groups), squeeze=False)[0]
-        for axes, rows in zip(panels, groups, strict=True):
-            unit, size = unit_for(rows[cost])
-            for place, method in enumerate(methods):
+        figure = Figure(figsize=(WIDTH * across, HEIGHT * down), layout="constrained")
+        panels = figure.subplots(down, across, squeeze=False)
+        for axes in panels.ravel()[len(groups) :]:
+            axes.axis("off")
+        for axes, rows in zip(panels.ravel(), groups, strict=False):
+            label, size = axis_of(comparison, rows[cost])
+            for place, method in enumerate(_methods(comparison)):
                 mine = rows[rows["method"] == method]
                 if len(mine):
                     _draw(axes, mine, cost, size, place)
+            if extra:
+                extra(axes, comparison, (rows["backbone"].iloc[0], rows["dataset"].iloc[0]), size)
             axes.set_title(group_name(rows))
-            axes.set_xlabel(f"multiply-adds ({unit})" if unit else "multiply-adds")
+            axes.set_xlabel(label)
             axes.grid(axis="y")
             axes.set_axisbelow(True)
             axes.set_ylim(top=min(axes.get_ylim()[1], 100))
-        panels[0].set_ylabel("accuracy (%)")
-        _legend(figure, methods)
+        for line in panels:
+            line[0].set_ylabel("accuracy (%)")
+        labels = [text for axes in figure.axes for text in axes.get_legend_handles_labels()[1]]
+        _legend(figure, methods + [name for name in dict.fromkeys(labels) if name not in methods])
     return figure
+
+
+def axis_of(comparison: Comparison, costs: pd.Series) -> tuple[str, float]:
+    """Return the label of an axis of costs, with its unit, and the size of that unit."""
+    if comparison.options.cost == "latency":
+        return "milliseconds per image", 1.0
+    unit, size = unit_for(costs)
+    papers = ", papers' count" if comparison.options.cost == "papers" else ""
+    return f"multiply-adds{papers} ({unit})" if unit else f"multiply-adds{papers}", size
 
 
 def _look(place: int) -> dict[str, Any]:

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from exitkit.benchmarks.report.collect import BASELINE, GROUP, Comparison
+from exitkit.benchmarks.report.collect import GROUP, Comparison
 
 UNITS = {"G": 1e9, "M": 1e6, "K": 1e3, "": 1.0}
 MISSING = "–"
 WHAT = {
-    "anytime": "Anytime accuracy (top-1, %) at each exit, with its multiply-adds",
-    "budgeted": "Budgeted-batch accuracy (top-1, %) at average budgets of multiply-adds per image",
+    "anytime": "Anytime accuracy (top-1, %) at each exit, with its {cost}",
+    "budgeted": "Budgeted-batch accuracy (top-1, %) at average budgets of {cost} per image",
 }
+COSTS = {"macs": "multiply-adds", "papers": "multiply-adds (the papers' count)", "latency": "milliseconds"}
+"""What each measure of cost is called."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,21 @@ class Wide:
     caption: str
     heads: list[tuple[str, str]]
     """For each column "exit 1" (or "budget") and its multiply-adds in `unit`, "0.12"."""
+    cost: str
+    """What cost is: "multiply-adds", "milliseconds"."""
     unit: str
     """" M", " K", ...: what follows the multiply-adds."""
     cells: dict[str, list[Cell]]
     """For each method, one cell a column."""
     seeds: dict[str, int]
     """For each method, over how many seeds."""
+    missing: dict[str, int]
+    """For each method that lacks some, how many seeds."""
+
+    def count(self, name: str) -> str:
+        """Return a method's number of seeds, and of how many where some are missing: "2", "1/2"."""
+        gaps = self.missing.get(name, 0)
+        return f"{self.seeds[name]}/{self.seeds[name] + gaps}" if gaps else str(self.seeds[name])
 
 
 def unit_for(costs: Iterable[float]) -> tuple[str, float]:
@@ -72,80 +83,7 @@ def wide_tables(comparison: Comparison, kind: str) -> list[Wide]:
     """Return the "anytime" or "budgeted" table of each backbone and data set."""
     frame = comparison.anytime if kind == "anytime" else comparison.budgeted
     decimals = {group: _decimals(rows["accuracy_sd"]) for group, rows in comparison.anytime.groupby(GROUP)}
-    return [_wide(kind, rows, decimals[group]) for group, rows in frame.groupby(GROUP, sort=False)]
-
-
-TRAINING_HEADS = ["training (s)", "time ratio", "peak memory (MiB)", "memory ratio"]
-
-
-def training_rows(rows: pd.DataFrame) -> list[list[str]]:
-    """Return one row a method: its name, what stands under `TRAINING_HEADS`, and the number of seeds."""
-    return [
-        [
-            row["method"],
-            Cell(f"{row['seconds_mean']:.1f}", f"{row['seconds_sd']:.1f}" if row["n"] > 1 else "", best=False).text(),
-            f"{row['time_relative']:.2f}",
-            f"{row['memory_mib']:.0f}",
-            f"{row['memory_relative']:.2f}",
-            str(row["n"]),
-        ]
-        for row in rows.to_dict("records")
-    ]
-
-
-SIGNIFICANCE = 0.05
-
-
-def difference_heads(rows: pd.DataFrame) -> list[str]:
-    """Return the columns of the table of differences: the exits, and the area under the budgeted curve."""
-    return list(dict.fromkeys(rows["measure"]))
-
-
-def difference_rows(rows: pd.DataFrame) -> dict[str, list[Cell]]:
-    """Return one row a method; best is what stays significant after Holm's correction, with a star."""
-    table: dict[str, list[Cell]] = {}
-    for row in rows.to_dict("records"):
-        sure = row["p_holm"] < SIGNIFICANCE
-        reach = "" if row["n"] < 2 else f"{(row['high'] - row['low']) / 2:.2f}"
-        text = "–" if pd.isna(row["mean"]) else f"{row['mean']:+.2f}" + ("*" if sure else "")
-        table.setdefault(row["method"], []).append(Cell(text, reach if text != "–" else "", sure))
-    return table
-
-
-def difference_caption(rows: pd.DataFrame) -> str:
-    """Say what the table of differences shows."""
-    return (
-        f"Difference to {rows['baseline'].iloc[0]} in points of accuracy, seed by seed, with the half width of its "
-        "95 % interval; * significant at 0.05 after Holm's correction for the methods of a column; area: mean height "
-        "of the budgeted curve"
-    )
-
-
-def published_rows(rows: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
-    """Return the heads and the rows of the table that sets ours and the papers' accuracies side by side."""
-    exits = sorted(rows["exit"].unique())
-    table = []
-    for (method, paper, place), mine in rows.groupby(["method", "paper", "table"], sort=False):
-        by_exit = mine.set_index("exit")
-        for who, column in (("ours", "accuracy_mean"), (f"{paper}, {place}", "published")):
-            values = by_exit[column].reindex(exits)
-            epochs = by_exit["epochs" if column == "accuracy_mean" else "published_epochs"].iloc[0]
-            table.append([str(method), who, *(MISSING if pd.isna(v) else f"{v:.2f}" for v in values), str(epochs)])
-    return ["method", "source", *(f"exit {number}" for number in exits), "epochs"], table
-
-
-def published_caption(rows: pd.DataFrame) -> str:
-    """Say what the table shows, and whether it is a fair comparison."""
-    fair = (rows["epochs"] == rows["published_epochs"]).all()
-    warning = "" if fair else "; OURS IS NOT THE PAPER'S SCHEDULE, so that the two can't be compared"
-    notes = "".join(f"; {note}" for note in dict.fromkeys(rows["note"]) if note)
-    return f"Ours beside the published accuracy (top-1, %){warning}{notes}"
-
-
-def training_caption(rows: pd.DataFrame) -> str:
-    """Say what the table is and what it is relative to."""
-    methods = list(rows["method"])
-    return f"What training cost, all epochs; ratios to {BASELINE if BASELINE in methods else methods[0]}"
+    return [_wide(kind, rows, decimals[group], comparison) for group, rows in frame.groupby(GROUP, sort=False)]
 
 
 def _decimals(sds: pd.Series) -> int:
@@ -164,22 +102,37 @@ def group_name(rows: pd.DataFrame) -> str:
     return f"{rows['backbone'].iloc[0]} on {rows['dataset'].iloc[0]}"
 
 
-def _wide(kind: str, rows: pd.DataFrame, decimals: int) -> Wide:
+def _wide(kind: str, rows: pd.DataFrame, decimals: int, comparison: Comparison) -> Wide:
     across = "exit" if kind == "anytime" else "budget"
     methods = list(dict.fromkeys(rows["method"]))
     means = rows.pivot(index="method", columns=across, values="accuracy_mean").loc[methods]
     sds = rows.pivot(index="method", columns=across, values="accuracy_sd").loc[methods]
-    seeds = {str(method): int(n) for method, n in rows.groupby("method", sort=False)["n"].first().items()}
-    heads, unit = _heads(rows, across)
+    seeds = {str(method): int(n) for method, n in rows.groupby("method", sort=False)["n"].max().items()}
+    heads, unit = _heads(rows, across, comparison)
+    gaps = comparison.missing
+    gaps = gaps[(gaps["backbone"] == rows["backbone"].iloc[0]) & (gaps["dataset"] == rows["dataset"].iloc[0])]
+    missing = {str(method): int(n) for method, n in gaps["method"].value_counts(sort=False).items()}
+    cells = _cells(means, sds, decimals)
+    for name in missing:  # a method of which nothing is there has its row, too
+        cells.setdefault(name, [Cell(MISSING, "", best=False)] * len(heads))
+        seeds.setdefault(name, 0)
     over = f", mean ± sd over {seed_count(seeds.values())}" if max(seeds.values()) > 1 else ""
+    what = WHAT[kind].format(cost=COSTS[comparison.options.cost])
+    absent = (
+        f" Missing: {', '.join(f'{name} ({n} of {n + seeds[name]})' for name, n in missing.items())}."
+        if missing
+        else ""
+    )
     return Wide(
         kind=kind,
         group=group_name(rows),
-        caption=f"{WHAT[kind]}: {group_name(rows)}{over}. Best of each column in bold.",
+        caption=f"{what}: {group_name(rows)}{over}. Best of each column in bold.{absent}",
         heads=heads,
+        cost=COSTS[comparison.options.cost],
         unit=unit,
-        cells=_cells(means, sds, decimals),
+        cells=cells,
         seeds=seeds,
+        missing=missing,
     )
 
 
@@ -198,12 +151,15 @@ def _cells(means: pd.DataFrame, sds: pd.DataFrame, decimals: int) -> dict[str, l
     return cells
 
 
-def _heads(rows: pd.DataFrame, across: str) -> tuple[list[tuple[str, str]], str]:
-    cost = "macs" if across == "exit" else "budget"
+def _heads(rows: pd.DataFrame, across: str, comparison: Comparison) -> tuple[list[tuple[str, str]], str]:
+    cost = comparison.cost_column if across == "exit" else "budget"
     span = rows.groupby(across)[cost].agg(["min", "max"])
     values = sorted({*span["min"], *span["max"]})
-    unit, _ = unit_for(values)
-    texts = dict(zip(values, write_costs(values), strict=True))
+    if comparison.options.cost == "latency":
+        unit, written = "ms", [f"{value:.3g}" for value in values]
+    else:
+        unit, written = unit_for(values)[0], write_costs(values)
+    texts = dict(zip(values, written, strict=True))
     heads = []
     for k, low, high in span.itertuples():
         # Methods may widen a network (ISC): then the exit's cost is a range.

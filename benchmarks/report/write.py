@@ -1,63 +1,105 @@
-"""A comparison as files: CSV, Markdown, LaTeX, PNG and PDF."""
+"""A comparison as files: CSV, Markdown, LaTeX, HTML, PNG and PDF."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
+from matplotlib.figure import Figure
+
+from exitkit.benchmarks.report import figures
 from exitkit.benchmarks.report.collect import Comparison
-from exitkit.benchmarks.report.figures import anytime_figure, budgeted_figure, save_figure
+from exitkit.benchmarks.report.document import latex_document, markdown_document
+from exitkit.benchmarks.report.html import html_report
 from exitkit.benchmarks.report.layout import wide_tables
-from exitkit.benchmarks.report.tables import (
-    difference_latex,
-    difference_markdown,
-    latex,
-    markdown,
-    published_latex,
-    published_markdown,
-    training_latex,
-    training_markdown,
-)
+from exitkit.benchmarks.report.learning import learning_curves, sweeps
+from exitkit.benchmarks.report.sheets import sheets
+from exitkit.benchmarks.report.tables import latex, markdown, sheets_latex, sheets_markdown
 from exitkit.files import make_folder, written_whole
 
+FORMATS = ("csv", "md", "latex", "html", "pdf", "png")
+Writer = Callable[[Path], object]
 
-def write_report(comparison: Comparison, folder: str | Path) -> list[Path]:
+
+def write_report(
+    comparison: Comparison,
+    folder: str | Path,
+    *,
+    runs: Iterable[Any] = (),
+    formats: Sequence[str] = FORMATS,
+) -> list[Path]:
     """Write the tables and figures of a comparison into `folder` (made if missing) and return their paths.
 
-    These are anytime and budgeted, each as .csv (raw numbers), .md and .tex (wide tables), .png and .pdf; curve.csv;
-    and differences (to the baseline) and training (what it cost), as .csv, .md and .tex. Each file appears whole or
-    not at all, and replaces an earlier one. Where papers have numbers for what was run, published (.csv, .md, .tex)
-    sets both side by side.
+    csv: the tidy tables of `Comparison` (those that hold anything), learning (curves of every exit) and sweep. md and
+    latex: the tables as people read them, one file a kind, and all of them as `report.md` and `report.tex`. html: all
+    of it as `report.html`, one page that needs nothing else. pdf and png: the figures. Each file appears whole or not
+    at all, and replaces an earlier one.
+
+    Args:
+        comparison: what to write.
+        folder: where to.
+        runs: whose learning curves to draw; none: no curves.
+        formats: which of the above.
 
     Raises:
         UserError: the folder cannot be written.
     """
     folder = Path(folder)
-    frames = {"anytime": comparison.anytime, "budgeted": comparison.budgeted, "curve": comparison.curve}
-    frames |= {"differences": comparison.differences, "training": comparison.training}
-    writers: dict[str, Callable[[Path], object]] = {
-        f"{name}.csv": partial(frame.to_csv, index=False) for name, frame in frames.items()
-    }
-    for kind, figure in [("anytime", anytime_figure(comparison)), ("budgeted", budgeted_figure(comparison))]:
-        tables = wide_tables(comparison, kind)
-        writers[f"{kind}.md"] = partial(_write_text, markdown(tables))
-        writers[f"{kind}.tex"] = partial(_write_text, latex(tables))
-        for suffix in ("png", "pdf"):
-            writers[f"{kind}.{suffix}"] = partial(save_figure, figure, kind=suffix)
-    writers["differences.md"] = partial(_write_text, difference_markdown(comparison.differences))
-    writers["differences.tex"] = partial(_write_text, difference_latex(comparison.differences))
-    if len(comparison.published):
-        writers["published.csv"] = partial(comparison.published.to_csv, index=False)
-        writers["published.md"] = partial(_write_text, published_markdown(comparison.published))
-        writers["published.tex"] = partial(_write_text, published_latex(comparison.published))
-    writers["training.md"] = partial(_write_text, training_markdown(comparison.training))
-    writers["training.tex"] = partial(_write_text, training_latex(comparison.training))
+    learning = learning_curves(runs, comparison.names)
+    swept = sweeps(comparison.anytime)
+    drawn = _figures(comparison, learning, swept)
+    writers: dict[str, Writer] = {}
+    if "csv" in formats:
+        frames = comparison.frames() | {"learning": learning, "sweep": swept}
+        writers |= {f"{n}.csv": partial(f.to_csv, index=False) for n, f in frames.items() if len(f) or n in ALWAYS}
+    narrow: dict[str, list[Any]] = {}
+    for sheet in sheets(comparison):
+        narrow.setdefault(sheet.kind, []).append(sheet)
+    wide = {kind: wide_tables(comparison, kind) for kind in ("anytime", "budgeted")}
+    if "md" in formats:
+        texts = {kind: markdown(tables) for kind, tables in wide.items()}
+        texts |= {kind: sheets_markdown(tables) for kind, tables in narrow.items()}
+        pictures = list(drawn) if "png" in formats else []
+        texts["report"] = markdown_document(comparison, texts, pictures)
+        writers |= {f"{name}.md": partial(_write_text, text) for name, text in texts.items()}
+    if "latex" in formats:
+        texts = {kind: latex(tables) for kind, tables in wide.items()}
+        texts |= {kind: sheets_latex(tables) for kind, tables in narrow.items()}
+        texts["report"] = latex_document(comparison, list(texts), list(drawn) if "pdf" in formats else [])
+        writers |= {f"{name}.tex": partial(_write_text, text) for name, text in texts.items()}
+    if "html" in formats:
+        writers["report.html"] = partial(_write_text, html_report(comparison, learning, swept))
+    for kind in ("png", "pdf"):
+        if kind in formats:
+            for name, figure in drawn.items():
+                writers[f"{name}.{kind}"] = partial(figures.save_figure, figure, kind=kind)
     make_folder(folder)
     for name, write in writers.items():
         with written_whole(folder / name) as temporary:
             write(temporary)
     return [folder / name for name in writers]
+
+
+ALWAYS = ("anytime", "budgeted", "curve", "differences", "training")
+"""Tables that are written even where they are empty."""
+
+
+def _figures(comparison: Comparison, learning: pd.DataFrame, swept: pd.DataFrame) -> dict[str, Figure]:
+    drawn = {
+        "anytime": figures.anytime_figure(comparison),
+        "budgeted": figures.budgeted_figure(comparison),
+        "oracle": figures.oracle_figure(comparison),
+    }
+    if len(comparison.stitched):
+        drawn["stitched"] = figures.stitched_figure(comparison)
+    if len(learning):
+        drawn["learning"] = figures.learning_figure(learning)
+    if len(swept):
+        drawn["sweep"] = figures.sweep_figure(swept)
+    return drawn
 
 
 def _write_text(text: str, path: Path) -> None:

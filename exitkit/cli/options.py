@@ -12,7 +12,19 @@ from exitkit.errors import UserError
 if TYPE_CHECKING:
     from exitkit.recipe import Recipe
 
-COMPARISON_KEYS = ("title", "methods", "seeds")
+COMPARISON_KEYS = (
+    "title",
+    "note",
+    "methods",
+    "seeds",
+    "baseline",
+    "set",
+    "sweep",
+    "static",
+    "published",
+    "figures",
+    "report",
+)
 """The keys that a recipe of a comparison has beyond those of a run."""
 
 _OPTIONS = [
@@ -67,7 +79,7 @@ def make_recipe(values: Mapping[str, Any], given: Mapping[str, Any]) -> Recipe:
     return Recipe.make(**(dict(values) | {key: value for key, value in given.items() if value is not None}))
 
 
-def parse_sets(sets: tuple[str, ...]) -> dict[str, str]:
+def parse_sets(sets: tuple[str, ...], option: str = "--set") -> dict[str, str]:
     """Read `field=value` pairs.
 
     Raises:
@@ -77,8 +89,8 @@ def parse_sets(sets: tuple[str, ...]) -> dict[str, str]:
     for item in sets:
         field, equals, value = item.partition("=")
         if not equals or not field:
-            raise UserError(f"--set {item!r} is not of the form field=value, such as --set temperature=0.5")
+            raise UserError(f"{option} {item!r} is not of the form field=value, such as {option} temperature=0.5")
         if field in pairs:
-            raise UserError(f"--set gives {field!r} twice; once is enough")
+            raise UserError(f"{option} gives {field!r} twice; once is enough")
         pairs[field.strip()] = value.strip()
     return pairs

@@ -1,0 +1,83 @@
+"""What a comparison leaves in its folder besides the runs: what was planned, and which runs failed and why."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from exitkit.benchmarks.report.collect import Context, Missing
+from exitkit.errors import UserError
+from exitkit.files import exists, make_folder, read_json, write_json
+from exitkit.runs import RESULTS, flat_identity
+
+if TYPE_CHECKING:
+    from exitkit.benchmarks.plan import Plan, Planned
+    from exitkit.recipe import Recipe
+
+PLAN = "comparison.json"
+FAILURES = "failures"
+
+
+def write_plan(out: Path, plan: Plan, runs: Sequence[Planned]) -> None:
+    """Write what is planned into the folder of the comparison."""
+    make_folder(out)
+    planned = [{"recipe": each.recipe.model_dump(mode="json"), "stands_for": dict(each.stands_for)} for each in runs]
+    about = {"title": plan.title, "note": plan.note, "published": list(plan.published)}
+    report = dict(plan.report) | ({} if "baseline" in plan.report else {"baseline": plan.baseline})
+    write_json(out / PLAN, about | {"report": report, "runs": planned})
+
+
+def read_plan(out: Path) -> tuple[Context, dict[str, Any], list[str]]:
+    """Return what a folder's plan says besides its runs: context, report options, and the planned runs' names in order.
+
+    A folder without a plan has none of it.
+
+    Raises:
+        UserError: the plan is damaged.
+    """
+    from exitkit.recipe import Recipe
+
+    if not exists(out / PLAN):
+        return Context(), {}, []
+    plan = read_json(out / PLAN)
+    try:
+        recipes = [Recipe.make(**each["recipe"]) for each in plan["runs"]]
+        stands_for = {recipe.id: each["stands_for"] for recipe, each in zip(recipes, plan["runs"], strict=True)}
+        report: dict[str, Any] = plan["report"]
+        context = Context(plan["title"], plan["note"], plan["published"], stands_for, missing(out, recipes))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{out / PLAN} is damaged ({error}); delete it, or compare again") from None
+    return context, report, [recipe.id for recipe in recipes]
+
+
+def missing(out: Path, recipes: Sequence[Recipe]) -> list[Missing]:
+    """Return those of the recipes' runs that are not finished in `out`, each with what is known of the reason."""
+    found = []
+    for recipe in recipes:
+        if not exists(out / recipe.id / RESULTS):
+            reason = failure(out, recipe.id) or "not made yet"
+            found.append(Missing(flat_identity(recipe), reason))
+    return found
+
+
+def note_failure(out: Path, recipe: Recipe, reason: str) -> None:
+    """Write down why a run failed."""
+    make_folder(out / FAILURES)
+    when = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    write_json(out / FAILURES / f"{recipe.id}.json", {"reason": reason, "when": when})
+
+
+def forget_failure(out: Path, recipe: Recipe) -> None:
+    """Forget why a run failed, now that it is tried again."""
+    (out / FAILURES / f"{recipe.id}.json").unlink(missing_ok=True)
+
+
+def failure(out: Path, name: str) -> str:
+    """Return why the run of this name failed; "" if it did not."""
+    path = out / FAILURES / f"{name}.json"
+    if not exists(path):
+        return ""
+    content: Mapping[str, Any] = read_json(path)
+    return f"failed: {content.get('reason', 'no reason is left')}"

@@ -1,0 +1,78 @@
+"""All tables and figures of a comparison as one document: Markdown, or LaTeX that compiles as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from exitkit.benchmarks.report.collect import Comparison
+from exitkit.benchmarks.report.tables import SPECIAL
+
+FIGURES = {
+    "anytime": "Accuracy of each exit against its cost; bands: one sd over seeds; crosses: networks of one exit.",
+    "budgeted": "Budgeted batch: accuracy against realised mean cost, thresholds from validation.",
+    "oracle": "Budgeted curves, and dotted the bound of a rule that knows the best exit of every image.",
+    "stitched": "Networks of several sizes as one curve, chosen on validation.",
+    "learning": "Validation accuracy over training.",
+    "sweep": "Accuracy against the values of a swept field.",
+}
+"""What each figure shows."""
+
+_HEAD = r"""\documentclass{article}
+\usepackage{booktabs,adjustbox,graphicx}
+\usepackage[margin=2cm]{geometry}
+\begin{document}
+"""
+
+_FIGURE = r"""\begin{figure*}[t]
+\centering
+\includegraphics[width=\textwidth,height=0.8\textheight,keepaspectratio]{%s.pdf}
+\caption{%s}
+\label{fig:%s}
+\end{figure*}
+"""
+
+
+def lead(comparison: Comparison) -> list[str]:
+    """Return what stands before the tables: the comparison's note, and what its methods differ in besides."""
+    lines = [comparison.context.note] if comparison.context.note else []
+    for (backbone, dataset), notes in comparison.notes.items():
+        lines += [f"Mind: on {backbone}, {dataset}, {note}." for note in notes]
+    return lines
+
+
+def title(comparison: Comparison) -> str:
+    """Return the comparison's title."""
+    return comparison.context.title or "Comparison of training methods"
+
+
+def markdown_document(comparison: Comparison, tables: Mapping[str, str], pictures: Sequence[str]) -> str:
+    """Write a report whose pictures lie beside it.
+
+    Args:
+        comparison: what it is of.
+        tables: {kind: Markdown}.
+        pictures: names of PNG files.
+    """
+    parts = [f"# {title(comparison)}", *lead(comparison)]
+    for kind, text in tables.items():
+        parts.append(f"## {kind.capitalize()}\n\n{text.strip()}")
+        if kind in pictures:
+            parts.append(f"![{FIGURES[kind]}]({kind}.png)")
+    parts += [f"## {kind.capitalize()}\n\n![{FIGURES[kind]}]({kind}.png)" for kind in pictures if kind not in tables]
+    return "\n\n".join(parts) + "\n"
+
+
+def latex_document(comparison: Comparison, tables: Sequence[str], pictures: Sequence[str]) -> str:
+    """Write a document that puts in the tables (.tex) and figures (.pdf) that lie beside it.
+
+    Args:
+        comparison: what it is of.
+        tables: names of .tex files.
+        pictures: names of .pdf files.
+    """
+    parts = [_HEAD, f"\\section*{{{title(comparison).translate(SPECIAL)}}}\n"]
+    parts += [f"{line.translate(SPECIAL)}\n\n" for line in lead(comparison)]
+    for kind in tables:
+        parts.append(f"\\input{{{kind}}}\n")
+    parts += [_FIGURE % (kind, FIGURES[kind].translate(SPECIAL), kind) for kind in pictures]
+    return "".join([*parts, "\\end{document}\n"])

@@ -1,0 +1,170 @@
+"""A comparison as one HTML page: what stands in its tables, and curves that tell method, thresholds, cost, accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from exitkit.benchmarks.report import page
+from exitkit.benchmarks.report.collect import GROUP, STATIC, Comparison
+from exitkit.benchmarks.report.document import FIGURES, lead, title
+from exitkit.benchmarks.report.figures import axis_of
+from exitkit.benchmarks.report.layout import Wide, group_name, wide_tables
+from exitkit.benchmarks.report.sheets import Sheet, cost_text, sheets
+
+_ACCURACY = "accuracy (%)"
+
+
+def html_report(comparison: Comparison, learning: pd.DataFrame, swept: pd.DataFrame) -> str:
+    """Return the whole report as one page.
+
+    Args:
+        comparison: what it is of.
+        learning, swept: see `learning`; empty frames draw nothing.
+    """
+    places = {name: place for place, name in enumerate(dict.fromkeys(comparison.anytime["method"]))}
+    sections = []
+    narrow = sheets(comparison)
+    wide = {kind: wide_tables(comparison, kind) for kind in ("anytime", "budgeted")}
+    for number, (_, rows) in enumerate(comparison.anytime.groupby(GROUP, sort=False)):
+        group = group_name(rows)
+        blocks: list[Any] = [_wide(tables[number]) for tables in wide.values()]
+        blocks.insert(1, _anytime(comparison, rows, places))
+        blocks.append(_budgeted(comparison, _of(comparison.curve, rows), places))
+        blocks += [_sheet(sheet) for sheet in narrow if sheet.group == group]
+        curves = _of(learning, rows)
+        blocks += [_learning(curves, places)] if len(curves) else []
+        sections.append(page.Section(group, blocks))
+    sections += [
+        page.Section(f"All networks on {data}", [_stitched(comparison, rows, places)])
+        for data, rows in comparison.stitched.groupby("dataset", sort=False)
+    ]
+    if len(swept):
+        charts = [_sweep(names, rows) for names, rows in swept.groupby(["method", "field", *GROUP], sort=False)]
+        sections.append(page.Section("Sweeps", charts))
+    return page.html_page(title(comparison), lead(comparison), sections)
+
+
+def _of(frame: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of a frame that are of the same backbone and data set as `rows`."""
+    backbone, dataset = rows["backbone"].iloc[0], rows["dataset"].iloc[0]
+    return frame[(frame["backbone"] == backbone) & (frame["dataset"] == dataset)]
+
+
+def _wide(table: Wide) -> page.Table:
+    heads = ["method", *(f"{name} ({cost}{table.unit})" for name, cost in table.heads), "n"]
+    rows = []
+    for name, cells in table.cells.items():
+        numbers = [page.Cell(cell.text(), _number(cell.mean), cell.best) for cell in cells]
+        rows.append([page.Cell(name), *numbers, page.Cell(table.count(name), float(table.seeds[name]))])
+    return page.Table(f"{table.kind.capitalize()} accuracy", heads, rows, table.caption)
+
+
+def _sheet(sheet: Sheet) -> page.Table:
+    rows = [[page.Cell(cell.text(), _number(cell.mean), cell.best) for cell in row] for row in sheet.rows]
+    return page.Table(sheet.title, sheet.heads, rows, sheet.caption)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text.rstrip("*"))
+    except ValueError:
+        return None
+
+
+def _anytime(comparison: Comparison, rows: pd.DataFrame, places: Mapping[str, int]) -> page.Chart:
+    column = comparison.cost_column
+    label, size = axis_of(comparison, rows[column])
+    series = []
+    for method, mine in rows.groupby("method", sort=False):
+        points = []
+        for row in mine.to_dict("records"):
+            facts = [("method", str(method)), ("exit", str(row["exit"])), *_amounts(comparison, row, row[column])]
+            points.append(_point(row[column] / size, row, facts))
+        series.append(page.Series(str(method), points, places[str(method)]))
+    return page.Chart("Anytime", label, _ACCURACY, [*series, *_static(comparison, rows, size)], FIGURES["anytime"])
+
+
+def _static(comparison: Comparison, rows: pd.DataFrame, size: float) -> list[page.Series]:
+    mine = _of(comparison.static, rows)
+    points = []
+    for row in mine.to_dict("records"):
+        facts = [("network of its own, up to exit", str(row["exit"])), *_amounts(comparison, row, row["cost_mean"])]
+        points.append(_point(row["cost_mean"] / size, row, facts))
+    return [page.Series(STATIC, points, 6, joined=False)] if points else []
+
+
+def _budgeted(comparison: Comparison, rows: pd.DataFrame, places: Mapping[str, int]) -> page.Chart:
+    label, size = axis_of(comparison, rows["cost_mean"])
+    detail = _of(comparison.points, rows).set_index(["method", "point"])
+    series = []
+    for method, mine in rows.groupby("method", sort=False):
+        points = []
+        for row in mine.to_dict("records"):
+            seen = detail.loc[(method, row["point"])]
+            exits = [name.removeprefix("share_") for name in detail.columns if name.startswith("share_")]
+            exits = [k for k in exits if not pd.isna(seen[f"share_{k}"])]
+            shares = ", ".join(f"{100 * seen[f'share_{k}']:.1f}" for k in exits)
+            limits = ", ".join(f"{seen[f'threshold_{k}']:.3f}" for k in exits[:-1])
+            facts = [("method", str(method)), ("point", str(row["point"]))]
+            facts += _amounts(comparison, row, row["cost_mean"])
+            facts += [("thresholds", limits), ("leaving at each exit (%)", shares)]
+            points.append(_point(row["cost_mean"] / size, row, facts))
+        series.append(page.Series(str(method), points, places[str(method)]))
+    return page.Chart(
+        "Budgeted batch", label, _ACCURACY, [*series, *_static(comparison, rows, size)], FIGURES["budgeted"]
+    )
+
+
+def _stitched(comparison: Comparison, rows: pd.DataFrame, places: Mapping[str, int]) -> page.Chart:
+    label, size = axis_of(comparison, rows["cost_mean"])
+    series = []
+    for method, mine in rows.groupby("method", sort=False):
+        points = [
+            _point(r["cost_mean"] / size, r, [("method", str(method)), *_amounts(comparison, r, r["cost_mean"])])
+            for r in mine.to_dict("records")
+        ]
+        series.append(page.Series(str(method), points, places[str(method)]))
+    return page.Chart("Several sizes as one curve", label, _ACCURACY, series, FIGURES["stitched"])
+
+
+def _learning(rows: pd.DataFrame, places: Mapping[str, int]) -> page.Chart:
+    last = rows["exit"].max()
+    series = []
+    for method, mine in rows[rows["exit"] == last].groupby("method", sort=False):
+        points = []
+        for row in mine.to_dict("records"):
+            facts = [("method", str(method)), ("phase", row["phase"]), ("epoch", str(row["epoch"]))]
+            facts += [(name.replace("_", " ").removesuffix(" mean"), f"{row[name]:.2f}") for name in _MEASURED]
+            points.append(page.Point(row["epoch"], row["validation_accuracy_mean"], None, None, facts))
+        series.append(page.Series(str(method), points, places[str(method)]))
+    return page.Chart("Learning", "epoch", "validation accuracy (%)", series, f"Exit {last} over training.")
+
+
+_MEASURED = ("train_accuracy_mean", "validation_accuracy_mean", "train_loss_mean", "validation_loss_mean")
+
+
+def _sweep(names: Any, rows: pd.DataFrame) -> page.Chart:
+    method, field, backbone, dataset = names
+    series = []
+    for place, (number, mine) in enumerate(rows.groupby("exit")):
+        points = []
+        for row in mine.sort_values("value").to_dict("records"):
+            facts = [(field, f"{row['value']:g}"), ("exit", str(number)), ("accuracy", f"{row['accuracy_mean']:.2f} %")]
+            points.append(_point(row["value"], row, facts))
+        series.append(page.Series(f"exit {number}", points, place))
+    return page.Chart(f"{method}, {backbone} on {dataset}", field, _ACCURACY, series, FIGURES["sweep"])
+
+
+def _amounts(comparison: Comparison, row: Mapping[str, Any], cost: float) -> list[tuple[str, str]]:
+    spread = "" if pd.isna(row["accuracy_sd"]) else f" ± {row['accuracy_sd']:.2f}"
+    accuracy = f"{row['accuracy_mean']:.2f}{spread} %"
+    return [("cost", cost_text(comparison, cost)), ("accuracy", accuracy), ("seeds", str(row["n"]))]
+
+
+def _point(x: float, row: Mapping[str, Any], facts: list[tuple[str, str]]) -> page.Point:
+    mean, sd = row["accuracy_mean"], row["accuracy_sd"]
+    low, high = (None, None) if pd.isna(sd) else (mean - sd, mean + sd)
+    return page.Point(float(x), mean, low, high, facts)

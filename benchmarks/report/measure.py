@@ -1,0 +1,207 @@
+"""One finished run, measured: what each exit, each operating point and each budget gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import pandas as pd
+
+from exitkit.benchmarks.report.labels import Names
+from exitkit.benchmarks.report.options import ReportOptions
+from exitkit.calibration import exit_calibration, fit_temperatures, point_calibration
+from exitkit.errors import UserError
+from exitkit.evaluation import (
+    anytime_accuracy,
+    correct,
+    exit_counts,
+    leave_at,
+    paper_shares,
+    share_for_budget,
+    thresholds,
+)
+from exitkit.exit_rules import patience_thresholds, scores
+from exitkit.operating_points import held, oracle_curve, risk_controlled
+
+COST_COLUMNS = {"macs": "macs", "papers": "papers", "latency": "milliseconds"}
+"""Column of the anytime table that each measure of cost stands in."""
+
+
+class FinishedRun(Protocol):
+    """What a comparison needs of a run; `exitkit.RunFolder` is one."""
+
+    @property
+    def path(self) -> Any:
+        """Return the run's folder, for messages; its name is the run's."""
+
+    @property
+    def recipe(self) -> Any:
+        """Return what the run is: `seed` and `epochs` are read."""
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """Return what makes the run this run, flat: a method's own fields are called `method.field`."""
+
+    def outputs(self, part: str) -> Mapping[str, np.ndarray]:
+        """Return logits [N, K, C], labels [N] and indices [N] of "validation" or "test"."""
+
+    def costs(self) -> Sequence[Mapping[str, int]]:
+        """Return one row an exit: exit (from 1), papers, macs, params."""
+
+    def latency(self) -> Sequence[float]:
+        """Return the milliseconds until each exit answers."""
+
+    def training_cost(self) -> Mapping[str, float]:
+        """Return `seconds` of training, and its peak `memory_mib`."""
+
+
+class Points(NamedTuple):
+    """Operating points of one run: thresholds [P, K], and what they give on validation and test."""
+
+    limits: np.ndarray
+    validation_cost: np.ndarray
+    validation_accuracy: np.ndarray
+    left: np.ndarray
+    """[P, N]: where each test sample leaves."""
+    rates: np.ndarray
+    """[P, K]: share of the test samples that leaves at each exit."""
+    cost: np.ndarray
+    accuracy: np.ndarray
+    """[P], percent."""
+
+    def at(self, chosen: np.ndarray) -> Points:
+        """Return some of the points, in the order of these indices."""
+        return Points(*(values[chosen] for values in self))
+
+
+class RunMeasures:
+    """Measures one run. A test label is read only to count hits: thresholds come from validation alone.
+
+    Args:
+        run: the run.
+        names: what it is called.
+        options: of the report.
+    """
+
+    def __init__(self, run: FinishedRun, names: Names, options: ReportOptions) -> None:
+        self.run, self.names, self.options = run, names, options
+        self.validation, self.test = run.outputs("validation"), run.outputs("test")
+        if not len(self.validation["labels"]):
+            raise UserError(f"{run.path} has no validation samples; expected some, to find thresholds on")
+        self.costs = exit_costs(run, options.cost)
+        self.temperatures = (
+            fit_temperatures(self.validation["logits"], self.validation["labels"]) if options.calibrated else None
+        )
+        self.scores_val, self.scores_test = (
+            scores(part["logits"], options.rule, self.temperatures) for part in (self.validation, self.test)
+        )
+        self.hits_val, self.hits = (correct(part["logits"], part["labels"]) for part in (self.validation, self.test))
+        curve = self.points(paper_shares(options.points))
+        self.curve = curve.at(held(curve.validation_accuracy)) if options.hold else curve
+
+    @property
+    def same(self) -> dict[str, Any]:
+        """The columns that are the same in every row."""
+        return {"method": self.names.method, "seed": self.run.recipe.seed, **self.names._asdict()}
+
+    def points(self, q: Sequence[Any]) -> Points:
+        """Return the operating points of shares q; under the rule of patience those of 1 to K agreeing exits."""
+        samples, exits = self.scores_val.shape
+        if self.options.rule == "patience":
+            return self._at(patience_thresholds(exits))
+        return self._at(thresholds(self.scores_val, exit_counts(samples, exits, q)))
+
+    def _at(self, limits: np.ndarray) -> Points:
+        left_val, left = leave_at(self.scores_val, limits), leave_at(self.scores_test, limits)
+        rates = np.stack([(left == k).mean(1) for k in range(limits.shape[1])], axis=1)
+        on_validation = self.hits_val[np.arange(len(self.hits_val)), left_val].mean(1)
+        accuracy = 100 * self.hits[np.arange(len(self.hits)), left].mean(1)
+        return Points(
+            limits, self.costs[left_val].mean(1), 100 * on_validation, left, rates, rates @ self.costs, accuracy
+        )
+
+    def budgeted(self, budgets: np.ndarray) -> Points:
+        """Return an operating point for each budget: that of BoostNet's equation 9.
+
+        Under the rule of patience, which has a few points only: of those whose cost on validation is within the
+        budget, the most accurate on validation.
+        """
+        if self.options.rule != "patience":
+            return self.points(share_for_budget(self.costs, budgets))
+        order = np.argsort(self.curve.validation_accuracy, kind="stable")
+        within = self.curve.validation_cost[order] <= budgets[:, None]
+        last = len(order) - 1 - within[:, ::-1].argmax(1)
+        cheapest = int(self.curve.validation_cost.argmin())
+        return self.curve.at(np.where(within.any(1), order[last], cheapest))
+
+    def frames(self, budgets: np.ndarray) -> dict[str, pd.DataFrame]:
+        """Return this run's rows of every table, before averaging; a budget below the first exit's cost is missing."""
+        spent, curve = self.budgeted(budgets), self.curve
+        out_of_reach = budgets < self.costs[0] * (1 - 1e-9)
+        cost, accuracy = (np.where(out_of_reach, np.nan, values) for values in (spent.cost, spent.accuracy))
+        best_cost, best_accuracy = oracle_curve(self.hits, self.costs)
+        numbers = range(1, len(curve.cost) + 1)
+        exits = range(1, len(self.costs) + 1)
+        detail = {"point": numbers, "cost": curve.cost, "accuracy": curve.accuracy}
+        detail |= {f"threshold_{k}": curve.limits[:, k - 1] for k in exits[:-1]}
+        detail |= {f"share_{k}": curve.rates[:, k - 1] for k in exits}
+        return {
+            "anytime": anytime_rows(self.run, self.same, self.options.cost),
+            "budgeted": pd.DataFrame({**self.same, "budget": budgets, "cost": cost, "accuracy": accuracy}),
+            "curve": pd.DataFrame({**self.same, "point": numbers, "cost": curve.cost, "accuracy": curve.accuracy}),
+            "points": pd.DataFrame({**self.same, **detail}),
+            "oracle": pd.DataFrame({**self.same, "exit": exits, "cost": best_cost, "accuracy": 100 * best_accuracy}),
+            "calibration": self._calibration(curve),
+            "risk": self._risk(),
+        }
+
+    def _calibration(self, curve: Points) -> pd.DataFrame:
+        exits = exit_calibration(self.test["logits"], self.test["labels"], self.temperatures)
+        surest = scores(self.test["logits"], "confidence", self.temperatures)
+        points = point_calibration(surest, self.hits, curve.left)
+        where = [f"exit {k}" for k in range(1, len(exits) + 1)] + [f"point {p}" for p in range(1, len(points) + 1)]
+        return pd.DataFrame({**self.same, "where": where, "error": 100 * np.concatenate([exits, points])})
+
+    def _risk(self) -> pd.DataFrame:
+        """Thresholds from one half of the validation samples, tested on the other: so the test is honest."""
+        limits = self.curve.limits
+        even, odd = (slice(start, None, 2) for start in (0, 1))
+        if self.options.rule != "patience":
+            counts = exit_counts(len(self.scores_val[even]), limits.shape[1], paper_shares(self.options.points))
+            limits = thresholds(self.scores_val[even], counts)
+        left = leave_at(self.scores_val[odd], limits)
+        hits = self.hits_val[odd]
+        leaving = hits[np.arange(len(hits)), left]
+        # What orders the tests must not come from the samples that they are made on, either.
+        mean_cost = self.costs[leave_at(self.scores_val[even], limits)].mean(1)
+        chosen = risk_controlled(hits[:, -1], leaving, mean_cost, self.options.risk / 100, 1 - self.options.certainty)
+        full = 100 * self.hits[:, -1].mean()
+        row = {"point": np.nan, "cost": self.costs[-1], "accuracy": full, "drop": 0.0}
+        if chosen is not None:
+            point = self._at(limits[[chosen]])
+            row = {"point": chosen + 1, "cost": point.cost[0], "accuracy": point.accuracy[0]}
+            row["drop"] = full - point.accuracy[0]
+        return pd.DataFrame([{**self.same, **row}])
+
+
+def exit_costs(run: FinishedRun, cost: str) -> np.ndarray:
+    """Return what leaving at each exit costs, [K], in multiply-adds or milliseconds.
+
+    Raises:
+        UserError: milliseconds of a run that was not measured.
+    """
+    if cost == "latency":
+        # A measurement may say that a later exit is faster; it can't be, since it does all that the earlier does.
+        return np.maximum.accumulate(np.asarray(run.latency(), dtype=np.float64))
+    return np.array([row[cost] for row in run.costs()], dtype=np.int64)
+
+
+def anytime_rows(run: FinishedRun, same: Mapping[str, Any], cost: str) -> pd.DataFrame:
+    """Return one row an exit: exit, papers, macs (and milliseconds), accuracy."""
+    test = run.outputs("test")
+    rows: dict[str, Any] = {name: [int(row[name]) for row in run.costs()] for name in ("exit", "papers", "macs")}
+    if cost == "latency":
+        rows["milliseconds"] = exit_costs(run, cost)
+    rows["accuracy"] = 100 * anytime_accuracy(test["logits"], test["labels"])
+    return pd.DataFrame({**same, **rows})

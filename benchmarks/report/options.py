@@ -1,0 +1,72 @@
+"""How a report is made: what it measures cost in, which exit rule decides, at which operating points."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from exitkit.errors import UserError
+from exitkit.plugins import instantiate, setting
+
+UNITS = {"K": 1e3, "M": 1e6, "G": 1e9}
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Options of a report; every one is an option of `exitkit report`, and a key of `report` in a recipe."""
+
+    baseline: str | None = setting(None, "method that differences are taken to; none: joint, or else the first")
+    cost: Literal["macs", "papers", "latency"] = setting(
+        "macs", "what cost is: multiply-adds, the papers' count of them, or milliseconds measured by `exitkit bench`"
+    )
+    points: int = setting(39, "operating points of a budgeted curve: shares of q = p / 20 for p = 1 to this")
+    rule: Literal["confidence", "margin", "entropy", "patience"] = setting("confidence", "exit rule")
+    calibrated: bool = setting(False, "scale each exit's logits by a temperature fitted on validation first")
+    hold: bool = setting(False, "stay at the operating point before where one brings nothing on validation")
+    budgets: tuple[str, ...] = setting(
+        (), "average budgets, such as 40M (multiply-adds) or 1.5ms; none: nine even ones"
+    )
+    risk: float = setting(1.0, "points of accuracy that the risk-controlled operating point may lose at most")
+    certainty: float = setting(0.95, "how sure that has to be")
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.points <= 400:
+            raise UserError(f"points is {self.points}; expected 1 to 400")
+        if not 0 < self.risk <= 100:
+            raise UserError(f"risk is {self.risk}; expected points of accuracy, above 0 and up to 100")
+        if not 0 < self.certainty < 1:
+            raise UserError(f"certainty is {self.certainty}; expected above 0 and below 1")
+        if self.calibrated and self.rule == "patience":
+            raise UserError("patience counts predictions, which no temperature changes; leave calibrated out")
+        for budget in self.budgets:
+            in_time = budget.endswith("ms")
+            if in_time != (self.cost == "latency"):
+                unit = "milliseconds, such as 1.5ms" if self.cost == "latency" else "multiply-adds, such as 40M"
+                raise UserError(f"budget {budget} does not fit cost {self.cost}; expected {unit}")
+            if not read_budget(budget) > 0:
+                raise UserError(f"budget {budget} is not above 0")
+
+    @classmethod
+    def make(cls, values: Mapping[str, Any]) -> ReportOptions:
+        """Make options from values.
+
+        Raises:
+            UserError: an unknown key (the nearest are given), or an impossible value.
+        """
+        options: ReportOptions = instantiate(cls, "report", values)
+        return options
+
+
+def read_budget(text: str) -> float:
+    """Read `40M`, `1.5G` or `123456` as multiply-adds, `1.5ms` as milliseconds.
+
+    Raises:
+        UserError: it is neither.
+    """
+    number = text.removesuffix("ms")
+    size = UNITS.get(number[-1:].upper(), 1.0) if number == text else 1.0
+    try:
+        return float(number[:-1] if size > 1 else number) * size
+    except ValueError:
+        raise UserError(f"budget {text!r} is no amount; expected such as 40M, 1.5G or 2.5ms") from None

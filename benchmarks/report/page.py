@@ -1,0 +1,200 @@
+"""A report as one HTML page that needs nothing but a browser: sortable tables and curves that tell their numbers.
+
+The curves are drawn here, as SVG, with the colours, markers and dashes of the PDF figures; they are there without
+JavaScript too, which only adds hovering, keys and sorting (`page.html`). The same input gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.resources import files
+from itertools import groupby
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from matplotlib.markers import MarkerStyle
+from matplotlib.path import Path as Outline
+from matplotlib.ticker import MaxNLocator
+
+from exitkit.benchmarks.report.figures import COLOURS, DASHES, MARKERS
+from exitkit.benchmarks.report.layout import MISSING
+
+WIDTH, HEIGHT, TOP, RIGHT, BOTTOM = 720, 400, 34, 16, 48  # a chart and its margins in SVG's units; the page scales it
+LINE, MARKER = 1.8, 8.5  # width of a line, by which its dashes are scaled (as in matplotlib); size of a marker
+CROWDED = 12  # a line of more points shows some of its markers, as in the figures; hovering still finds every point
+Scale = Callable[[float], str]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of a series; `low` and `high` are the ends of an error band, `facts` is what hovering shows."""
+
+    x: float
+    y: float
+    low: float | None
+    high: float | None
+    facts: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line (`joined`) or set of single marks; `place` chooses its look, the same for a method everywhere."""
+
+    name: str
+    points: list[Point]
+    place: int
+    joined: bool = True
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Series on common axes."""
+
+    title: str
+    x_label: str
+    y_label: str
+    series: list[Series]
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell: `sort` is what a click on the head sorts by (None: the text); `best` is printed bold."""
+
+    text: str
+    sort: float | str | None = None
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; the first column names the rows."""
+
+    title: str
+    heads: list[str]
+    rows: list[list[Cell]]
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph of plain text."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page, which the contents link to."""
+
+    title: str
+    blocks: list[Chart | Table | Text]
+
+
+def html_page(title: str, lead: list[str], sections: list[Section]) -> str:
+    """Return the page: its title, the paragraphs of its lead, the contents, and the sections."""
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    template = environment.from_string(files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
+    numbers: Counter[str] = Counter()
+
+    def view(block: Chart | Table | Text) -> dict[str, Any]:
+        kind = type(block).__name__
+        numbers[kind] += 1
+        more = _chart(block) if isinstance(block, Chart) else _table(block) if isinstance(block, Table) else {}
+        return {**vars(block), **more, "kind": kind, "number": numbers[kind]}
+
+    views = [{"title": section.title, "blocks": [view(block) for block in section.blocks]} for section in sections]
+    return template.render(title=title, lead=lead, sections=views, width=WIDTH, height=HEIGHT, line=LINE) + "\n"
+
+
+def _chart(chart: Chart) -> dict[str, Any]:
+    """Return what the template writes beside the chart's own fields: places as text, in SVG's units."""
+    kept = [[point for point in series.points if math.isfinite(point.x + point.y)] for series in chart.series]
+    points = [point for some in kept for point in some]
+    x_low, x_high, x_ticks = _axis([point.x for point in points])
+    y_low, y_high, y_ticks = _axis([value for point in points for value in (point.y, *_band(point))])
+    if "%" in chart.y_label and all(point.y <= 100 for point in points):
+        y_high = min(y_high, 100.0)  # no accuracy is higher, though a band of one sd may be
+    left, right, bottom = 16 + 7 * max(len(text) for _, text in y_ticks), WIDTH - RIGHT, HEIGHT - BOTTOM
+
+    def x(value: float) -> str:
+        return f"{left + (value - x_low) / (x_high - x_low) * (right - left):.2f}"
+
+    def y(value: float) -> str:
+        return f"{bottom - (min(value, y_high) - y_low) / (y_high - y_low) * (bottom - TOP):.2f}"
+
+    return {
+        "frame": (left, TOP, right, bottom),
+        "x_ticks": [(x(value), text) for value, text in x_ticks],
+        "y_ticks": [(y(value), text) for value, text in y_ticks if value <= y_high],
+        "series": [_series(series, some, x, y) for series, some in zip(chart.series, kept, strict=True)],
+    }
+
+
+def _series(series: Series, points: list[Point], x: Scale, y: Scale) -> dict[str, Any]:
+    colour, dash = COLOURS[series.place % len(COLOURS)], DASHES[series.place % len(DASHES)]
+    bands, bars = [], []
+    # A band breaks off where a point has none; what is left of it at one point, and a single mark's, is a bar.
+    for has_band, some in groupby(points, key=lambda point: bool(_band(point))):
+        ends = [(x(point.x), *map(y, _band(point))) for point in some if has_band]
+        if series.joined and len(ends) > 1:
+            edge = [f"{at} {high}" for at, _, high in ends] + [f"{at} {low}" for at, low, _ in reversed(ends)]
+            bands.append(f"M{'L'.join(edge)}Z")
+        else:
+            bars += [f"M{at} {low}V{high}" for at, low, high in ends]
+    every = 6 if series.joined and len(points) > CROWDED else 1
+    return {
+        **vars(series),
+        "colour": "currentColor" if colour == "#000000" else colour,  # black would vanish on a dark page
+        "dash": "none" if dash == "-" else " ".join(f"{LINE * length:g}" for length in dash[1]),
+        "marker": _marker(MARKERS[series.place % len(MARKERS)]),
+        "line": "M" + "L".join(f"{x(p.x)} {y(p.y)}" for p in points) if series.joined and points else "",
+        "band": "".join(bands),
+        "bars": "".join(bars),
+        "marks": [(x(p.x), y(p.y), p.facts, n % every != 2 * series.place % every) for n, p in enumerate(points)],
+    }
+
+
+def _table(table: Table) -> dict[str, Any]:
+    rows = [[(cell, *_sort_key(cell)) for cell in row] for row in table.rows]
+    kinds = [{row[n][1] for row in rows} - {"missing"} for n in range(len(table.heads))]
+    return {"rows": rows, "heads": [(head, kind == {"number"}) for head, kind in zip(table.heads, kinds, strict=True)]}
+
+
+def _sort_key(cell: Cell) -> tuple[str, str]:
+    """Return of which kind the key is ("missing", "number" or "text"), and the key as JavaScript reads it."""
+    key = cell.text if cell.sort is None else cell.sort
+    if cell.text.strip() in ("", MISSING) or key != key:  # a number that differs from itself is no number
+        return "missing", ""
+    return ("text", key) if isinstance(key, str) else ("number", repr(float(key)).replace("inf", "Infinity"))
+
+
+def _axis(values: list[float]) -> tuple[float, float, list[tuple[float, str]]]:
+    """Return both ends of an axis, a little beyond the values, and its ticks with what they say."""
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    pad = 0.04 * (high - low) or 0.05 * abs(low) or 1.0
+    low, high = low - pad, high + pad
+    ticks = [float(t) for t in MaxNLocator(8, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high) if low <= t <= high]
+    step = ticks[1] - ticks[0]
+    decimals = next((d for d in range(7) if all(abs(round(t, d) - t) < step / 100 for t in ticks)), None)
+    plain = decimals is not None and max(map(abs, ticks)) < 1e7
+    return low, high, [(t, (f"{t:z,.{decimals}f}" if plain else f"{t:.5g}").replace("-", "−")) for t in ticks]
+
+
+def _band(point: Point) -> tuple[float, ...]:
+    """Return the ends of the point's band, or nothing; one seed has no sd, which may be None or nan here."""
+    low, high = point.low, point.high
+    return () if low is None or high is None or not math.isfinite(low + high) else (low, high)
+
+
+def _marker(name: str) -> str:
+    """Return matplotlib's own outline of a marker as an SVG path round the origin; SVG's y points down."""
+    style, letters = MarkerStyle(name), {Outline.MOVETO: "M", Outline.LINETO: "L", Outline.CURVE4: "C"}
+    parts = []
+    for numbers, code in style.get_path().transformed(style.get_transform()).iter_segments(simplify=False):
+        signed = (MARKER * (-value if n % 2 else value) + 0.0 for n, value in enumerate(numbers))
+        parts.append("Z" if code == Outline.CLOSEPOLY else letters[code] + " ".join(f"{v:.2f}" for v in signed))
+    return "".join(parts)

@@ -1,0 +1,202 @@
+"""The narrow tables of a report, as text cells that any format can write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pandas as pd
+
+from exitkit.benchmarks.report.collect import GROUP, Comparison
+from exitkit.benchmarks.report.layout import MISSING, Cell, group_name, unit_for, write_costs
+from exitkit.benchmarks.report.relate import baseline_of
+
+SIGNIFICANCE = 0.05
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """One table of one backbone and data set.
+
+    Attributes:
+        kind: name of its file.
+        title: a word or two.
+        group: backbone and data set, for people.
+        caption: what it shows.
+        heads: of the columns.
+        rows: cells; the first `left` columns are words.
+    """
+
+    kind: str
+    title: str
+    group: str
+    caption: str
+    heads: list[str]
+    rows: list[list[Cell]]
+    left: int = 1
+
+
+def sheets(comparison: Comparison) -> list[Sheet]:
+    """Return all narrow tables of a comparison, in the order in which a report shows them."""
+    makers: list[tuple[pd.DataFrame, Callable[[Comparison, pd.DataFrame], Sheet]]] = [
+        (comparison.verdicts, _verdicts),
+        (comparison.differences, _differences),
+        (comparison.published, _published),
+        (comparison.risk, _risk),
+        (comparison.calibration, _calibration),
+        (comparison.training, _training),
+        (comparison.missing, _missing),
+    ]
+    return [
+        make(comparison, rows) for frame, make in makers for _, rows in frame.groupby(GROUP, sort=False) if len(rows)
+    ]
+
+
+def plain(text: object) -> Cell:
+    """Return a cell that is no number with a spread."""
+    return Cell(str(text), "", best=False)
+
+
+def number(value: float, digits: int, sign: str = "") -> str:
+    """Write a number, or a dash where there is none."""
+    return MISSING if pd.isna(value) else f"{value:{sign}.{digits}f}"
+
+
+def _spread(mean: float, sd: float, digits: int = 2, best: bool = False) -> Cell:
+    return Cell(number(mean, digits), "" if pd.isna(sd) else f"{sd:.{digits}f}", best)
+
+
+def _verdicts(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
+    budgets = rows["budget"].dropna().unique().tolist()
+    written = [f"{b:.3g}" for b in budgets] if comparison.options.cost == "latency" else write_costs(budgets)
+    unit = "ms" if comparison.options.cost == "latency" else unit_for(budgets)[0] if budgets else ""
+    names = {budget: f"budget {text} {unit}".rstrip() for budget, text in zip(budgets, written, strict=True)}
+    table = []
+    for row in rows.to_dict("records"):
+        where = names.get(row["budget"], row["where"])
+        lead = _spread(row["lead"], (row["high"] - row["low"]) / 2)
+        cells = [plain(where), Cell(row["best"], "", best=True), plain(number(row["accuracy"], 2))]
+        table.append([*cells, plain(row["second"]), lead, plain(row["verdict"])])
+    caption = (
+        "The best method at each exit and budget, and its lead over the second best, seed by seed, with the half width "
+        "of the 95 % interval; more than noise: p < 0.05 after Holm's correction for all methods it was compared with"
+    )
+    heads = ["where", "best", "accuracy", "second", "lead", "more than noise?"]
+    return Sheet("verdicts", "Which is best", group_name(rows), caption, heads, table)
+
+
+def cost_text(comparison: Comparison, cost: float) -> str:
+    """Write one cost in the comparison's unit: "12.3 M", "1.52 ms"."""
+    if comparison.options.cost == "latency":
+        return f"{cost:.3g} ms"
+    unit, size = unit_for([cost])
+    return f"{cost / size:.3g} {unit}".strip()
+
+
+def _differences(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
+    measures = list(dict.fromkeys(rows["measure"]))
+    table = []
+    for method, mine in rows.groupby("method", sort=False):
+        by = mine.set_index("measure")
+        cells = []
+        for measure in measures:
+            mean, low, high, sure = (
+                (by.loc[measure, name] for name in ("mean", "low", "high", "p_holm"))
+                if measure in by.index
+                else (float("nan"),) * 4
+            )
+            starred = number(mean, 2, "+") + ("*" if sure < SIGNIFICANCE else "")
+            cells.append(
+                Cell(starred, "" if pd.isna(high) else f"{(high - low) / 2:.2f}", best=bool(sure < SIGNIFICANCE))
+            )
+        table.append([plain(method), *cells, plain(int(mine["n"].max()))])
+    caption = (
+        f"Difference to {rows['baseline'].iloc[0]} in points of accuracy, seed by seed, with the half width of its "
+        "95 % interval; * significant at 0.05 after Holm's correction for the methods of a column; area: mean height "
+        "of the budgeted curve"
+    )
+    return Sheet("differences", "Differences", group_name(rows), caption, ["method", *measures, "n"], table)
+
+
+def _published(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
+    exits = sorted(rows["exit"].unique())
+    keys = ["method", "paper", "table", "published_backbone", "published_dataset"]
+    several = len(rows[keys[3:]].drop_duplicates()) > 1
+    table = []
+    for (method, paper, place, network, data), mine in rows.groupby(keys, sort=False):
+        by_exit = mine.set_index("exit")
+        there = f" ({network}, {data})" if several else ""
+        for who, column in (("ours", "accuracy_mean"), (f"{paper}, {place}{there}", "published")):
+            values = by_exit[column].groupby(level=0).first().reindex(exits)
+            epochs = by_exit["epochs" if column == "accuracy_mean" else "published_epochs"].iloc[0]
+            line = [plain(method), plain(who), *(plain(number(v, 2)) for v in values), plain(number(values.mean(), 2))]
+            table.append([*line, plain(epochs)])
+    heads = ["method", "source", *(f"exit {k}" for k in exits), "mean", "epochs"]
+    return Sheet("published", "Published", group_name(rows), published_caption(rows), heads, table, left=2)
+
+
+def published_caption(rows: pd.DataFrame) -> str:
+    """Say what the table shows, and whether it is a fair comparison."""
+    unlike = []
+    if (rows["backbone"] != rows["published_backbone"]).any():
+        unlike.append("network")
+    if (rows["dataset"] != rows["published_dataset"]).any():
+        unlike.append("data")
+    if (rows["epochs"] != rows["published_epochs"]).any():
+        unlike.append("schedule")
+    what = " and ".join([", ".join(unlike[:-1]), unlike[-1]] if len(unlike) > 1 else unlike).upper()
+    are = "ARE" if len(unlike) > 1 else "IS"
+    warning = f"; OUR {what} {are} NOT THE PAPER'S, so that the two can't be compared" if unlike else ""
+    if unlike != ["schedule"] and unlike:
+        theirs = rows[["published_backbone", "published_dataset"]].drop_duplicates().itertuples(index=False)
+        warning += f" (the paper's: {'; '.join(f'{network} on {data}' for network, data in theirs)})"
+    notes = "".join(f"; {note}" for note in dict.fromkeys(rows["note"]) if note)
+    return f"Ours beside the published accuracy (top-1, %){warning}{notes}"
+
+
+def _risk(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
+    options = comparison.options
+    table = []
+    for row in rows.to_dict("records"):
+        cells = [plain(cost_text(comparison, row["cost_mean"])), _spread(row["accuracy_mean"], row["accuracy_sd"])]
+        found = plain(f"{row['found']} of {row['n']}")
+        table.append([plain(row["method"]), *cells, plain(number(row["drop_mean"], 2, "+")), found])
+    caption = (
+        f"The cheapest operating point that loses less than {options.risk:g} points of accuracy against the full "
+        f"network, with certainty {options.certainty:g}: thresholds from one half of the validation images, tested on "
+        "the other; where none was found, the full network stands"
+    )
+    heads = ["method", "cost on test", "accuracy", "lost on test", "found"]
+    return Sheet("risk", "Risk control", group_name(rows), caption, heads, table)
+
+
+def _calibration(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
+    exits = [where for where in dict.fromkeys(rows["where"]) if where.startswith("exit")]
+    table = []
+    for method, mine in rows.groupby("method", sort=False):
+        by = mine.set_index("where")
+        points = mine[mine["where"].str.startswith("point")]["error_mean"]
+        cells = [_spread(by.loc[w, "error_mean"], by.loc[w, "error_sd"]) for w in exits]
+        table.append([plain(method), *cells, plain(number(points.mean(), 2))])
+    how = "after temperature scaling on validation" if comparison.options.calibrated else "as trained"
+    caption = f"Expected calibration error (%, 15 bins) of each exit, {how}, and the mean over all operating points"
+    return Sheet("calibration", "Calibration", group_name(rows), caption, ["method", *exits, "points"], table)
+
+
+def _training(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
+    table = []
+    for row in rows.to_dict("records"):
+        sd = f"{row['seconds_sd']:.1f}" if row["n"] > 1 else ""
+        cells = [Cell(f"{row['seconds_mean']:.1f}", sd, best=False), plain(f"{row['time_relative']:.2f}")]
+        memory = [plain(f"{row['memory_mib']:.0f}"), plain(f"{row['memory_relative']:.2f}")]
+        table.append([plain(row["method"]), *cells, *memory, plain(row["n"])])
+    baseline = baseline_of(list(rows["method"]), comparison.options.baseline or "joint")
+    caption = f"What training cost, all epochs; ratios to {baseline}"
+    heads = ["method", "training (s)", "time ratio", "peak memory (MiB)", "memory ratio", "n"]
+    return Sheet("training", "Training", group_name(rows), caption, heads, table)
+
+
+def _missing(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
+    table = [[plain(row["method"]), plain(row["reason"]), plain(row["seed"])] for row in rows.to_dict("records")]
+    caption = "Runs that belong into these tables and are not there"
+    return Sheet("missing", "Missing", group_name(rows), caption, ["method", "why", "seed"], table, left=2)

@@ -93,15 +93,22 @@ def compare(
 def _values(
     values: Mapping[str, Any], given: Mapping[str, Any], sets: Mapping[str, str], sweeps: Mapping[str, list[str]]
 ) -> dict[str, Any]:
-    """Put what the command line gives over what the recipe says."""
-    merged = dict(values) | {key: value for key, value in given.items() if value not in (None, False)}
-    for key in ("backbone", "dataset"):
-        if isinstance(given.get(key), str):
-            merged[key] = [name.strip() for name in given[key].split(",") if name.strip()]
-    for key, more in (("set", sets), ("sweep", sweeps)):
-        if more:
-            earlier = merged.get(key, {})
-            merged[key] = (dict(earlier) if isinstance(earlier, Mapping) else {}) | more
+    """Put what the command line gives over what the recipe says, in each of its parts, too."""
+    said = {key: value for key, value in given.items() if value is not None and value is not False}
+    for key in said.keys() & {"backbone", "dataset"}:
+        said[key] = [name.strip() for name in said[key].split(",") if name.strip()]
+
+    def over(table: Mapping[str, Any], keep: bool) -> dict[str, Any]:
+        merged = {key: value for key, value in table.items() if key not in said} | (said if keep else {})
+        for key, more in (("set", sets), ("sweep", sweeps)):
+            if more and (keep or key in table):
+                earlier = table.get(key, {})
+                merged[key] = (dict(earlier) if isinstance(earlier, Mapping) else {}) | more
+        return merged
+
+    merged = over(values, keep=True)
+    if isinstance(values.get("parts"), list):
+        merged["parts"] = [over(part, keep=False) for part in values["parts"] if isinstance(part, Mapping)]
     return merged
 
 

@@ -89,7 +89,6 @@ def _timed(recipe: Recipe) -> tuple[int, int, float]:
             with engine.autocast():
                 outputs = network(engine.images(images)).logits
             losses = [torch.nn.functional.cross_entropy(o.float(), engine.labels(labels)) for o in outputs]
-            float(sum(losses, torch.zeros((), device=engine.device)))
             sum(losses, torch.zeros((), device=engine.device)).backward()  # type: ignore[no-untyped-call]
             if engine.device.type == "cuda":
                 torch.cuda.synchronize()

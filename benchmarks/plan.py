@@ -10,6 +10,7 @@ baseline             the method that differences are taken to; always among the 
 set                  fields of method, backbone or data set, set wherever there is such a field
 sweep                {field: [values]}: every value (of several fields: every combination) is a run of its own
 published            tables of the papers to stand beside ours, such as "boostnet/table1"
+parts                tables of any of these and a run's keys, each over those above: the runs are those of all parts
 static               true: also each exit as a network of its own, trained for it alone, as reference points
 figures              "diagnose" (draws `exitkit diagnose` of each method), "toy" (the problem of two exits, alone)
 report               options of `exitkit report`
@@ -69,6 +70,7 @@ class Plan:
     report: Mapping[str, Any] = field(default_factory=dict)
     title: str = ""
     note: str = ""
+    parts: Sequence[Plan] = ()
 
     @classmethod
     def make(cls, values: Mapping[str, Any]) -> Plan:
@@ -79,6 +81,10 @@ class Plan:
         """
         from exitkit.recipe import Recipe
 
+        values = dict(values)
+        parts = check_value("parts", list[dict[str, Any]], values.pop("parts", []))
+        if any("parts" in part for part in parts):
+            raise UserError("a part has parts; expected them side by side")
         own = {key: value for key, value in values.items() if key in COMPARISON_KEYS}
         run = {key: value for key, value in values.items() if key not in COMPARISON_KEYS}
         bad = [key for key in run if key not in Recipe.model_fields]
@@ -103,6 +109,7 @@ class Plan:
             report=check_value("report", dict[str, Any], own.get("report", {})),
             title=check_value("title", str, own.get("title", "")),
             note=check_value("note", str, own.get("note", "")),
+            parts=[cls.make(values | part) for part in parts],
         )
         plan._check()
         return plan
@@ -130,6 +137,8 @@ class Plan:
         Raises:
             UserError: anything wrong with any of them, or a field that nothing here has.
         """
+        if self.parts:
+            return list({each.recipe.id: each for part in self.parts for each in part.runs()}.values())
         used: set[str] = set()
         known: set[str] = set()
         found: dict[str, Planned] = {}

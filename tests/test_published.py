@@ -6,7 +6,7 @@ import exitkit
 from exitkit.benchmarks.published import load_published, published_for
 from exitkit.plugins import registered
 from exitkit.recipe import Recipe
-from exitkit.runs import _flat
+from exitkit.runs import flat_identity
 
 PUBLISHED = load_published()
 
@@ -65,7 +65,7 @@ def test_the_costs_are_those_that_we_count():
 def test_a_run_finds_its_rows_by_settings():
     def found(dataset="cifar100", **values):
         recipe = Recipe.make(dataset=dataset, **values).resolve()
-        rows = published_for(_flat(recipe.identity()))
+        rows = published_for(flat_identity(recipe))
         return sorted({(row.paper, row.table, row.printed) for row in rows.itertuples()})
 
     lg5 = {"backbone": "msdnet-cifar-lg5", "method": "imta"}

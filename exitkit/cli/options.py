@@ -21,6 +21,7 @@ COMPARISON_KEYS = (
     "set",
     "sweep",
     "static",
+    "parts",
     "published",
     "figures",
     "report",

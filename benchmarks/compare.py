@@ -96,7 +96,7 @@ def _values(
     """Put what the command line gives over what the recipe says, in each of its parts, too."""
     said = {key: value for key, value in given.items() if value is not None and value is not False}
     for key in said.keys() & {"backbone", "dataset"}:
-        said[key] = [name.strip() for name in said[key].split(",") if name.strip()]
+        said[key] = _instead([name.strip() for name in said[key].split(",") if name.strip()], values.get(key))
 
     def over(table: Mapping[str, Any], keep: bool) -> dict[str, Any]:
         merged = {key: value for key, value in table.items() if key not in said} | (said if keep else {})
@@ -110,6 +110,15 @@ def _values(
     if isinstance(values.get("parts"), list):
         merged["parts"] = [over(part, keep=False) for part in values["parts"] if isinstance(part, Mapping)]
     return merged
+
+
+def _instead(names: list[str], before: Any) -> list[Any]:
+    """Return names that take the place of those before; each stands for the same of a paper's as the one before it."""
+    entries = before if isinstance(before, list) else [before]
+    if len(entries) != len(names):
+        return list(names)
+    there = [entry.get("stands_for") if isinstance(entry, Mapping) else None for entry in entries]
+    return [{"name": n, "stands_for": s} if s else n for n, s in zip(names, there, strict=True)]
 
 
 def parse_sweeps(sweeps: Sequence[str]) -> dict[str, list[str]]:

@@ -33,7 +33,9 @@ class FakeRun:
     def __init__(self, label, seed, backbone="tiny_net", dataset="digits", macs=MACS, n=300, **identity):
         self.label, self.macs = label, macs
         self.path = Path("runs") / f"{label}-{seed}"
-        self.recipe = SimpleNamespace(method=label, backbone=backbone, dataset=dataset, seed=seed, epochs=3)
+        self.recipe = SimpleNamespace(
+            method=label, backbone=backbone, dataset=dataset, seed=seed, epochs=3, batch_size=64
+        )
         same = {"method": json.dumps(label), "backbone": json.dumps(backbone), "dataset": json.dumps(dataset)}
         self.identity = {**same, "seed": str(seed), "epochs": "3", **identity}
         self.parts = {}

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
+from exitkit.benchmarks.defaults import published_fields
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -44,6 +46,8 @@ def published_for(
 ) -> pd.DataFrame:
     """Return the published rows that a run can be set beside.
 
+    Its method's fields have to be those of the paper or of its code, but for what a row's settings say.
+
     Args:
         identity: what makes the run this run, flat, as `RunFolder.identity` gives it.
         stands_for: what a paper has in the place of the run's "backbone" and "dataset", if something else.
@@ -68,4 +72,9 @@ def _fits(settings: str, identity: Mapping[str, str], skipped: str | None) -> bo
         if value not in (str(has), json.dumps(has)) and not (skipped and name.startswith(skipped)):
             return False
     plain = {} if skipped else _PLAIN
-    return all(identity.get(key, value) == value for key, value in plain.items() if key not in wanted)
+    if not all(identity.get(key, value) == value for key, value in plain.items() if key not in wanted):
+        return False
+    named = {key if "." in key else f"method.{key}" for key in wanted}
+    own = {key: value for key, value in identity.items() if key.startswith("method.") and key not in named}
+    variants = published_fields(json.loads(identity["method"]))
+    return not variants or any(own.items() <= fields.items() for fields in variants)

@@ -73,7 +73,7 @@ class Comparison:
     static: pd.DataFrame
     """backbone, dataset, exit, cost_mean, accuracy_mean, accuracy_sd, n: networks trained for one exit alone."""
     stitched: pd.DataFrame
-    """method, dataset, budget, cost_mean, accuracy_mean, accuracy_sd, n: networks of several sizes as one curve."""
+    """method, family, dataset, budget, cost_mean, accuracy_mean, accuracy_sd, n: networks of several sizes as one."""
     calibration: pd.DataFrame
     """method, backbone, dataset, where ("exit 1", ..., "point 1", ...), error_mean, error_sd (percent), n."""
     risk: pd.DataFrame
@@ -93,7 +93,7 @@ class Comparison:
     """
     published: pd.DataFrame
     """method, backbone, dataset, paper, table, exit, accuracy_mean (ours), published, epochs, published_epochs,
-    published_backbone, published_dataset, note. Empty where no paper has numbers for what was run."""
+    batch_size, published_batch_size, published_backbone, published_dataset, note. Empty where no paper has numbers for what was run."""
     training: pd.DataFrame
     """method, backbone, dataset, seconds_mean, seconds_sd, time_relative, memory_mib, memory_relative, n.
 
@@ -186,7 +186,7 @@ def collect(
         .reset_index(),
         oracle=_over_seeds(whole["oracle"], ["exit"]),
         static=_static(named, options),
-        stitched=_over_seeds(stitch(whole["stitch"]), ["budget"], ["method", "dataset"]),
+        stitched=_over_seeds(stitch(whole["stitch"]), ["budget"], ["method", "family", "dataset"]),
         calibration=_over_seeds(whole["calibration"], ["where"], of="error"),
         risk=_risk(whole["risk"]),
         verdicts=verdicts(whole["anytime"], whole["budgeted"]),

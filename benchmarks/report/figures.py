@@ -75,7 +75,8 @@ def oracle_figure(comparison: Comparison) -> Figure:
 
 def stitched_figure(comparison: Comparison) -> Figure:
     """Draw the curve that each method's networks of several sizes make together, a panel a data set."""
-    rows = comparison.stitched.assign(backbone="all networks")
+    rows = comparison.stitched
+    rows = rows.assign(backbone="all " + rows["family"] + "s")
     return _panels(comparison, rows, "cost_mean", None)
 
 

@@ -38,8 +38,8 @@ def html_report(comparison: Comparison, learning: pd.DataFrame, swept: pd.DataFr
         blocks += [_learning(curves, places)] if len(curves) else []
         sections.append(page.Section(group, blocks))
     sections += [
-        page.Section(f"All networks on {data}", [_stitched(comparison, rows, places)])
-        for data, rows in comparison.stitched.groupby("dataset", sort=False)
+        page.Section(f"All {kind}s on {data}", [_stitched(comparison, rows, places)])
+        for (kind, data), rows in comparison.stitched.groupby(["family", "dataset"], sort=False)
     ]
     if len(swept):
         charts = [_sweep(names, rows) for names, rows in swept.groupby(["method", "field", *GROUP], sort=False)]

@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from exitkit.benchmarks.defaults import default_fields
+
 Identity = Mapping[str, str]
 """What makes a run this run, flat, as `RunFolder.identity` gives it."""
 
@@ -22,7 +24,8 @@ def name_runs(identities: Sequence[Identity]) -> list[Names]:
     """Name runs so that those that differ in more than the seed have different names.
 
     Networks and data sets are told apart by their fields wherever they occur; methods on one network and data set by
-    their own fields and by those of the recipe (`epochs`, `batch_size`, ...).
+    their own fields and by those of the recipe (`epochs`, `batch_size`, ...). Where several fields differ, those are
+    named that are not at their default.
     """
     backbones = _told_apart(identities, "backbone", lambda key: key.startswith("backbone."))
     datasets = _told_apart(identities, "dataset", lambda key: key.startswith("dataset."))
@@ -63,8 +66,11 @@ def _told_apart(identities: Sequence[Identity], kind: str, counts: object) -> li
         if name not in varying:
             alike = [other for other in identities if other[kind] == one[kind]]
             varying[name] = _varying(alike, [key for key in dict.fromkeys(k for o in alike for k in o) if counts(key)])
-        fields = [f"{key.partition('.')[2] or key}={_text(one.get(key, 'null'))}" for key in varying[name]]
-        labels.append(" ".join([name, *fields]))
+        keys = varying[name]
+        if len(keys) > 1:
+            usual = default_fields(one)
+            keys = [key for key in keys if one.get(key, "null") != usual.get(key)]
+        labels.append(" ".join([name, *(f"{_short(key)}={_text(one.get(key, 'null'))}" for key in keys)]))
     return labels
 
 
@@ -80,6 +86,10 @@ def _varying(alike: Sequence[Identity], keys: Iterable[str]) -> list[str]:
 
 def _count(alike: Sequence[Identity], key: str) -> int:
     return len({one.get(key) for one in alike})
+
+
+def _short(key: str) -> str:
+    return key.partition(".")[2] or key
 
 
 def _text(value: str) -> str:

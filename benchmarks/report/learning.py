@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -40,18 +41,33 @@ def learning_curves(runs: Iterable[Any], names: Mapping[str, Any]) -> pd.DataFra
     return rows.groupby(["method", *GROUP, "phase", "epoch", "exit"], sort=False).mean().reset_index()
 
 
-def sweeps(anytime: pd.DataFrame) -> pd.DataFrame:
+def sweeps(anytime: pd.DataFrame, runs: Iterable[Any], names: Mapping[str, Any]) -> pd.DataFrame:
     """Return method, backbone, dataset, field, value, exit, accuracy_mean, accuracy_sd, n of fields with numbers swept.
 
-    A method counts whose rows differ in one field alone, of three values or more (two make no curve), all numbers.
+    A field counts that has three values or more (two make no curve) in runs that have all else in common.
+
+    Args:
+        anytime: of the comparison.
+        runs: finished runs (`identity` and the folder's name are read).
+        names: {name of a run's folder: what it is called}; others are left out.
     """
-    columns = ["method", *GROUP, "field", "value", "exit", "accuracy_mean", "accuracy_sd", "n"]
-    found = []
-    for axis in ("method", "backbone", "dataset"):
-        parsed = anytime[axis].str.extract(r"^(?P<name>\S+) (?P<field>[\w.]+)=(?P<value>-?[\d.]+(?:e-?\d+)?)$")
-        rows = anytime.assign(**{axis: parsed["name"]}, field=parsed["field"], value=parsed["value"].astype(float))
-        rows = rows.dropna(subset=["field"])
-        for _, mine in rows.groupby(["method", *GROUP, "field"], sort=False):
-            if mine["value"].nunique() > 2:
-                found.append(mine[columns])
-    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=columns)
+    called = {names[run.path.name]: run.identity for run in runs if run.path.name in names}
+    fields = dict.fromkeys(key for one in called.values() for key in one if key != "seed")
+    found = [pd.DataFrame(columns=["method", *GROUP, "field", "value", "exit", "accuracy_mean", "accuracy_sd", "n"])]
+    for field in fields:
+        lines: dict[str, dict[float, Any]] = {}
+        for label, one in called.items():
+            value = json.loads(one.get(field, "null"))
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                rest = {key: own for key, own in one.items() if key not in ("seed", field)}
+                lines.setdefault(json.dumps(rest, sort_keys=True), {})[value] = label
+        for values in lines.values():
+            if len(values) > 2:
+                found += [_swept(anytime, field, value, label) for value, label in sorted(values.items())]
+    return pd.concat(found[1:] or found, ignore_index=True)[list(found[0])]
+
+
+def _swept(anytime: pd.DataFrame, field: str, value: float, label: Any) -> pd.DataFrame:
+    mine = anytime[(anytime[["method", *GROUP]] == list(label)).all(axis=1)]
+    plain = {kind: name.split(" ")[0] for kind, name in label._asdict().items()}
+    return mine.assign(**plain, field=field.rpartition(".")[2], value=value)

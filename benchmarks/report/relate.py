@@ -10,7 +10,9 @@ import pandas as pd
 
 from exitkit.benchmarks.published import published_for
 from exitkit.benchmarks.statistics import area_under_curve, holm, paired_difference
+from exitkit.errors import UserError
 from exitkit.operating_points import stitched
+from exitkit.plugins import load, underlying
 
 if TYPE_CHECKING:
     from exitkit.benchmarks.report.collect import Context
@@ -96,14 +98,16 @@ def stitch(rows: pd.DataFrame) -> pd.DataFrame:
     """Make one curve of each method's networks on one data set, seed by seed, chosen on validation.
 
     At each of 39 budgets between the cheapest and the dearest operating point on validation, the point is taken that
-    is the most accurate on validation of those within the budget. Methods with one network only have no rows.
+    is the most accurate on validation of those within the budget. Only networks of one family (MSDNets, RANets, ...)
+    are stitched; methods with one network only have no rows.
 
     Args:
         rows: method, seed, backbone, dataset, validation_cost, validation_accuracy, cost, accuracy of every point.
     """
-    columns = ["method", "seed", "dataset", "budget", "cost", "accuracy"]
+    columns = ["method", "seed", "family", "dataset", "budget", "cost", "accuracy"]
     found = [pd.DataFrame(columns=columns)]
-    for dataset, here in rows.groupby("dataset", sort=False):
+    rows = rows.assign(family=rows["backbone"].map(family))
+    for (kind, dataset), here in rows.groupby(["family", "dataset"], sort=False):
         if here["backbone"].nunique() < 2:
             continue
         each = here.groupby(["method", "seed"], sort=False)
@@ -115,22 +119,32 @@ def stitch(rows: pd.DataFrame) -> pd.DataFrame:
             chosen = mine.iloc[stitched(mine["validation_cost"], mine["validation_accuracy"])]
             place = np.searchsorted(chosen["validation_cost"], budgets * (1 + 1e-12), side="right") - 1
             at = chosen.iloc[place]
-            same = {"method": method, "seed": seed, "dataset": dataset, "budget": budgets}
+            same = {"method": method, "seed": seed, "family": kind, "dataset": dataset, "budget": budgets}
             found.append(pd.DataFrame({**same, "cost": at["cost"].to_numpy(), "accuracy": at["accuracy"].to_numpy()}))
     return pd.concat(found[1:] or found, ignore_index=True)
+
+
+def family(backbone: str) -> str:
+    """Return the kind of network that a backbone, as it is called in a table, is of: "msdnet"."""
+    name = backbone.split(" ")[0]
+    try:
+        return str(underlying(load("backbone", name)).__name__).lower()
+    except UserError:  # one of a package that is not installed here
+        return name.split("-")[0]
 
 
 def published_beside(named: Iterable[Any], ours: pd.DataFrame, context: Context) -> pd.DataFrame:
     """Set the papers' accuracies beside ours; see `Comparison.published`."""
     columns = ["method", *GROUP, "paper", "table", "exit", "accuracy_mean", "published", "epochs", "published_epochs"]
-    columns += ["published_backbone", "published_dataset", "note"]
+    columns += ["batch_size", "published_batch_size", "published_backbone", "published_dataset", "note"]
     found = [pd.DataFrame(columns=columns)]
     for run, names in {names: (run, names) for run, names in named}.values():
         theirs = published_for(run.identity, context.stands_for.get(run.path.name, {}), context.published)
-        theirs = theirs.rename(columns={"accuracy": "published", "epochs": "published_epochs"})
-        theirs = theirs.rename(columns={"backbone": "published_backbone", "dataset": "published_dataset"})
+        theirs = theirs.rename(columns={"accuracy": "published"})
+        theirs = theirs.rename(columns={c: f"published_{c}" for c in ("epochs", "batch_size", "backbone", "dataset")})
         mine = ours[(ours["method"] == names.method) & (ours["backbone"] == names.backbone)]
-        mine = mine[mine["dataset"] == names.dataset].drop(columns="accuracy_sd").assign(epochs=run.recipe.epochs)
+        mine = mine[mine["dataset"] == names.dataset].drop(columns="accuracy_sd")
+        mine = mine.assign(epochs=run.recipe.epochs, batch_size=run.recipe.batch_size)
         both = theirs.drop(columns="method").merge(mine, on="exit")
         if len(both):
             found.append(both[columns])

@@ -142,7 +142,7 @@ def published_caption(rows: pd.DataFrame) -> str:
         unlike.append("network")
     if (rows["dataset"] != rows["published_dataset"]).any():
         unlike.append("data")
-    if (rows["epochs"] != rows["published_epochs"]).any():
+    if any((rows[column] != rows[f"published_{column}"]).any() for column in ("epochs", "batch_size")):
         unlike.append("schedule")
     what = " and ".join([", ".join(unlike[:-1]), unlike[-1]] if len(unlike) > 1 else unlike).upper()
     are = "ARE" if len(unlike) > 1 else "IS"

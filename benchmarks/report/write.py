@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ def write_report(
     comparison: Comparison,
     folder: str | Path,
     *,
-    runs: Iterable[Any] = (),
+    runs: Sequence[Any] = (),
     formats: Sequence[str] = FORMATS,
 ) -> list[Path]:
     """Write the tables and figures of a comparison into `folder` (made if missing) and return their paths.
@@ -49,7 +49,7 @@ def write_report(
     """
     folder = Path(folder)
     learning = learning_curves(runs, comparison.names)
-    swept = sweeps(comparison.anytime)
+    swept = sweeps(comparison.anytime, runs, comparison.names)
     drawn = _figures(comparison, learning, swept)
     writers: dict[str, Writer] = {}
     if "csv" in formats:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -160,13 +161,30 @@ def _train(
     from exitkit.benchmarks.campaign_display import CampaignDisplay
     from exitkit.benchmarks.record import write_plan
 
-    write_plan(folder, plan, runs)
+    write_plan(folder, plan, runs, _command_line())
     if not todo:
         return {}
     with CampaignDisplay(todo, planned) as display:
         launcher.on_progress = display
         failed = Campaign(todo, folder, launcher, display).run()
     return {todo[index].id: reason for index, reason in failed.items()}
+
+
+_HERE = ("out", "data_dir", "device", "jobs", "launcher", "slurm", "resume", "threads")
+"""Options that say where and how runs are made, not what they are."""
+
+
+def _command_line() -> str:
+    """Return the command as it was given, but for what is of this machine alone."""
+    context = click.get_current_context()
+    words = ["exitkit", "compare"]
+    for parameter in context.command.params:
+        value = context.params.get(str(parameter.name))
+        if parameter.name in _HERE or value in (None, False, ()):
+            continue
+        for each in value if isinstance(value, tuple) else (value,):
+            words += [parameter.opts[0]] + ([] if each is True else [str(each)])
+    return shlex.join(words)
 
 
 def _told(failed: Mapping[str, str], planned: int) -> str:

@@ -20,11 +20,11 @@ PLAN = "comparison.json"
 FAILURES = "failures"
 
 
-def write_plan(out: Path, plan: Plan, runs: Sequence[Planned]) -> None:
-    """Write what is planned into the folder of the comparison."""
+def write_plan(out: Path, plan: Plan, runs: Sequence[Planned], line: str) -> None:
+    """Write what is planned, and by which command line, into the folder of the comparison."""
     make_folder(out)
     planned = [{"recipe": each.recipe.model_dump(mode="json"), "stands_for": dict(each.stands_for)} for each in runs]
-    about = {"title": plan.title, "note": plan.note, "published": list(plan.published)}
+    about = {"command": line, "title": plan.title, "note": plan.note, "published": list(plan.published)}
     report = dict(plan.report) | ({} if "baseline" in plan.report else {"baseline": plan.baseline})
     write_json(out / PLAN, about | {"report": report, "runs": planned})
 
@@ -50,6 +50,14 @@ def read_plan(out: Path) -> tuple[Context, dict[str, Any], list[str]]:
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{out / PLAN} is damaged ({error}); delete it, or compare again") from None
     return context, report, [recipe.id for recipe in recipes]
+
+
+def command(out: Path) -> str:
+    """Return the command line that made the runs of a folder."""
+    if not exists(out / PLAN):
+        return f"exitkit train --recipe RUN/recipe.json --out {out.name}"
+    line: str = read_json(out / PLAN).get("command", "exitkit compare")
+    return line
 
 
 def missing(out: Path, recipes: Sequence[Recipe]) -> list[Missing]:

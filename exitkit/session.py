@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import csv
 import io
@@ -180,6 +181,15 @@ def _csv(rows: list[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
+def _processor() -> str:
+    """Return the processor's name, as far as the system tells it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
 def _environment(session: Session) -> dict[str, Any]:
     engine = session.engine
     gpu = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else None
@@ -190,6 +200,7 @@ def _environment(session: Session) -> dict[str, Any]:
         "system": platform.platform(),
         "device": str(engine.device),
         "gpu": gpu,
+        "processor": _processor(),
         "ranks": engine.world,
         "parameters": sum(parameter.numel() for parameter in session.network.parameters()),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -93,7 +93,10 @@ class Comparison:
     """
     published: pd.DataFrame
     """method, backbone, dataset, paper, table, exit, accuracy_mean (ours), published, epochs, published_epochs,
-    batch_size, published_batch_size, published_backbone, published_dataset, note. Empty where no paper has numbers for what was run."""
+    batch_size, published_batch_size, published_backbone, published_dataset, note.
+
+    Empty where no paper has numbers for what was run.
+    """
     training: pd.DataFrame
     """method, backbone, dataset, seconds_mean, seconds_sd, time_relative, memory_mib, memory_relative, n.
 

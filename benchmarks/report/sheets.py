@@ -135,8 +135,8 @@ def _published(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
     return Sheet("published", "Published", group_name(rows), published_caption(rows), heads, table, left=2)
 
 
-def published_caption(rows: pd.DataFrame) -> str:
-    """Say what the table shows, and whether it is a fair comparison."""
+def unlike_published(rows: pd.DataFrame) -> list[str]:
+    """Say in what ours is not the paper's experiment: some of "network", "data", "schedule"."""
     unlike = []
     if (rows["backbone"] != rows["published_backbone"]).any():
         unlike.append("network")
@@ -144,6 +144,12 @@ def published_caption(rows: pd.DataFrame) -> str:
         unlike.append("data")
     if any((rows[column] != rows[f"published_{column}"]).any() for column in ("epochs", "batch_size")):
         unlike.append("schedule")
+    return unlike
+
+
+def published_caption(rows: pd.DataFrame) -> str:
+    """Say what the table shows, and whether it is a fair comparison."""
+    unlike = unlike_published(rows)
     what = " and ".join([", ".join(unlike[:-1]), unlike[-1]] if len(unlike) > 1 else unlike).upper()
     are = "ARE" if len(unlike) > 1 else "IS"
     warning = f"; OUR {what} {are} NOT THE PAPER'S, so that the two can't be compared" if unlike else ""

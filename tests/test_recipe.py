@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from exitkit.catalogue import entries, find_recipe, recipe_files
-from exitkit.cli.options import COMPARISON_KEYS
+from exitkit.catalogue import entries, recipe_files
 from exitkit.errors import UserError
 from exitkit.plugins import check_value, type_name
 from exitkit.recipe import EXECUTION, Recipe
@@ -102,14 +101,9 @@ def test_text_that_is_no_such_thing_says_what_was_expected():
     assert type_name(float | tuple[float, ...]) == "number | number, ..."
 
 
-def test_every_shipped_recipe_resolves():
-    assert {entry["name"] for entry in entries("recipes")} == set(recipe_files())
-    for name in recipe_files():
-        values = Recipe.read(find_recipe(name))
-        assert values["title"] and values["methods"]
-        for method in values["methods"]:
-            plain = {key: value for key, value in values.items() if key not in COMPARISON_KEYS}
-            assert Recipe.make(**plain, method=method).resolve().epochs
+def test_the_catalogue_names_every_shipped_recipe_with_its_title():
+    shipped = {entry["name"]: entry["summary"] for entry in entries("recipes")}
+    assert shipped.keys() == set(recipe_files()) and all(shipped.values())
 
 
 def test_a_recipe_that_is_no_table_is_refused(tmp_path):

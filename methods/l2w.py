@@ -16,8 +16,9 @@ The pseudo step is linear in the weights, so that with v = dL_meta/dtheta^ the m
     dL_meta/dw_ik = -(lr / N) <dl_ik/dtheta, v>
 
 for all i and k at once by one forward-mode product (`gradient=forward`); `gradient=double` is the backward through the
-backward that the published code does. Both give the same numbers, and one forward pass of the training half serves the
-pseudo step and the real one, which begin at the same parameters.
+backward that the published code does. Both give the same numbers. The training half runs forward once for the pseudo
+step and once for the real one, which begin at the same parameters: to keep the graph of the first meanwhile would save
+a tenth of the time and cost as much memory as joint training takes (docs/performance.md).
 
 What differs from the published code: its halves are the first and the second of the (shuffled) batch, ours the even and
 the odd images, so that several machines can share both; it seeds nothing between the pseudo step and the real one, ours
@@ -112,11 +113,11 @@ class LearnedWeights(TrainingStrategy):
             self._real_step(run, *run.losses_and_outputs(batch))
             return
         for number, (training, meta) in enumerate((halves, halves[::-1])):
-            with run.on(training) as mine, run.seeded(f"half {number}", alike=False):
-                losses, outputs = run.losses_and_outputs(mine)
             if self.weights == "predicted" and self._batch_number(run) % self.interval == 0:
-                self._meta_step(run, training, meta, losses, outputs, number)
-            with run.on(training):
+                self._meta_step(run, training, meta, number)
+            with run.on(training) as mine:
+                with run.seeded(f"half {number}", alike=False):
+                    losses, outputs = run.losses_and_outputs(mine)
                 self._real_step(run, losses, outputs)
 
     def _real_step(self, run: Run, losses: Sequence[Tensor], outputs: Outputs) -> None:
@@ -125,14 +126,15 @@ class LearnedWeights(TrainingStrategy):
             weights = self.sample_weights(run, losses, outputs)
         run.step(_weighed(run, losses, weights))
 
-    def _meta_step(
-        self, run: Run, training: Part, meta: Part, losses: Sequence[Tensor], outputs: Outputs, number: int
-    ) -> None:
+    def _meta_step(self, run: Run, training: Part, meta: Part, number: int) -> None:
         """Move the weight prediction network down the gradient of L_meta at the pseudo step."""
         side = run.auxiliaries["weights"]
         for group in side.optimizer.param_groups:
             group["lr"] = self.meta_lr * 0.5 * (1 + math.cos(math.pi * run.position.fraction))
-        with run.on(training):
+        with run.on(training) as mine:
+            with run.seeded(f"half {number}", alike=False):
+                outputs = run.functional({}, mine[0], batchnorm="kept")
+            losses = run.strategy.exit_losses(run, outputs, mine)
             predicted = self._predicted(run, losses, outputs)
             weights = self._normalised(run, predicted.detach()).requires_grad_(self.gradient == "double")
             loss = _weighed(run, losses, weights)
@@ -142,6 +144,7 @@ class LearnedWeights(TrainingStrategy):
                 pseudo = run.pseudo_step(run.averaged(own))
             else:
                 pseudo = run.pseudo_step(run.gradients(loss, run.parameters))
+        del outputs, losses, loss  # and the graph, before another is made of the meta half
         with run.on(meta):
             slope = self._meta_gradient(run, meta.batch, pseudo.parameters, number)
         direction = {name: pseudo.slopes[name] * value for name, value in slope.items()}

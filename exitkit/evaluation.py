@@ -127,13 +127,14 @@ def thresholds(confidence_val: ArrayLike, counts: ArrayLike) -> Floats:
     result[:, -1] = -inf
     alive = np.ones((points, len(scores)), dtype=bool)
     for k in range(exits - 1):
-        order = np.argsort(-scores[:, k], kind="stable")
-        rank = np.cumsum(alive[:, order], axis=1, dtype=np.int32)
+        column = np.ascontiguousarray(scores[:, k])
+        order = np.argsort(-column, kind="stable")
+        rank = np.cumsum(alive.take(order, axis=1), axis=1, dtype=np.int32)
         n = wanted[:, k, None]
         found = (rank[:, -1] >= n[:, 0]) & (n[:, 0] >= 1)
         position = (rank < n).sum(axis=1)
-        result[found, k] = scores[order[position[found]], k]
-        alive &= scores[:, k] < result[:, k, None]
+        result[found, k] = column[order[position[found]]]
+        alive &= column < result[:, k, None]
     return result
 
 
@@ -145,10 +146,11 @@ def leave_at(confidence_test: ArrayLike, limits: ArrayLike) -> Integers:
         limits: thresholds [P, K].
     """
     scores, limit = np.asarray(confidence_test), np.asarray(limits)
-    last = scores.shape[1] - 1
-    left = np.full((len(limit), len(scores)), last, dtype=np.int64)
-    for k in reversed(range(last)):
-        left[scores[:, k] >= limit[:, k, None]] = k
+    left = np.zeros((len(limit), len(scores)), dtype=np.int64)
+    stays = np.ones(left.shape, dtype=bool)
+    for k in range(scores.shape[1] - 1):
+        stays &= ~(np.ascontiguousarray(scores[:, k]) >= limit[:, k, None])
+        left += stays
     return left
 
 

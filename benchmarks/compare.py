@@ -170,7 +170,7 @@ def _train(
     return {todo[index].id: reason for index, reason in failed.items()}
 
 
-_HERE = ("out", "data_dir", "device", "jobs", "launcher", "slurm", "resume", "threads")
+_HERE = ("out", "data_dir", "device", "jobs", "launcher", "slurm", "resume", "threads", "tensorboard")
 """Options that say where and how runs are made, not what they are."""
 
 

@@ -17,7 +17,8 @@ from exitkit.build import build_dataset, build_strategy
 from exitkit.errors import UserError, unknown
 
 # Where a run happens is not part of what it is: it can be resumed on another device, from another data folder.
-EXECUTION = frozenset({"device", "threads", "data_dir", "download", "init_from"})
+EXECUTION = frozenset({"device", "threads", "data_dir", "download", "init_from", "tensorboard", "compile"})
+_TRUTHS = ("download", "tensorboard", "compile")
 _KINDS = ("method", "backbone", "dataset")
 
 
@@ -51,12 +52,14 @@ class Recipe(BaseModel):
     download: bool = Field(True, description="fetch images that are not there, where torchvision can")
 
     @model_validator(mode="before")
+    tensorboard: bool = Field(False, description="also write a TensorBoard log into the run's folder")
     @classmethod
     def _known_keys(cls, values: Any) -> Any:
         bad = [key for key in values if key not in cls.model_fields] if isinstance(values, Mapping) else []
         if bad:
             raise UserError("; ".join(str(unknown("key of a recipe", key, cls.model_fields)) for key in bad))
-        truths = [f"{key} is {value}" for key, value in values.items() if isinstance(value, bool) and key != "download"]
+        numbers = {key: value for key, value in values.items() if key not in _TRUTHS}
+        truths = [f"{key} is {value}" for key, value in numbers.items() if isinstance(value, bool)]
         if truths:
             raise UserError(f"{'; '.join(truths)}; expected a number or a name")
         return values

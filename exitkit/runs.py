@@ -3,6 +3,8 @@
 recipe.json          the resolved recipe        environment.json   versions, device, when
 split.safetensors    train, validation, test    metrics.csv        losses and accuracies, epoch by epoch
 checkpoint.pt        where training stands      timing.csv         seconds and peak memory an epoch
+progress.json        where it is, every few seconds while it trains (see heartbeat.py)
+tensorboard/         the metrics as a TensorBoard log, if asked for (see tensorboard_log.py)
 learned.json         what the method learned besides the network, if anything (see LearnedTable)
 probes.safetensors   what was seen on one fixed batch, if asked for (see probe.py)
 weights.safetensors  the trained network        cost.json          multiply-adds and parameters an exit

@@ -34,6 +34,7 @@ from exitkit.run import Position, Run
 from exitkit.runs import LEARNED, PROBES, RunFolder
 from exitkit.strategy import Phase
 
+from exitkit.tensorboard_log import TensorBoardLog
 Report = Callable[[Progress], None]
 """Whoever wants to know how training goes."""
 
@@ -56,6 +57,8 @@ class Session:
     probes: list[dict[str, Tensor]] = field(default_factory=list)
     """What was seen on the probe batch, one entry a look, with the epoch (over all phases) that it came after."""
     added: set[str] = field(default_factory=set)
+    log: TensorBoardLog | None = None
+    """Where the metrics also go, if asked for (main rank)."""
     """Names of the modules that this phase's `adapt` has put into the network."""
 
     def save(self, run: Run) -> None:
@@ -122,7 +125,8 @@ def prepare(recipe: Recipe, engine: Engine, path: Path, report: Report) -> Sessi
         engine.place(teacher)
         if teacher.num_classes != network.num_classes:
             raise UserError(f"a teacher of {teacher.num_classes} classes can't teach {network.num_classes}")
-    return Session(recipe, engine, data, network, phases, report=report, first=first, teachers=teachers)
+    log = TensorBoardLog(path) if recipe.tensorboard and engine.is_main else None
+    return Session(recipe, engine, data, network, phases, report=report, first=first, teachers=teachers, log=log)
 
 
 def open_folder(session: Session, path: Path) -> RunFolder:

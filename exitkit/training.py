@@ -18,6 +18,7 @@ from exitkit.errors import UserError
 from exitkit.exit_outputs import augment_validation, evaluate_held, measure
 from exitkit.feed import EpochBatches, Progress
 from exitkit.files import append_line, exists, load_checkpoint, save_tensors
+from exitkit.heartbeat import Heartbeat
 from exitkit.ingredients import load_initial, teacher_recipes
 from exitkit.memory import begin_peak, give_back_freed, peak_mib
 from exitkit.meter import split_totals
@@ -66,7 +67,8 @@ def train(
         if done is not None and done.finished:
             return done
         give_back_freed()
-        session = prepare(recipe, engine, path, report)
+        heartbeat = Heartbeat(path, report, engine.is_main)
+        session = prepare(recipe, engine, path, heartbeat)
         session.folder = open_folder(session, path)
         with session.folder.held() if engine.is_main else nullcontext():
             engine.barrier()  # whoever held the run before has written its last checkpoint
@@ -77,6 +79,9 @@ def train(
                 if engine.is_main:
                     save_tensors(path / "weights.safetensors", session.network.state_dict())
                     evaluate_held(session.folder, str(engine.device))
+                    heartbeat.stop()
+                    if session.log:
+                        session.log.close()
         return session.folder
 
 
@@ -183,6 +188,8 @@ def _end_epoch(session: Session, run: Run, phase: Phase, batches: EpochBatches, 
     session.save(run)
     if engine.is_main:
         assert session.folder is not None
+        if session.log:
+            session.log.write(session.metrics)
         taken = f"{phase.name},{row['epoch']},{seconds:.3f},{peak_mib(engine.device):.1f}"
         append_line(session.folder.path / "timing.csv", taken)
     batches.end(row["epoch"], seconds, losses, accuracies)

@@ -45,6 +45,9 @@ _OPTIONS = [
     click.option("--threads", type=int, help="CPU threads a process.  [default: 1]"),
     click.option("--data-dir", metavar="DIR", help="Where the images lie, or are downloaded to."),
     click.option(
+    click.option(
+        "--tensorboard", is_flag=True, default=None, help="Also write a TensorBoard log into the run's folder."
+    ),
         "--set",
         "sets",
         metavar="FIELD=VALUE",

@@ -1,0 +1,189 @@
+"""Tables that the pages do not type: the directives ask exitkit's catalogue, and its networks, at build time.
+
+{facts} ge           paper, slots, hooks, passes over the data, and what the method adds to a network
+{fields} ge          every field, with type, default and meaning (several names: one table each; kind from the name)
+{presets} msdnet     every preset of a family with what its first and last exit cost
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from docutils import nodes
+from docutils.parsers.rst import Directive
+from docutils.statemachine import StringList
+
+from exitkit import build_network, build_strategy, cost
+from exitkit.backbones.base import home
+from exitkit.catalogue import entries, settings_of
+from exitkit.plugins import load, underlying
+from exitkit.strategy import TrainingStrategy
+
+HOOKS = (
+    "adapt",
+    "prepare",
+    "exit_losses",
+    "exit_weights",
+    "train_step",
+    "train_epoch",
+    "phases",
+    "teachers",
+    "learned",
+    "sample_weights",
+)
+EXAMPLE = "msdnet-cifar-lg5"
+"""The network that facts about methods are told of."""
+
+
+class Table(Directive):
+    """A directive that is a table: rows of MyST text."""
+
+    optional_arguments = 1
+    final_argument_whitespace = True
+    headings: Sequence[str] = ()
+    numeric: frozenset[int] = frozenset()
+
+    def rows(self, name: str) -> Iterable[Sequence[str]]:
+        """Return the table's cells for one of the directive's arguments."""
+        raise NotImplementedError
+
+    def run(self) -> list[nodes.Node]:
+        """Return one table for each argument."""
+        names = self.arguments[0].split()
+        found: list[nodes.Node] = []
+        for name in names:
+            if len(names) > 1:
+                found += self._parsed(f"`{name}`")
+            found.append(self._table(list(self.rows(name))))
+        return found
+
+    def _table(self, rows: list[Sequence[str]]) -> nodes.table:
+        group = nodes.tgroup(cols=len(rows[0]))
+        for _ in rows[0]:
+            group += nodes.colspec(colwidth=1)
+        if self.headings:
+            group += nodes.thead("", self._row(self.headings))
+        group += nodes.tbody("", *(self._row(row) for row in rows))
+        table = nodes.table(classes=["generated"])
+        table += group
+        return table
+
+    def _row(self, cells: Sequence[str]) -> nodes.row:
+        row = nodes.row()
+        for place, cell in enumerate(cells):
+            entry = nodes.entry(classes=["number"] if place in self.numeric else [])
+            row += entry
+            entry += self._parsed(cell)
+        return row
+
+    def _parsed(self, text: str) -> list[nodes.Node]:
+        holder = nodes.container()
+        self.state.nested_parse(StringList([text], "generated"), self.content_offset, holder)
+        return list(holder.children)
+
+
+class Fields(Table):
+    """Every field of a method, backbone or data set."""
+
+    headings = ("field", "type", "default", "meaning")
+
+    def rows(self, name: str) -> Iterable[Sequence[str]]:
+        """Return a row a field."""
+        for field, kind, default, meaning in settings_of(_entry(name)):
+            if field != "label_smoothing" or name == "joint":
+                yield f"`{field}`", kind, f"`{default}`" if default else "", meaning
+        if "slots" in _entry(name) and name != "joint":
+            yield "`label_smoothing`", "number", "`0.0`", "of every method"
+
+
+class Facts(Table):
+    """What can be told of a method by asking it."""
+
+    def rows(self, name: str) -> Iterable[Sequence[str]]:
+        """Return (fact, value) rows."""
+        entry, method = _entry(name), underlying(load("method", name))
+        ours = [hook for hook in HOOKS if any(hook in vars(each) for each in _own(method))]
+        yield "**paper**", entry["paper"]
+        yield "**slots**", ", ".join(entry["slots"]) or "none"
+        yield "**hooks**", ", ".join(f"`{hook}`" for hook in ours) or "none"
+        yield "**passes**", _passes(name)
+        yield "**at inference**", _inference(name)
+
+
+def _own(method: type) -> list[type]:
+    return [each for each in method.__mro__ if issubclass(each, TrainingStrategy) and each is not TrainingStrategy]
+
+
+def _passes(name: str) -> str:
+    few, many = (build_strategy(name).passes(exits) for exits in (4, 5))
+    phases = build_strategy(name).phases(10, 5)
+    told = (
+        f"{many} over the data an epoch, with 5 exits (number of exits + {many - 5})" if few != many else "1 an epoch"
+    )
+    if few == many and len(phases) > 1:
+        told += f"; {len(phases)} phases: " + ", ".join(f"{phase.name} ({phase.epochs} of 10)" for phase in phases)
+    return told
+
+
+@functools.cache
+def _inference(name: str) -> str:
+    """Say how much a method's network costs over the plain one, at its last exit."""
+    with torch.device("meta"):
+        plain, ours = build_network(EXAMPLE), build_network(EXAMPLE)
+        for phase in build_strategy(name).phases(10, ours.num_exits):
+            phase.strategy.adapt(ours)
+    before, after = cost(plain)[-1], cost(ours)[-1]
+    if before == after:
+        return "nothing is added to the network"
+    kinds = zip(("multiply-adds", "parameters"), (before.macs, before.params), (after.macs, after.params), strict=True)
+    more = ", ".join(f"{100 * (new - old) / old:+.2f} % {what}" for what, old, new in kinds)
+    return f"{more} (last exit of `{EXAMPLE}`)"
+
+
+class Presets(Table):
+    """Every preset of a family."""
+
+    headings = ("preset", "images, classes", "exits", "multiply-adds", "papers' count", "parameters", "what it is")
+    numeric = frozenset({2, 3, 4, 5})
+
+    def rows(self, name: str) -> Iterable[Sequence[str]]:
+        """Return a row for each preset whose name begins with the argument."""
+        for entry in entries("backbones"):
+            if entry["name"].startswith(f"{name}-"):
+                yield self._preset(entry["name"], entry["summary"])
+
+    def _preset(self, name: str, summary: str) -> Sequence[str]:
+        shape, classes = home(load("backbone", name))
+        with torch.device("meta"):
+            costs = cost(build_network(name))
+        spans = [
+            f"{_short(getattr(costs[0], key))} – {_short(getattr(costs[-1], key))}"
+            for key in ("macs", "papers", "params")
+        ]
+        return f"`{name}`", f"{'×'.join(map(str, shape))}, {classes}", str(len(costs)), *spans, summary
+
+
+def _short(number: int) -> str:
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "K")):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return str(number)
+
+
+def _entry(name: str) -> dict[str, Any]:
+    """Return the catalogue's entry of a method, backbone or data set."""
+    for kind in ("methods", "backbones", "datasets"):
+        for entry in entries(kind):
+            if entry["name"] == name:
+                return entry
+    raise ValueError(f"nothing is called {name}")
+
+
+def setup(app: Any) -> dict[str, bool]:
+    """Register the directives."""
+    for name, directive in (("facts", Facts), ("fields", Fields), ("presets", Presets)):
+        app.add_directive(name, directive)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

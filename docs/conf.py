@@ -1,0 +1,71 @@
+"""How Sphinx makes the site: `sphinx-build -W --keep-going -n -b html docs build/docs` (needs no network)."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE / "_sphinx"))
+
+import exitkit  # noqa: E402  after the path
+
+project = "exitkit"
+author = "the exitkit authors"
+release = version = exitkit.__version__
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "mathml",
+    "generated",
+    "plain_docstrings",
+]
+root_doc = "index"
+exclude_patterns = [
+    "_sphinx",
+    "examples",
+    "figures",
+    "default-comparison",
+    "results/**/report",
+    "**/.ipynb_checkpoints",
+]
+
+myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "deflist"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"  # the notebook is committed with its outputs; a test executes it
+nb_merge_streams = True
+
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+autodoc_member_order = "bysource"
+autodoc_default_options = {"exclude-members": "__init__, __new__, __post_init__, __init_subclass__"}
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+napoleon_custom_sections = [("Class attributes", "params_style")]
+python_use_unqualified_type_names = True
+add_module_names = False
+
+# Types of other projects (no inventory is fetched), and names inside annotations that have no page of their own.
+nitpick_ignore_regex = [("py:.*", r".*")]
+# Pages that others of the project write come and go with what there is to say.
+suppress_warnings = ["toc.empty_glob", "toc.not_included", "mystnb.unknown_mime_type"]
+
+html_theme = "furo"
+html_title = f"exitkit {release}"
+html_static_path = ["_static"]
+html_css_files = ["exitkit.css"]
+html_theme_options = {
+    "light_css_variables": {
+        "color-brand-primary": "#00557f",
+        "color-brand-content": "#00608f",
+        "font-stack": "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif",
+    },
+    "dark_css_variables": {"color-brand-primary": "#6cc0f0", "color-brand-content": "#6cc0f0"},
+}
+html_show_sourcelink = False
+html_copy_source = False
+pygments_style = "friendly"
+pygments_dark_style = "monokai"

@@ -95,7 +95,7 @@ def evaluate_held(run: RunFolder, device: str) -> None:
     torch.set_num_threads(recipe.threads)
     engine = Engine(choose_device(device))
     engine.set_arithmetic()
-    data = load_data(recipe, run.path / "split.safetensors")
+    data = load_data(recipe, run.path / "split.safetensors").on(engine.device)
     network = load_network(run, data)
     # While the new outputs appear one by one, the run is not finished.
     (run.path / RESULTS).unlink(missing_ok=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -48,11 +49,12 @@ class Recipe(BaseModel):
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = Field("fp32", description="arithmetic of training")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
     threads: int = Field(1, ge=1, le=1024, description="CPU threads a process")
+    compile: bool = Field(False, description="compile the network's stages and heads (torch.compile)")
     data_dir: str | None = Field(None, description="where the images lie")
     download: bool = Field(True, description="fetch images that are not there, where torchvision can")
+    tensorboard: bool = Field(False, description="also write a TensorBoard log into the run's folder")
 
     @model_validator(mode="before")
-    tensorboard: bool = Field(False, description="also write a TensorBoard log into the run's folder")
     @classmethod
     def _known_keys(cls, values: Any) -> Any:
         bad = [key for key in values if key not in cls.model_fields] if isinstance(values, Mapping) else []
@@ -165,24 +167,27 @@ class Recipe(BaseModel):
     def _backbone(self) -> str:
         return self.backbone or str(plugins.underlying(plugins.load("dataset", self.dataset)).house["backbone"])
 
-    def _fields(self) -> dict[str, set[str]]:
+    def _fields(self, wanted: Callable[[dataclasses.Field[Any]], bool] = lambda field: True) -> dict[str, set[str]]:
+        """Return the names of the fields of method, backbone and data set, those of a method's parts also prefixed."""
         from exitkit.build import method_parts
 
-        parts = {part: set(plugins.fields(plugins.load("method", part))) for part in method_parts(self.method)}
-        method = set().union(*parts.values()) | {f"{part}.{field}" for part, names in parts.items() for field in names}
+        def names(kind: str, name: str) -> set[str]:
+            return {key for key, field in plugins.fields(plugins.load(kind, name)).items() if wanted(field)}
+
+        parts = {part: names("method", part) for part in method_parts(self.method)}
+        method = set().union(*parts.values()) | {f"{part}.{field}" for part, found in parts.items() for field in found}
         return {
             "method": method,
-            "backbone": set(plugins.fields(plugins.load("backbone", self._backbone()))),
-            "dataset": set(plugins.fields(plugins.load("dataset", self.dataset))),
+            "backbone": names("backbone", self._backbone()),
+            "dataset": names("dataset", self.dataset),
         }
 
     def identity(self) -> dict[str, Any]:
         """Return what makes this run this run: all but where it happens. Meant for a resolved recipe."""
         identity = {key: value for key, value in self.model_dump(mode="json").items() if key not in EXECUTION}
-        fields = plugins.fields(plugins.load("dataset", self.dataset))
-        execution = {name for name, field in fields.items() if field.metadata.get("execution")}
-        chosen = identity["dataset_settings"]
-        identity["dataset_settings"] = {name: value for name, value in chosen.items() if name not in execution}
+        for kind, execution in self._fields(lambda field: bool(field.metadata.get("execution"))).items():
+            chosen = identity[f"{kind}_settings"]
+            identity[f"{kind}_settings"] = {name: value for name, value in chosen.items() if name not in execution}
         return identity
 
     @property

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 import exitkit
 from exitkit.build import build_strategy
+from exitkit.compilation import compile_parts
 from exitkit.data.base import Data
 from exitkit.engine import Engine
 from exitkit.errors import NonFiniteError, UserError
@@ -33,8 +34,8 @@ from exitkit.recipe import Recipe
 from exitkit.run import Position, Run
 from exitkit.runs import LEARNED, PROBES, RunFolder
 from exitkit.strategy import Phase
-
 from exitkit.tensorboard_log import TensorBoardLog
+
 Report = Callable[[Progress], None]
 """Whoever wants to know how training goes."""
 
@@ -56,9 +57,9 @@ class Session:
     teachers: dict[str, MultiExitNetwork] = field(default_factory=dict)
     probes: list[dict[str, Tensor]] = field(default_factory=list)
     """What was seen on the probe batch, one entry a look, with the epoch (over all phases) that it came after."""
-    added: set[str] = field(default_factory=set)
     log: TensorBoardLog | None = None
     """Where the metrics also go, if asked for (main rank)."""
+    added: set[str] = field(default_factory=set)
     """Names of the modules that this phase's `adapt` has put into the network."""
 
     def save(self, run: Run) -> None:
@@ -103,7 +104,7 @@ def keep_learned(session: Session, run: Run, phase: Phase) -> None:
 def prepare(recipe: Recipe, engine: Engine, path: Path, report: Report) -> Session:
     """Make data, network and phases, and try everything that can fail before a folder is made."""
     stored = path / "split.safetensors"
-    data = load_data(recipe, stored if exists(stored) else None)
+    data = load_data(recipe, stored if exists(stored) else None).on(engine.device)
     check_batches(recipe, data, engine.world)
     network = make_network(recipe, data.input_shape, data.num_classes)
     assert recipe.epochs is not None
@@ -163,6 +164,8 @@ def begin_phase(session: Session, number: int, phase: Phase) -> Run:
     assert recipe.lr is not None and recipe.weight_decay is not None
     optimizer = torch.optim.SGD(trained, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
     position = Position(phase=number, epochs=phase.epochs)
+    if recipe.compile:
+        compile_parts(network)
     run = Run(network, phase.strategy, optimizer, session.engine, recipe.seed, position)
     run.teachers = session.teachers
     torch.manual_seed(derive(recipe.seed, "prepare", number))

@@ -43,11 +43,12 @@ _OPTIONS = [
     click.option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.  [default: auto]"),
     click.option("--precision", metavar="NAME", help="fp32, tf32, bf16 or fp16.  [default: fp32]"),
     click.option("--threads", type=int, help="CPU threads a process.  [default: 1]"),
+    click.option("--compile", is_flag=True, default=None, help="Compile the network first: worth it on a GPU."),
     click.option("--data-dir", metavar="DIR", help="Where the images lie, or are downloaded to."),
-    click.option(
     click.option(
         "--tensorboard", is_flag=True, default=None, help="Also write a TensorBoard log into the run's folder."
     ),
+    click.option(
         "--set",
         "sets",
         metavar="FIELD=VALUE",

@@ -11,7 +11,7 @@ def crops_and_flips(images: Tensor, padding: int, offsets: Tensor, flips: Tensor
     """Pad with zeros, crop to the old size, flip left to right.
 
     Args:
-        images: [B, C, H, W].
+        images: [B, C, H, W], on any device; the draws lie there, too.
         padding: zeros on every side.
         offsets: [B, 2], row and column of each crop's corner in the padded image, 0 .. 2 * padding.
         flips: [B], whether each crop is flipped.
@@ -21,9 +21,9 @@ def crops_and_flips(images: Tensor, padding: int, offsets: Tensor, flips: Tensor
     """
     _, _, height, width = images.shape
     padded = F.pad(images, (padding,) * 4)
-    rows = offsets[:, :1] + torch.arange(height)
-    across = torch.arange(width)
+    rows = offsets[:, :1] + torch.arange(height, device=images.device)
+    across = torch.arange(width, device=images.device)
     columns = offsets[:, 1:] + torch.where(flips[:, None], across.flip(0), across)
-    batch = torch.arange(len(images))[:, None, None]
+    batch = torch.arange(len(images), device=images.device)[:, None, None]
     # Indexing brings the channels to the end: [B, H, W, C].
     return padded[batch, :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1).contiguous()

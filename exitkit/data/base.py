@@ -112,6 +112,10 @@ class Data:
         split.check(self.split, len(self.train_labels), len(self.test_labels))
         return dataclasses.replace(self, split=split)
 
+    def on(self, device: torch.device) -> Self:
+        """Return the same images, held by a device where they fit there; the batches are the same wherever they are."""
+        return self
+
     def batches(self, part: Part, positions: Sequence[Tensor], *, augment: bool, seed: int) -> Iterator[Batch]:
         """Yield one batch for each tensor of positions (0..n-1 within the part).
 
@@ -136,19 +140,27 @@ class TensorData(Data):
     std: tuple[float, ...]
     padding: int = 0
 
+    def on(self, device: torch.device) -> Self:
+        """Return the same images in the device's memory: bytes, so that all of CIFAR takes 180 MB there."""
+        held = {name: getattr(self, name).to(device) for name in ("train_images", "test_images")}
+        return dataclasses.replace(self, **held)
+
     def batches(self, part: Part, positions: Sequence[Tensor], *, augment: bool, seed: int) -> Iterator[Batch]:
         """See `Data.batches`."""
         images = self.test_images if part == "test" else self.train_images
         indices, labels = getattr(self.split, part), self.labels(part)
-        mean = torch.tensor(self.mean).view(1, -1, 1, 1) * 255
-        scale = 1 / (torch.tensor(self.std).view(1, -1, 1, 1) * 255)
+        mean = torch.tensor(self.mean, device=images.device).view(1, -1, 1, 1) * 255
+        scale = 1 / (torch.tensor(self.std, device=images.device).view(1, -1, 1, 1) * 255)
         draws = None
         if augment and self.padding:
-            generator = torch.Generator().manual_seed(seed)
+            generator = torch.Generator().manual_seed(seed)  # the CPU's, so that every device draws the same
             size = (len(indices), 2)
             offsets = torch.randint(2 * self.padding + 1, size, generator=generator)
-            draws = offsets, torch.rand(len(indices), generator=generator) < 0.5
+            flips = torch.rand(len(indices), generator=generator) < 0.5
+            draws = offsets.to(images.device), flips.to(images.device)
+        indices, labels = indices.to(images.device), labels.to(images.device)
         for batch in positions:
+            batch = batch.to(images.device, non_blocking=True)
             chosen = images[indices[batch]]
             if draws is not None:
                 chosen = crops_and_flips(chosen, self.padding, draws[0][batch], draws[1][batch])

@@ -1,0 +1,39 @@
+"""How much memory a training step takes at most, each measured in a process of its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import torch
+
+from exitkit.benchmarks.speed.row import Row
+from exitkit.benchmarks.speed.training import Work
+from exitkit.memory import begin_peak, give_back_freed, peak_mib
+
+
+def step_mib(work: Work, method: str, **settings: Any) -> float:
+    """Return the MiB that a step takes at most above what lies there between two steps."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_step_mib, work, method, settings).result()
+
+
+def _step_mib(work: Work, method: str, settings: dict[str, Any]) -> float:
+    torch.set_num_threads(1)
+    step, device = work.step(method, **settings), torch.device(work.device)
+    step()  # the optimiser's momentum is there from now on
+    give_back_freed()
+    begin_peak(device)
+    before = peak_mib(device)
+    step()
+    return peak_mib(device) - before
+
+
+def l2w_memory_row(work: Work) -> Row:
+    """Measure L2W's peak memory in forward mode against the backward through the backward."""
+    forward = step_mib(work, "l2w", gradient="forward")
+    double = step_mib(work, "l2w", gradient="double")
+    saved = 1 - forward / double
+    target = "l2w: share of peak memory saved, forward mode against double backward"
+    return Row(target, 0.35, saved, None, "met" if saved >= 0.35 else "missed")

@@ -23,7 +23,10 @@ FAILURES = "failures"
 def write_plan(out: Path, plan: Plan, runs: Sequence[Planned], line: str) -> None:
     """Write what is planned, and by which command line, into the folder of the comparison."""
     make_folder(out)
-    planned = [{"recipe": each.recipe.model_dump(mode="json"), "stands_for": dict(each.stands_for)} for each in runs]
+    planned = [
+        {"run": each.recipe.id, "recipe": each.recipe.model_dump(mode="json"), "stands_for": dict(each.stands_for)}
+        for each in runs
+    ]
     about = {"command": line, "title": plan.title, "note": plan.note, "published": list(plan.published)}
     report = dict(plan.report) | ({} if "baseline" in plan.report else {"baseline": plan.baseline})
     write_json(out / PLAN, about | {"report": report, "runs": planned})

@@ -37,6 +37,14 @@ def entries(kind: str) -> list[Entry]:
     return whole[kind]
 
 
+def outline(kind: str) -> dict[str, str]:
+    """Return {name: summary} of one of `CATALOGUES` at once: no plugin is imported, and a summary may still be empty."""
+    if kind == "recipes":
+        return dict.fromkeys(sorted(recipe_files()), "")
+    known = {entry["name"]: entry["summary"] for entry in (_remembered() or {}).get(kind, ())}
+    return {name: known.get(name, "") for name in plugins.registered(kind.removesuffix("s"))}
+
+
 def recipe_files() -> dict[str, Path]:
     """Return the shipped recipes {name: TOML file}: those in the packages of the entry points `exitkit.recipes`."""
     found: dict[str, Path] = {}
@@ -122,14 +130,15 @@ def _age(path: Path) -> str:
     return f"{path}:{status.st_mtime_ns}:{status.st_size}"
 
 
-def _store() -> Path:
+def store() -> Path:
+    """Return the file in which the catalogue is remembered."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "exitkit" / "catalogue.json"
 
 
 def _remembered() -> dict[str, list[Entry]] | None:
     try:
-        stored = json.loads(_store().read_text(encoding="utf-8"))
+        stored = json.loads(store().read_text(encoding="utf-8"))
         whole: dict[str, list[Entry]] = stored["catalogue"]
         return whole if stored["fingerprint"] == _fingerprint() else None
     except (OSError, ValueError, KeyError, TypeError, RuntimeError):  # RuntimeError: there is no home
@@ -141,8 +150,8 @@ def _remember(whole: dict[str, list[Entry]]) -> None:
 
     # Only ever a convenience: a cache that can't be written is asked for again next time.
     with contextlib.suppress(OSError, UserError, RuntimeError):
-        _store().parent.mkdir(parents=True, exist_ok=True)
-        write_json(_store(), {"fingerprint": _fingerprint(), "catalogue": whole})
+        store().parent.mkdir(parents=True, exist_ok=True)
+        write_json(store(), {"fingerprint": _fingerprint(), "catalogue": whole})
 
 
 def settings_of(entry: Entry) -> Iterator[tuple[str, str, str, str]]:

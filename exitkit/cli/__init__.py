@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from importlib.metadata import EntryPoint, entry_points
@@ -13,13 +14,17 @@ from exitkit import __version__
 from exitkit.cli.interrupts import stopped_for_good, stopping_at_once
 from exitkit.errors import Interrupted, Note, UserError, unknown
 
+COMPLETION = "_EXITKIT_COMPLETE"
+"""The variable by which a shell asks for what could stand at the end of a line."""
+
 _FIRST_STEPS = """Train multi-exit networks with every published method, and compare them under one recipe.
 
 \b
 First steps:
-  exitkit compare --methods ge,boostnet,metagf     a table of four methods, in minutes, on the digits
-  exitkit train --method boostnet                  one run
-  exitkit list methods                             what there is
+  exitkit compare --methods ge,boostnet,metagf   a table of four methods
+  exitkit train --method boostnet                one run
+  exitkit list methods                           what there is
+  exitkit doctor                                 is everything in place?
 """
 
 
@@ -36,18 +41,46 @@ class Verbs(click.Group):
         return list(self.points)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import one verb."""
+        """Import one verb; one of a package that is broken stands in the help with what is wrong."""
         point = self.points.get(cmd_name)
         if point is None:
+            if COMPLETION in os.environ:
+                return None  # the shell asks while the line is still being typed
             raise unknown("command", cmd_name, self.points)
-        command: click.Command = point.load()
-        return command
+        try:
+            command = point.load()
+        except Exception as error:  # whatever someone's module raises while it is imported
+            return _broken(point, f"{type(error).__name__}: {error}")
+        return command if isinstance(command, click.Command) else _broken(point, "it is no click command")
 
 
-@click.group(cls=Verbs, help=_FIRST_STEPS, context_settings={"help_option_names": ["-h", "--help"]})
+def _broken(point: EntryPoint, reason: str) -> click.Command:
+    """Return a command that says what is wrong with the one in whose place it stands."""
+    reason = _one_line(reason)
+
+    def refuse() -> None:
+        raise UserError(f"command {point.name!r} ({point.value}) does not load: {reason}")
+
+    settings = {"ignore_unknown_options": True, "allow_extra_args": True}
+    return click.Command(
+        point.name, callback=refuse, help=f"Not usable: {reason}.", context_settings=settings, add_help_option=False
+    )
+
+
+@click.group(
+    cls=Verbs,
+    help=_FIRST_STEPS,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(__version__, prog_name="exitkit")
-def cli() -> None:
-    """Hold the verbs."""
+@click.pass_context
+def cli(context: click.Context) -> None:
+    """Hold the verbs; alone, say what to do next."""
+    if context.invoked_subcommand is None:
+        from exitkit.cli.welcome import welcome
+
+        click.echo(welcome())
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -27,6 +27,12 @@ def published_fields(method: str) -> list[Mapping[str, str]]:
     return [{key: value for key, value in fields.items() if key.startswith("method.")} for fields in found if fields]
 
 
+def network_fields(backbone: str) -> Mapping[str, str]:
+    """Return the fields of a network of this name, flat; empty where it is not installed here."""
+    fields = _resolved("joint", backbone, "digits", None)
+    return {key: value for key, value in fields.items() if key.startswith("backbone.")}
+
+
 @functools.cache
 def _resolved(method: str, backbone: str | None, dataset: str, variant: str | None) -> Mapping[str, str]:
     from exitkit.recipe import Recipe

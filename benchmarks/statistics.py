@@ -8,12 +8,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
+_ROUNDING = 1e-9  # percent; one image of a million is 1e-4
 
 
 class Difference(NamedTuple):
     """A mean difference over n pairs, its t-interval, and the two-sided p-value of there being none.
 
-    Interval and p-value are NaN for a single pair.
+    Interval and p-value are NaN for a single pair, and where all pairs differ by the same amount: accuracies move in
+    steps of one image, so that a few seeds may agree by chance, which says nothing of how far they spread.
     """
 
     mean: float
@@ -36,9 +38,11 @@ def paired_difference(ours: ArrayLike, theirs: ArrayLike, confidence: float = 0.
     n, mean = len(change), float(change.mean())
     if n < 2:
         return Difference(mean, np.nan, np.nan, np.nan, n)
+    if not change.any():
+        return Difference(0.0, 0.0, 0.0, 1.0, n)
+    if np.allclose(change, mean, rtol=0, atol=_ROUNDING):
+        return Difference(mean, np.nan, np.nan, np.nan, n)
     error = float(change.std(ddof=1)) / n**0.5
-    if error == 0:
-        return Difference(mean, mean, mean, 1.0 if mean == 0 else 0.0, n)
     reach = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * error
     return Difference(mean, mean - reach, mean + reach, float(2 * stats.t.sf(abs(mean) / error, n - 1)), n)
 

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +14,16 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
-from exitkit.benchmarks.report import anytime_figure, budgeted_figure, collect, print_report, write_report
+from exitkit.benchmarks.report import (
+    Context,
+    ReportOptions,
+    anytime_figure,
+    budgeted_figure,
+    collect,
+    print_report,
+    write_report,
+)
+from exitkit.benchmarks.report.sheets import number
 from exitkit.errors import UserError
 from exitkit.evaluation import budgeted, confidence, correct, exit_counts, share_for_budget
 
@@ -37,6 +48,7 @@ class FakeRun:
             method=label, backbone=backbone, dataset=dataset, seed=seed, epochs=3, batch_size=64
         )
         same = {"method": json.dumps(label), "backbone": json.dumps(backbone), "dataset": json.dumps(dataset)}
+        self.identity_given = identity
         self.identity = {**same, "seed": str(seed), "epochs": "3", **identity}
         self.parts = {}
         for part, samples in (("validation", 200), ("test", n)):
@@ -220,6 +232,79 @@ def test_ours_stands_beside_the_papers_and_another_schedule_is_said(tmp_path):
     assert "72.34" in printed(found, 200)
     few = collect(runs(("ge",), **PAPERS, **{"dataset.per_class": "150"}))
     assert few.published.empty
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({}, "OUR SCHEDULE IS NOT"),
+        ({"dataset.per_class": "150"}, "OUR DATA AND SCHEDULE ARE NOT"),
+        ({"dataset.imbalance": "20.0"}, "OUR DATA AND SCHEDULE ARE NOT"),
+        ({"backbone.growth": "4"}, "OUR NETWORK AND SCHEDULE ARE NOT"),
+        ({"backbone.growth": "6", "dataset.per_class": "null"}, "OUR SCHEDULE IS NOT"),
+    ],
+)
+def test_a_network_or_data_of_the_papers_name_but_not_its_fields_is_said(fields, said, tmp_path):
+    given = runs(("ge", "boostnet"), **PAPERS, **fields)
+    stands_for = {run.path.name: {"dataset": "cifar100"} for run in given}
+    write_report(collect(given, context=Context(stands_for=stands_for)), tmp_path, formats=["md"])
+    assert said in (tmp_path / "published.md").read_text()
+
+
+def test_what_all_runs_have_in_common_is_told_and_what_differs_is_told_once(tmp_path):
+    given = [
+        *runs(**{"dataset.per_class": "40"}, batch_size="64"),
+        *runs(("l2w",), **{"dataset.per_class": "40"}, batch_size="128"),
+    ]
+    given += [FakeRun(run.label, run.recipe.seed, dataset="other", **run.identity_given) for run in given]
+    write_report(collect(given), tmp_path, formats=["md", "latex"])
+    text = (tmp_path / "report.md").read_text()
+    assert "All runs: tiny_net; digits with per_class=40; epochs=3. And: tiny_net; other with per_class=40" in text
+    assert text.count("Mind: batch_size differs: joint 64, ge 64, boost_net 64, l2w 128.") == 1
+
+
+def test_no_minus_stands_before_a_zero():
+    assert [number(value, 2, "+") for value in (-0.001, 0.001, -0.005001, np.nan)] == ["+0.00", "+0.00", "-0.01", "–"]
+
+
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="no TeX")
+def test_the_latex_compiles_as_it_is_and_nothing_is_too_wide(tmp_path):
+    names = ("joint", "ge_#1", "50%_of<all>", "a ~ long ^ name with $ and & and " * 3)
+    given = [*runs(names), *runs(("ge",), **PAPERS, seeds=1)]
+    write_report(collect(given, context=Context(title="A & B", note="50 % of {it} \\ all", missing=[])), tmp_path)
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "report.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")
+    assert "Overfull" not in done.stdout and "undefined" not in done.stdout.lower()
+
+
+def test_no_threshold_depends_on_a_test_label():
+    for options in (ReportOptions(), ReportOptions(calibrated=True, hold=True), ReportOptions(rule="patience")):
+        plain, poisoned = runs(("joint", "ge")), runs(("joint", "ge"))
+        for run in poisoned:
+            run.parts["test"]["labels"] = 9 - run.parts["test"]["labels"]
+        a, b = (collect(given, options=options) for given in (plain, poisoned))
+        assert not np.allclose(a.anytime.accuracy_mean, b.anytime.accuracy_mean)
+        chosen = [c for c in a.points if c.startswith(("threshold", "share", "cost", "method", "point"))]
+        pd.testing.assert_frame_equal(a.points[chosen], b.points[chosen])
+        for name, column in (
+            ("budgeted", "cost_mean"),
+            ("risk", "cost_mean"),
+            ("risk", "found"),
+            ("curve", "cost_mean"),
+        ):
+            pd.testing.assert_series_equal(getattr(a, name)[column], getattr(b, name)[column])
+
+
+def test_a_legend_of_many_lines_takes_nothing_from_the_panels():
+    def panel(names):
+        figure = anytime_figure(collect(runs(names)))
+        figure.canvas.draw()
+        return figure.axes[0].get_window_extent().height / figure.dpi
+
+    few, many = panel(("joint", "ge")), panel(tuple(f"a long name of a method {n}" for n in range(6)))
+    assert many > 0.9 * few
 
 
 def test_a_method_alone_has_nothing_to_differ_from(tmp_path):

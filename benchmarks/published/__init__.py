@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
-from exitkit.benchmarks.defaults import published_fields
+from exitkit.benchmarks.defaults import network_fields, published_fields
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,8 +64,33 @@ def published_for(
     return known[known["settings"].map(lambda settings: _fits(settings, identity, skipped)).astype(bool)]
 
 
+def unlike(identity: Mapping[str, str], theirs: Mapping[str, object], recipe: object) -> str:
+    """Say in what a run is not the experiment of a published row: some of "network, data, schedule", or "".
+
+    Args:
+        identity: what makes the run this run, flat.
+        theirs: a row of the published numbers.
+        recipe: the run's; `epochs` and `batch_size` are read.
+    """
+    network, data = theirs["backbone"], theirs["dataset"]
+    usual = network_fields(str(network))
+    images = _PLAIN | {key: value for key, value in _settings(str(theirs["settings"])).items() if key in _PLAIN}
+    found = {
+        "network": json.loads(identity["backbone"]) != network
+        or any(identity.get(key, value) != value for key, value in usual.items()),
+        "data": json.loads(identity["dataset"]) != data
+        or any(json.loads(identity.get(key, value)) != json.loads(value) for key, value in images.items()),
+        "schedule": any(getattr(recipe, key) != theirs[key] for key in ("epochs", "batch_size")),
+    }
+    return ", ".join(name for name, other in found.items() if other)
+
+
+def _settings(text: str) -> dict[str, str]:
+    return dict(pair.split("=", 1) for pair in text.split())
+
+
 def _fits(settings: str, identity: Mapping[str, str], skipped: str | None) -> bool:
-    wanted = dict(pair.split("=", 1) for pair in settings.split())
+    wanted = _settings(settings)
     for key, value in wanted.items():
         name = key if "." in key else f"method.{key}"
         has = json.loads(identity.get(name, "null"))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from exitkit.benchmarks.report.labels import Names, name_runs, unlike
+from exitkit.benchmarks.report.labels import Names, in_common, name_runs, unlike
 from exitkit.benchmarks.report.measure import COST_COLUMNS, FinishedRun, RunMeasures, anytime_rows, exit_costs
 from exitkit.benchmarks.report.options import ReportOptions, read_budget
 from exitkit.benchmarks.report.relate import differences, published_beside, stitch, training, verdicts
@@ -93,7 +93,8 @@ class Comparison:
     """
     published: pd.DataFrame
     """method, backbone, dataset, paper, table, exit, accuracy_mean (ours), published, epochs, published_epochs,
-    batch_size, published_batch_size, published_backbone, published_dataset, note.
+    batch_size, published_batch_size, published_backbone, published_dataset, unlike ("network, data, schedule": in what
+    ours is not the paper's experiment), note.
 
     Empty where no paper has numbers for what was run.
     """
@@ -106,6 +107,8 @@ class Comparison:
     """method, backbone, dataset, seed, reason: runs that belong into the table and are not there."""
     notes: Mapping[tuple[str, str], Sequence[str]]
     """{(backbone, dataset): in what its methods differ besides the method}."""
+    shared: Mapping[tuple[str, str], str]
+    """{(backbone, dataset): what all its runs have in common}."""
 
     names: Mapping[str, Names]
     """{name of a run's folder: what it is called}."""
@@ -164,9 +167,11 @@ def collect(
         groups.setdefault((one.names.backbone, one.names.dataset), []).append(one)
     parts: dict[str, list[pd.DataFrame]] = {}
     notes: dict[tuple[str, str], Sequence[str]] = {}
+    shared: dict[tuple[str, str], str] = {}
     for group, members in groups.items():
         _check_seeds(members)
         notes[group] = unlike([m.run.identity for m in members], [m.names.method for m in members])
+        shared[group] = in_common([m.run.identity for m in members])
         for name, rows in _measure_group(members, options, budgets).items():
             parts.setdefault(name, []).append(rows)
     whole = {name: pd.concat(frames, ignore_index=True) for name, frames in parts.items()}
@@ -198,6 +203,7 @@ def collect(
         training=training(whole["training"], baseline),
         missing=_missing(named, missing),
         notes=notes,
+        shared=shared,
         names={one.run.path.name: one.names for one in named},
     )
 

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from exitkit.benchmarks.report.collect import Comparison
+from exitkit.benchmarks.report.document import mind
 from exitkit.benchmarks.report.layout import Cell, Wide, seed_count, wide_tables
 from exitkit.benchmarks.report.sheets import Sheet, sheets
 
@@ -40,9 +41,8 @@ def print_report(comparison: Comparison, console: Console) -> None:
             for table in _parts(sheet, console):
                 console.print(table)
             console.print(Text(f" {sheet.caption}", style="dim"))
-    for (backbone, dataset), notes in comparison.notes.items():
-        for note in notes:
-            console.print(Text(f"\n mind: on {backbone}, {dataset}, {note}", style="yellow"))
+    for text in mind(comparison):
+        console.print(Text(f"\n mind: {text}", style="yellow"))
 
 
 def _parts(sheet: Sheet, console: Console) -> list[Table]:

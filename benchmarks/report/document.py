@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from exitkit.benchmarks.report.collect import Comparison
-from exitkit.benchmarks.report.tables import SPECIAL
+from exitkit.benchmarks.report.tables import FITTED, SPECIAL
 
 FIGURES = {
     "anytime": "Accuracy of each exit against its cost; bands: one sd over seeds; crosses: networks of one exit.",
@@ -18,26 +18,40 @@ FIGURES = {
 """What each figure shows."""
 
 _HEAD = r"""\documentclass{article}
-\usepackage{booktabs,adjustbox,graphicx}
+\usepackage{booktabs,graphicx}
 \usepackage[margin=2cm]{geometry}
 \begin{document}
+\sloppy
 """
 
-_FIGURE = r"""\begin{figure*}[t]
+_FIGURE = r"""\begin{figure*}[!htbp]
 \centering
-\includegraphics[width=\textwidth,height=0.8\textheight,keepaspectratio]{%s.pdf}
+%s
 \caption{%s}
 \label{fig:%s}
 \end{figure*}
 """
 
 
+def _picture(kind: str) -> str:
+    return FITTED % f"\\includegraphics{{{kind}.pdf}}"
+
+
 def lead(comparison: Comparison) -> list[str]:
-    """Return what stands before the tables: the comparison's note, and what its methods differ in besides."""
+    """Return what stands before the tables: the comparison's note, what its runs share, what its methods differ in."""
     lines = [comparison.context.note] if comparison.context.note else []
+    lines += [f"All runs: {'. And: '.join(dict.fromkeys(comparison.shared.values()))}."]
+    return lines + [f"Mind: {text}." for text in mind(comparison)]
+
+
+def mind(comparison: Comparison) -> list[str]:
+    """Return in what methods differ besides; what is so on all networks and data is said once."""
+    where: dict[str, list[str]] = {}
     for (backbone, dataset), notes in comparison.notes.items():
-        lines += [f"Mind: on {backbone}, {dataset}, {note}." for note in notes]
-    return lines
+        for note in notes:
+            where.setdefault(note, []).append(f"{backbone} and {dataset}")
+    whole = len(comparison.notes)
+    return [note if len(on) == whole > 1 else f"on {', '.join(on)}, {note}" for note, on in where.items()]
 
 
 def title(comparison: Comparison) -> str:
@@ -74,5 +88,5 @@ def latex_document(comparison: Comparison, tables: Sequence[str], pictures: Sequ
     parts += [f"{line.translate(SPECIAL)}\n\n" for line in lead(comparison)]
     for kind in tables:
         parts.append(f"\\input{{{kind}}}\n")
-    parts += [_FIGURE % (kind, FIGURES[kind].translate(SPECIAL), kind) for kind in pictures]
+    parts += [_FIGURE % (_picture(kind), FIGURES[kind].translate(SPECIAL), kind) for kind in pictures]
     return "".join([*parts, "\\end{document}\n"])

@@ -26,6 +26,7 @@ DASHES: list[Any] = ["-", (0, (5, 1.5)), (0, (4, 1.5, 1, 1.5)), (0, (1.5, 1)), (
 
 WIDTH, HEIGHT = 3.4, 2.6
 """Size of a panel in inches: a column of a two-column paper."""
+_LINE = 0.17  # inches of one line of a legend
 
 STYLE: dict[Any, Any] = {
     "font.size": 8,
@@ -237,6 +238,8 @@ def _legend(figure: Figure, methods: list[str]) -> None:
             found.setdefault(label, handle)
     widths = {n: _legend_width(methods, n) for n in range(len(methods), 0, -1)}
     columns = next((n for n, width in widths.items() if width < figure.get_figwidth()), 1)
+    lines = -(-len(methods) // columns)
+    figure.set_figheight(figure.get_figheight() + _LINE * (lines - 1))  # what the legend takes, the panels keep
     figure.legend(
         [found[name] for name in methods],
         methods,

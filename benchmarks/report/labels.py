@@ -12,6 +12,9 @@ Identity = Mapping[str, str]
 """What makes a run this run, flat, as `RunFolder.identity` gives it."""
 
 
+_SCHEDULE = ("epochs", "batch_size", "lr", "schedule")
+
+
 class Names(NamedTuple):
     """What one run is called: `imta second=isc`, `msdnet-tiny`, `digits`."""
 
@@ -51,6 +54,25 @@ def unlike(identities: Sequence[Identity], labels: Sequence[str]) -> list[str]:
         if len({tuple(values) for values in has.values()}) > 1:
             notes.append(f"{key} differs: " + ", ".join(f"{label} {'/'.join(v)}" for label, v in has.items()))
     return notes
+
+
+def in_common(identities: Sequence[Identity]) -> str:
+    """Say what runs of one network and data set have in common, as far as it is known and not at its default.
+
+    Such as "msdnet with blocks=5, growth=4; digits with per_class=40; epochs=8, batch_size=64, lr=0.1".
+    """
+    first = identities[0]
+    same = {key: value for key, value in first.items() if all(one.get(key) == value for one in identities)}
+    usual = default_fields(first)
+    told = []
+    for kind in ("backbone", "dataset"):
+        keys = [key for key in same if key.startswith(f"{kind}.") and same[key] != usual.get(key)]
+        fields = [f"{_short(key)}={_text(same[key])}" for key in keys]
+        told.append(" with ".join([json.loads(first[kind]), *([", ".join(fields)] if fields else [])]))
+    schedule = [key for key in _SCHEDULE if key in same]
+    variant = [key for key in same if key.endswith(".variant")]
+    told.append(", ".join(f"{_short(key)}={_text(same[key])}" for key in [*schedule, *variant]))
+    return "; ".join(part for part in told if part)
 
 
 def _of_method(key: str) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from exitkit.benchmarks.published import published_for
+from exitkit.benchmarks import published
 from exitkit.benchmarks.statistics import area_under_curve, holm, paired_difference
 from exitkit.errors import UserError
 from exitkit.operating_points import stitched
@@ -79,7 +79,7 @@ def verdicts(anytime: pd.DataFrame, budgeted: pd.DataFrame) -> pd.DataFrame:
             tests = {name: paired_difference(p[best], p[name]) for name, p in pairs.items() if len(p)}
             corrected = dict(zip(tests, holm([test.p for test in tests.values()]), strict=True))
             lead, p = tests.get(second), corrected.get(second, np.nan)
-            verdict = "one seed: not known" if np.isnan(p) else "yes" if p < 0.05 else "no"
+            verdict = "not known" if np.isnan(p) else "yes" if p < 0.05 else "no"
             change = (lead.mean, lead.low, lead.high) if lead else (np.nan,) * 3
             line = (*group, first["where"], first["budget"], best, ranked.iloc[0], second, *change, p, verdict)
             found.append(line)
@@ -136,10 +136,12 @@ def family(backbone: str) -> str:
 def published_beside(named: Iterable[Any], ours: pd.DataFrame, context: Context) -> pd.DataFrame:
     """Set the papers' accuracies beside ours; see `Comparison.published`."""
     columns = ["method", *GROUP, "paper", "table", "exit", "accuracy_mean", "published", "epochs", "published_epochs"]
-    columns += ["batch_size", "published_batch_size", "published_backbone", "published_dataset", "note"]
+    columns += ["batch_size", "published_batch_size", "published_backbone", "published_dataset", "unlike", "note"]
     found = [pd.DataFrame(columns=columns)]
     for run, names in {names: (run, names) for run, names in named}.values():
-        theirs = published_for(run.identity, context.stands_for.get(run.path.name, {}), context.published)
+        theirs = published.published_for(run.identity, context.stands_for.get(run.path.name, {}), context.published)
+        rows = theirs.to_dict("records")
+        theirs = theirs.assign(unlike=[published.unlike(run.identity, row, run.recipe) for row in rows])
         theirs = theirs.rename(columns={"accuracy": "published"})
         theirs = theirs.rename(columns={c: f"published_{c}" for c in ("epochs", "batch_size", "backbone", "dataset")})
         mine = ours[(ours["method"] == names.method) & (ours["backbone"] == names.backbone)]

@@ -59,7 +59,9 @@ def plain(text: object) -> Cell:
 
 def number(value: float, digits: int, sign: str = "") -> str:
     """Write a number, or a dash where there is none."""
-    return MISSING if pd.isna(value) else f"{value:{sign}.{digits}f}"
+    if pd.isna(value):
+        return MISSING
+    return f"{round(value, digits) or 0.0:{sign}.{digits}f}"  # no minus before a zero
 
 
 def _spread(mean: float, sd: float, digits: int = 2, best: bool = False) -> Cell:
@@ -137,14 +139,8 @@ def _published(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
 
 def unlike_published(rows: pd.DataFrame) -> list[str]:
     """Say in what ours is not the paper's experiment: some of "network", "data", "schedule"."""
-    unlike = []
-    if (rows["backbone"] != rows["published_backbone"]).any():
-        unlike.append("network")
-    if (rows["dataset"] != rows["published_dataset"]).any():
-        unlike.append("data")
-    if any((rows[column] != rows[f"published_{column}"]).any() for column in ("epochs", "batch_size")):
-        unlike.append("schedule")
-    return unlike
+    said = {part for text in rows["unlike"] for part in text.split(", ")}
+    return [part for part in ("network", "data", "schedule") if part in said]
 
 
 def published_caption(rows: pd.DataFrame) -> str:
@@ -168,8 +164,8 @@ def _risk(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
         found = plain(f"{row['found']} of {row['n']}")
         table.append([plain(row["method"]), *cells, plain(number(row["drop_mean"], 2, "+")), found])
     caption = (
-        f"The cheapest operating point that loses less than {options.risk:g} points of accuracy against the full "
-        f"network, with certainty {options.certainty:g}: thresholds from one half of the validation images, tested on "
+        f"The cheapest operating point that loses less than {options.risk:g} point{'s' * (options.risk != 1)} of accuracy "
+        f"against the full network, with certainty {options.certainty:g}: thresholds from one half of the validation images, tested on "
         "the other; where none was found, the full network stands"
     )
     heads = ["method", "cost on test", "accuracy", "lost on test", "found"]

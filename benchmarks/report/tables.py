@@ -9,16 +9,22 @@ import pandas as pd
 from exitkit.benchmarks.report.layout import Cell, Wide
 from exitkit.benchmarks.report.sheets import Sheet
 
-PREAMBLE = "% needs \\usepackage{booktabs} and \\usepackage{adjustbox} (which shrinks what is too wide)\n"
+PREAMBLE = "% needs \\usepackage{booktabs} and \\usepackage{graphicx} (to shrink what is too wide)\n"
 
-TABLE = r"""\begin{table*}[t]
+TABLE = r"""\begin{table*}[!htbp]
 \centering
 \caption{%s}
 \label{tab:%s}
-\begin{adjustbox}{max width=\textwidth}
-%s\end{adjustbox}
+%s
 \end{table*}
 """
+
+FITTED = r"""\sbox0{%%
+%s}%%
+\ifdim\wd0>\textwidth\sbox0{\resizebox{\textwidth}{!}{\usebox0}}\fi
+\ifdim\ht0>0.8\textheight\sbox0{\resizebox{!}{0.8\textheight}{\usebox0}}\fi
+\usebox0"""
+"""Shrinks what is too wide or too high, with nothing but graphicx."""
 
 SPECIAL = str.maketrans(
     {
@@ -28,6 +34,8 @@ SPECIAL = str.maketrans(
         "^": r"\textasciicircum{}",
         "±": r"$\pm$",
         "–": "--",
+        "<": "$<$",
+        ">": "$>$",
     }
 )
 
@@ -71,7 +79,7 @@ def sheets_latex(given: list[Sheet]) -> str:
         columns = "l" * sheet.left + "r" * (len(sheet.heads) - sheet.left)
         tabular = frame.style.hide(axis="index").to_latex(hrules=True, column_format=columns)
         label = re.sub(r"[^a-zA-Z0-9]+", "-", f"{sheet.kind}-{sheet.group}")
-        tables.append(TABLE % (f"{sheet.caption} ({sheet.group})".translate(SPECIAL), label, tabular))
+        tables.append(TABLE % (f"{sheet.caption} ({sheet.group})".translate(SPECIAL), label, FITTED % tabular))
     return PREAMBLE + "\n".join(tables)
 
 
@@ -100,4 +108,4 @@ def _latex_table(table: Wide) -> str:
         hrules=True, column_format="l" + "r" * len(columns), multicol_align="c"
     )
     label = re.sub(r"[^a-zA-Z0-9]+", "-", f"{table.kind}-{table.group}")
-    return TABLE % (table.caption.translate(SPECIAL), label, tabular)
+    return TABLE % (table.caption.translate(SPECIAL), label, FITTED % tabular)

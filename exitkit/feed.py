@@ -98,7 +98,7 @@ class EpochBatches:
         run, recipe, at = self._run, self._recipe, self._run.position
         shares = self._positions()
         positions = [share for share, _ in shares]
-        at.steps = len(shares)
+        at.steps, at.abreast = len(shares), 1
         run.meter.reset()
         seed = derive(recipe.seed, "augment", at.phase, at.epoch)
         began = time.perf_counter()
@@ -109,8 +109,8 @@ class EpochBatches:
                 group["lr"] = learning_rate(recipe, at)
             torch.manual_seed(derive(recipe.seed, "noise", at.phase, at.epoch, step, self._engine.rank))
             yield Batch(self._engine.images(batch.images), self._engine.labels(batch.labels))
-            self._tell((step + 1) / (time.perf_counter() - began))
-        at.passes += 1
+            self._tell(at.abreast * (step + 1) / (time.perf_counter() - began))
+        at.passes += at.abreast
 
     def _tell(self, rate: float) -> None:
         now = time.perf_counter()
@@ -119,7 +119,7 @@ class EpochBatches:
         self._told = now
         at = self._run.position
         passes = self._run.strategy.passes(self._run.network.num_exits)
-        within = min((at.passes + (at.step + 1) / at.steps) / passes, 1.0)
+        within = min((at.passes + at.abreast * (at.step + 1) / at.steps) / passes, 1.0)
         self._report(self._progress(at.epoch + 1, at.epoch + within, rate, *self._run.meter.averages()))
 
     def end(self, epoch: int, seconds: float, losses: list[float], accuracies: list[float]) -> None:

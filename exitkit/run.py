@@ -11,19 +11,24 @@ import torch
 from torch import Tensor, nn
 
 from exitkit.auxiliary import Auxiliary
+from exitkit.compilation import eagerly
 from exitkit.data.base import Batch
-from exitkit.engine import Engine
+from exitkit.engine import Engine, Precision
 from exitkit.errors import UserError
 from exitkit.functional import PseudoStep, pseudo_step, tangents, untracked
 from exitkit.meter import Meter
 from exitkit.network import MultiExitNetwork, Outputs, map_tensors
 from exitkit.randomness import derive, generator
+from exitkit.replicas import Replicas
 from exitkit.strategy import TrainingStrategy
 
 
 @dataclass
 class Position:
-    """Where in the schedule training stands: `step` within a pass, `passes` done in this epoch, both from 0."""
+    """Where in the schedule training stands: `step` within a pass, `passes` done in this epoch, both from 0.
+
+    `abreast` is how many passes the one under way stands for: several where replicas train side by side.
+    """
 
     phase: int = 0
     epoch: int = 0
@@ -31,6 +36,7 @@ class Position:
     step: int = 0
     epochs: int = 1
     steps: int = 1
+    abreast: int = 1
 
     @property
     def fraction(self) -> float:
@@ -84,6 +90,7 @@ class Run:
         optimizer: torch.optim.Optimizer,
         *,
         seed: int = 0,
+        precision: Precision = "fp32",
     ) -> Run:
         """Make a run in memory, in one process, on the device where the network is: to drive single steps by hand.
 
@@ -98,7 +105,7 @@ class Run:
         if added:
             optimizer.add_param_group({"params": added})
         device = next(network.parameters()).device
-        run = cls(network, strategy, optimizer, Engine(device), seed)
+        run = cls(network, strategy, optimizer, Engine(device, precision), seed)
         torch.manual_seed(derive(seed, "prepare", 0))
         strategy.prepare(run)
         return run
@@ -132,7 +139,7 @@ class Run:
             batchnorm: whether its running statistics follow the batch or are kept; either way the batch's own normalise
                 where the network trains.
         """
-        with self._engine.autocast(), untracked(self.network, batchnorm == "kept"):
+        with self._engine.autocast(), untracked(self.network, batchnorm == "kept"), eagerly():
             outputs: Outputs = torch.func.functional_call(self.network, dict(parameters), (images,))
         return outputs
 
@@ -163,7 +170,7 @@ class Run:
         """
 
         def losses(parameters: Mapping[str, Tensor]) -> list[Tensor]:
-            with untracked(self.network):
+            with untracked(self.network), eagerly():
                 outputs = torch.func.functional_call(self.network, dict(parameters), (batch[0],))
             return self.strategy.exit_losses(self, outputs, batch)
 
@@ -211,6 +218,14 @@ class Run:
         """Return where `apply(gradients)` would lead, without going there."""
         names = {id(parameter): name for name, parameter in self.network.named_parameters()}
         return pseudo_step(self.optimizer, gradients, names)
+
+    def replicas(self, emphasis: Sequence[Sequence[float]]) -> Replicas:
+        """Return copies of the network that train side by side: one a row of `emphasis`, its factor of each exit.
+
+        Each makes the steps that the network would make in a pass of its own, from now on and without momentum; the
+        pass that they share counts as one each. The network itself stays as it is.
+        """
+        return Replicas(self, self._engine, emphasis)
 
     def halves(self, batch: Batch) -> tuple[Part, Part] | None:
         """Cut the global batch into its even and its odd images: this rank's of each (see `on`), which may be none.

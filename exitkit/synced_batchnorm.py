@@ -14,10 +14,14 @@ class _SumOverRanks(torch.autograd.Function):
     """The sum over ranks; what flows back to a rank's share is the sum of what every rank sends."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(x: Tensor) -> Tensor:
         total = x.clone()
         dist.all_reduce(total)
         return total
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        """Keep nothing: the derivative is the same everywhere."""
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Tensor:
@@ -28,6 +32,10 @@ class _SumOverRanks(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         summed: Tensor = _SumOverRanks.apply(tangents[0])
         return summed
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int], x: Tensor) -> tuple[Tensor, int]:
+        return _SumOverRanks.apply(x), in_dims[0]
 
 
 class SyncedBatchNorm(_BatchNorm):

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
 Driver = Literal["paper", "released", "released-channel"]
 Weighting = Literal["softmax", "sigmoid"]
+Branches = Literal["one-by-one", "side-by-side"]
 
 _OTHERS = {
     "released": (1.0, 1.0, 0.6, 0.6, 0.75, 0.9, 1.0),
@@ -131,6 +132,9 @@ class MetaGF(TrainingStrategy):
     clean: bool | None = setting(
         None, "no momentum and statistics from one branch in the next", variant=_variants(True, False, False)
     )
+    branches: Branches = setting(
+        "one-by-one", "train the branches in turn, or at once in K times the memory; same results", execution=True
+    )
 
     _owners: dict[str, tuple[int, ...]] = field(init=False, repr=False, default_factory=dict)
     _rows: dict[str, int] = field(init=False, repr=False, default_factory=dict)
@@ -148,6 +152,11 @@ class MetaGF(TrainingStrategy):
             raise UserError(f"ema is {self.ema}; expected a share of at least 0 and below 1")
         if self.fusion_temperature <= 0:
             raise UserError(f"fusion_temperature is {self.fusion_temperature}; expected above 0")
+        if self.branches == "side-by-side" and not self.clean:
+            raise UserError(
+                f"variant={self.variant} hands momentum and statistics from branch to branch, which can't be done "
+                "side-by-side; expected branches=one-by-one, or clean=true"
+            )
 
     def adapt(self, network: MultiExitNetwork) -> None:
         """Check that the released drivers' lists are long enough; the network stays as it is."""
@@ -172,29 +181,52 @@ class MetaGF(TrainingStrategy):
         weights = FusionWeights(owned_by, run.network.num_exits, self.weighting, self.fusion_temperature, last)
         weights.to(next(run.network.parameters()).dtype)
         run.auxiliary("fusion", weights, lambda parameters: torch.optim.Adam(parameters, lr=self.fusion_lr))
+        if self.branches == "side-by-side":
+            run.replicas([self._emphasis(run, index) for index in range(run.network.num_exits)]).rehearse()
 
     def train_epoch(self, run: Run, batches: Iterable[Batch]) -> None:
         """Train the branches that are still to be trained this epoch, then fuse."""
+        missing = range(len(self._endpoints), run.network.num_exits)
+        if self.branches == "side-by-side" and missing:
+            self._train_side_by_side(run, batches, missing)
+        else:
+            self._train_in_turn(run, batches, missing)
+        self._fuse(run, batches)
+        self._endpoints = []
+
+    def _train_in_turn(self, run: Run, batches: Iterable[Batch], branches: Iterable[int]) -> None:
+        """Train branch after branch, each from the start of the epoch."""
         start = {name: tensor.clone() for name, tensor in run.network.state_dict().items()}
-        for index in range(len(self._endpoints), run.network.num_exits):
+        for index in branches:
             self._train_branch(run, batches, index)
             self._endpoints.append({name: run.network.get_parameter(name).detach().clone() for name in self._owners})
             self._restart(run, start)
             run.checkpoint()
-        self._fuse(run, batches)
-        self._endpoints = []
+
+    def _train_side_by_side(self, run: Run, batches: Iterable[Batch], branches: Iterable[int]) -> None:
+        """Train all branches in one pass, with one checkpoint after it."""
+        replicas = run.replicas([self._emphasis(run, index) for index in branches])
+        for batch in batches:
+            replicas.step(batch)
+        self._endpoints += [{name: state[name] for name in self._owners} for state in replicas.states()]
+        run.checkpoint()
 
     def _train_branch(self, run: Run, batches: Iterable[Batch], index: int) -> None:
         """Train all parameters for one pass, exit `index` counting fully and the others a little."""
+        emphasis = self._emphasis(run, index)
+        for batch in batches:
+            weights = [a * b for a, b in zip(emphasis, run.exit_weights(), strict=True)]
+            run.step(weighted_sum(run.exit_losses(batch), weights))
+
+    def _emphasis(self, run: Run, index: int) -> list[float]:
+        """Return how much each exit counts in branch `index`."""
         exits = run.network.num_exits
         others = _OTHERS.get(self.variant, (1.0,) * exits)
         emphasis = [1.0 if exit == index else self.auxiliary_weight * others[exit] for exit in range(exits)]
         if self.variant != "paper" and run.network.family.startswith("sdn"):
             strength = sdn_ramp(run.position.epoch, run.position.epochs, exits)[index]
             emphasis = [strength * weight for weight in emphasis]
-        for batch in batches:
-            weights = [a * b for a, b in zip(emphasis, run.exit_weights(), strict=True)]
-            run.step(weighted_sum(run.exit_losses(batch), weights))
+        return emphasis
 
     def _fuse(self, run: Run, batches: Iterable[Batch]) -> None:
         """Learn the fusion weights for one pass, and give the network its fused parameters."""

@@ -112,7 +112,11 @@ def _facts(folder: Path, runs: Sequence[Watched]) -> dict[str, Any]:
     from exitkit.benchmarks.watching import STATES, labels, seconds_left
 
     counts = Counter(run.state for run in runs)
-    named = [{"label": label, **asdict(run)} for run, label in zip(runs, labels(runs), strict=True)]
+    named = []
+    for run, label in zip(runs, labels(runs), strict=True):
+        what = {key: run.recipe.get(key) for key in ("method", "backbone", "dataset", "seed")}
+        rest = {key: value for key, value in asdict(run).items() if key != "recipe"}
+        named.append({"label": label, **what, **rest})
     states = {state: counts[state] for state in STATES}
     return {"folder": str(folder), "states": states, "seconds_left": seconds_left(runs), "runs": named}
 

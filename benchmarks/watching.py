@@ -1,4 +1,4 @@
-"""Where the runs of a folder stand, told from their files alone: nothing is imported that trains, nothing is written."""
+"""Where the runs of a folder stand, told from their files alone; nothing is imported that trains, or written."""
 
 from __future__ import annotations
 
@@ -139,6 +139,7 @@ def _look(folder: Path, name: str, recipe: Mapping[str, Any]) -> Watched:
     results = _read(path / RESULTS)
     if results:
         seen.state, seen.fraction, seen.test_accuracies = "finished", 1.0, results.get("test") or []
+        seen.phase, seen.epoch, seen.epochs = "", len(metrics), len(metrics)
         return seen
     seen.state, seen.note = _state(folder, path, beat, seen.seconds / len(metrics) if metrics else 0.0)
     if seen.state == "running":

@@ -38,7 +38,7 @@ def entries(kind: str) -> list[Entry]:
 
 
 def outline(kind: str) -> dict[str, str]:
-    """Return {name: summary} of one of `CATALOGUES` at once: no plugin is imported, and a summary may still be empty."""
+    """Return {name: summary} of one of `CATALOGUES` at once: no plugin is imported; a summary may be empty."""
     if kind == "recipes":
         return dict.fromkeys(sorted(recipe_files()), "")
     known = {entry["name"]: entry["summary"] for entry in (_remembered() or {}).get(kind, ())}

@@ -91,6 +91,7 @@ def test_every_state_is_told_from_the_files_alone(campaign, tmp_path):
     os.utime(again, (0, 0))
     assert states(tmp_path)["again"] == ("failed", "the disk is full")
     with FileLock(tmp_path / "left/run.lock"):
+        os.utime(tmp_path / "left", (0, 0))
         assert states(tmp_path)["left"] == ("stalled", "nothing was heard for 5 min")
     now = next(run for run in look(tmp_path) if run.run == "now")
     assert (now.phase, now.epoch, now.epochs, now.fraction, now.seconds_left) == ("train", 2, 4, 0.4, 90.0)

@@ -39,6 +39,7 @@ nb_merge_streams = True
 
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
+autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
 autodoc_default_options = {"exclude-members": "__init__, __new__, __post_init__, __init_subclass__"}
 napoleon_google_docstring = True
@@ -65,6 +66,7 @@ html_theme_options = {
     },
     "dark_css_variables": {"color-brand-primary": "#6cc0f0", "color-brand-content": "#6cc0f0"},
 }
+html_show_copyright = False
 html_show_sourcelink = False
 html_copy_source = False
 pygments_style = "friendly"

@@ -5,14 +5,14 @@ import os
 import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
 
+from doc_pages import installed
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
 def blocks(text, language):
@@ -54,20 +54,11 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def contributed(tmp_path):
-    """The method of CONTRIBUTING, as an installed package looks to Python."""
-    (python,), (toml,) = blocks(CONTRIBUTING, "python"), blocks(CONTRIBUTING, "toml")
-    project = tomllib.loads(toml)["project"]
-    (tmp_path / "random_exits.py").write_text(python)
-    info = tmp_path / "random_exits-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
-    points = project["entry-points"]["exitkit.methods"]
-    listed = "".join(f"{name} = {value}\n" for name, value in points.items())
-    (info / "entry_points.txt").write_text(f"[exitkit.methods]\n{listed}")
-    return tmp_path
+    """The documents' example method, as an installed package looks to Python."""
+    return installed(ROOT / "docs/examples/random-exits", tmp_path)
 
 
-def test_the_method_of_contributing_trains_by_name_and_is_listed(contributed, tmp_path):
+def test_the_example_method_trains_by_name_and_is_listed(contributed, tmp_path):
     place = {"PYTHONPATH": str(contributed), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     out = str(tmp_path / "runs")
     trained = exitkit(
@@ -83,7 +74,7 @@ def test_the_method_of_contributing_trains_by_name_and_is_listed(contributed, tm
     assert wrong.returncode == 2 and "expected a share between 0 and 1" in wrong.stderr
 
 
-def test_the_method_of_contributing_draws_alike_at_one_place_and_anew_at_the_next(contributed, monkeypatch):
+def test_the_example_method_draws_alike_at_one_place_and_anew_at_the_next(contributed, monkeypatch):
     import torch
 
     import exitkit

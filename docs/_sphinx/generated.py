@@ -1,4 +1,4 @@
-"""Tables that the pages do not type: the directives ask exitkit's catalogue, and its networks, at build time.
+"""Tables that the pages do not type: the directives ask exitkit's catalogue, and what `measure.py` counted.
 
 {facts} ge           paper, slots, hooks, passes over the data, and what the method adds to a network
 {fields} ge          every field, with type, default and meaning (several names: one table each; kind from the name)
@@ -7,17 +7,16 @@
 
 from __future__ import annotations
 
-import functools
+import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
-import torch
 from docutils import nodes
 from docutils.parsers.rst import Directive
 from docutils.statemachine import StringList
 
-from exitkit import build_network, build_strategy, cost
-from exitkit.backbones.base import home
+from exitkit import build_strategy
 from exitkit.catalogue import entries, settings_of
 from exitkit.plugins import load, underlying
 from exitkit.strategy import TrainingStrategy
@@ -34,8 +33,8 @@ HOOKS = (
     "learned",
     "sample_weights",
 )
-EXAMPLE = "msdnet-cifar-lg5"
-"""The network that facts about methods are told of."""
+MEASURED = json.loads(Path(__file__).with_name("measured.json").read_text(encoding="utf-8"))
+"""What `measure.py` counted."""
 
 
 class Table(Directive):
@@ -128,19 +127,16 @@ def _passes(name: str) -> str:
     return told
 
 
-@functools.cache
 def _inference(name: str) -> str:
     """Say how much a method's network costs over the plain one, at its last exit."""
-    with torch.device("meta"):
-        plain, ours = build_network(EXAMPLE), build_network(EXAMPLE)
-        for phase in build_strategy(name).phases(10, ours.num_exits):
-            phase.strategy.adapt(ours)
-    before, after = cost(plain)[-1], cost(ours)[-1]
-    if before == after:
+    more, of = MEASURED["added"].get(name), MEASURED["example"]
+    if more is None or not any(more.values()):
         return "nothing is added to the network"
-    kinds = zip(("multiply-adds", "parameters"), (before.macs, before.params), (after.macs, after.params), strict=True)
-    more = ", ".join(f"{100 * (new - old) / old:+.2f} % {what}" for what, old, new in kinds)
-    return f"{more} (last exit of `{EXAMPLE}`)"
+    told = [
+        f"{100 * more[key] / of[key]:+.2f} % {what}"
+        for key, what in (("macs", "multiply-adds"), ("params", "parameters"))
+    ]
+    return f"{', '.join(told)} (last exit of `{of['network']}`)"
 
 
 class Presets(Table):
@@ -156,20 +152,16 @@ class Presets(Table):
                 yield self._preset(entry["name"], entry["summary"])
 
     def _preset(self, name: str, summary: str) -> Sequence[str]:
-        shape, classes = home(load("backbone", name))
-        with torch.device("meta"):
-            costs = cost(build_network(name))
-        spans = [
-            f"{_short(getattr(costs[0], key))} – {_short(getattr(costs[-1], key))}"
-            for key in ("macs", "papers", "params")
-        ]
-        return f"`{name}`", f"{'×'.join(map(str, shape))}, {classes}", str(len(costs)), *spans, summary
+        facts = MEASURED["presets"][name]
+        spans = ["\u00a0– ".join(map(_short, facts[key])) for key in ("macs", "papers", "params")]
+        images = "×".join(map(str, facts["images"]))
+        return f"`{name}`", f"{images}, {facts['classes']}", str(facts["exits"]), *spans, summary
 
 
 def _short(number: int) -> str:
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "K")):
         if number >= size:
-            return f"{number / size:.2f} {unit}"
+            return f"{number / size:.2f}\u00a0{unit}"
     return str(number)
 
 

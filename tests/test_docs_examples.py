@@ -1,0 +1,79 @@
+"""The code of every page runs, in the order of the page and in one folder, cut short: one epoch, few images."""
+
+import importlib
+import shlex
+import warnings
+from pathlib import Path
+
+import pytest
+
+from exitkit.cli import main
+from exitkit.data import digits
+from exitkit.plugins import load, registered
+
+from doc_pages import PACKAGES, ROOT, blocks, installed, pages
+
+RUN = [page for page in pages() if any(not block.skipped for block in blocks(page))]
+MOST_SKIPPED = 12
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory):
+    place = tmp_path_factory.mktemp("packages")
+    for package in PACKAGES:
+        installed(package, place)
+    return place
+
+
+@pytest.fixture
+def at_home(packages, tmp_path, monkeypatch):
+    """An empty folder to be in, the example packages installed, and training that is over at once."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(packages))
+    monkeypatch.setitem(digits.Digits.house, "epochs", 1)
+    monkeypatch.setattr(digits, "_TEST", 1300)
+    _forget()
+    yield tmp_path
+    _forget()
+
+
+def _forget():
+    importlib.invalidate_caches()
+    registered.cache_clear()
+    load.cache_clear()
+
+
+def run_line(line):
+    """Run a command line in this process."""
+    words = shlex.split(line, comments=True)
+    if any("RUN" in word for word in words):
+        newest = max(Path("runs").glob("*/results.json"), key=lambda path: path.stat().st_mtime).parent.name
+        words = [word.replace("RUN", newest) for word in words]
+    if words[1] == "compare" and "--plan" not in words:
+        words += ["--launcher", "here", *([] if "--seeds" in words else ["--seeds", "1"])]
+    assert words[0] == "exitkit", line
+    with pytest.raises(SystemExit) as end:
+        main(words[1:])
+    return end.value.code
+
+
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.relative_to(ROOT).with_suffix("").as_posix())
+def test_the_code_of_a_page_runs(page, at_home, capsys):
+    space = {}
+    for block in blocks(page):
+        if block.skipped:
+            continue
+        if block.language == "python":
+            exec(compile(block.text, page.name, "exec"), space)
+            continue
+        for line in block.text.replace("\\\n", " ").splitlines():
+            with warnings.catch_warnings(action="ignore", category=UserWarning):
+                code = run_line(line)
+            assert code == 0, f"{line}\n{capsys.readouterr().err}"
+
+
+def test_few_blocks_are_not_run_and_each_says_why():
+    skipped = [block.skipped for page in pages() for block in blocks(page) if block.skipped]
+    everything = sum(len(blocks(page)) for page in pages())
+    assert len(skipped) <= MOST_SKIPPED and 4 * len(skipped) < everything
+    assert all(len(why) > 20 for why in skipped), skipped

@@ -1,0 +1,137 @@
+"""What the site says of the project is so: paths, files of a run, figures, counted tables, the notebook."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from doc_pages import DOCS, ROOT
+
+sys.path.insert(0, str(DOCS / "_sphinx"))
+
+MAP = (DOCS / "map.md").read_text(encoding="utf-8")
+FOLDER = (DOCS / "run-folder.md").read_text(encoding="utf-8")
+NOTEBOOK = DOCS / "notebooks/first-comparison.ipynb"
+ENVIRONMENT = dict(os.environ)
+
+
+def test_every_path_on_the_map_is_there():
+    """A bare name lies in the folder of the path before it."""
+    for row in MAP.splitlines():
+        folder = ROOT
+        for name in re.findall(r"`([\w./-]+(?:\.py|/))`", row):
+            path = ROOT / name if "/" in name else folder / name
+            assert path.exists(), f"{name} in: {row}"
+            folder = path if name.endswith("/") else path.parent
+
+
+def test_the_map_names_every_module_of_the_library_that_is_no_detail():
+    missing = [
+        path.name
+        for path in (ROOT / "exitkit").glob("*.py")
+        if not path.name.startswith("_") and f"{path.name}`" not in MAP and path.name not in UNMAPPED
+    ]
+    assert not missing, f"not in docs/map.md: {missing}"
+
+
+UNMAPPED = {"errors.py", "randomness.py", "meter.py"}
+
+
+def test_the_page_of_the_run_folder_names_every_file_that_a_run_has(tmp_path, monkeypatch):
+    import exitkit
+
+    monkeypatch.chdir(tmp_path)
+    recipe = {"method": "metagf", "epochs": 1, "probe_every": 1, "batch_size": 512}
+    run = exitkit.train(recipe, out="runs")
+    (run.path / "latency.json").touch()
+    files = {path.name for path in run.path.iterdir()}
+    assert {"learned.json", "probes.safetensors"} <= files
+    unnamed = [name for name in files if f"| `{name}` |" not in FOLDER]
+    assert not unnamed, unnamed
+    named = set(re.findall(r"^\| `([\w.-]+\.\w+)` \|", FOLDER.partition("## What a comparison")[0], flags=re.MULTILINE))
+    assert named - files <= {"progress.json"}, "named, but no run has it"
+    for part in ("probes", "outputs-test"):
+        keys = run.probes() if part == "probes" else run.outputs("test")
+        assert all(f"`{key}`" in FOLDER for key in keys)
+    assert all(f"`{name}`" in FOLDER or name in FOLDER for name in run.costs()[0])
+
+
+def test_what_the_tables_of_costs_hold_is_what_the_networks_cost():
+    from measure import MEASURED, adapted, added, preset
+
+    from exitkit.plugins import registered
+
+    measured = json.loads(MEASURED.read_text(encoding="utf-8"))
+    assert measured["presets"].keys() == registered("backbone").keys() - {"torchvision"}
+    assert measured["added"].keys() == registered("method").keys()
+    for name in ("msdnet-tiny", "ranet-tiny", "sdn-tiny"):
+        assert preset(name) == measured["presets"][name]
+    assert added("isc", adapted(None)) == measured["added"]["isc"]
+
+
+def test_every_figure_shown_is_drawn_and_every_one_drawn_is_shown(tmp_path):
+    shown = set()
+    for page in DOCS.rglob("*.md"):
+        shown |= set(re.findall(r"figures/([\w-]+)\.svg", page.read_text(encoding="utf-8")))
+    done = subprocess.run(
+        [sys.executable, DOCS / "figures/draw.py", tmp_path], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    drawn = {path.stem for path in tmp_path.glob("*.svg")}
+    assert shown == drawn == {path.stem for path in (DOCS / "figures").glob("*.svg")}
+
+
+def test_the_links_between_pages_lead_somewhere():
+    for page in (*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
+        text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
+            if not target.startswith(("http://", "https://", "mailto:")):
+                assert (page.parent / target).exists(), f"{page.relative_to(ROOT)}: {target}"
+
+
+def test_the_example_method_passes_its_own_test_once_pip_has_installed_it(tmp_path):
+    offline = [
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "--disable-pip-version-check",
+        "--no-warn-script-location",
+    ]
+    source = tmp_path / "source"
+    source.mkdir()
+    for file in (DOCS / "examples/random-exits").glob("*.*"):
+        (source / file.name).write_bytes(file.read_bytes())
+    place = tmp_path / "place"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", *offline, "--target", place, source], check=True)
+    assert (place / "random_exits.py").exists()
+    own = tmp_path / "test_own.py"
+    own.write_bytes((source / "test_random_exits.py").read_bytes())
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", tmp_path, own]
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT | {"PYTHONPATH": str(place)}
+    )
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout
+
+
+def test_the_notebook_is_whole_and_was_executed():
+    notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert not any(output["output_type"] == "error" for output in outputs)
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 2
+    assert NOTEBOOK.stat().st_size < 300_000
+    for cell in code:
+        ast.parse("".join(line for line in cell["source"] if not line.startswith("%")))
+
+
+@pytest.mark.full
+def test_the_notebook_runs(tmp_path):
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert any(tmp_path.rglob("results.json"))

@@ -42,7 +42,7 @@ def fit_temperatures(logits_val: ArrayLike, labels_val: ArrayLike) -> Floats:
     labels = _checked_labels(labels_val, outputs)
     result = np.empty(outputs.shape[1])
     for k in range(len(result)):
-        z = below_top(outputs, k)
+        z = below_top(outputs[:, k], k + 1)
         of_label = z[np.arange(len(z)), labels].mean()
         if of_label == -np.inf:
             raise UserError(f"exit {k + 1} gives a right class probability 0; no temperature can mend that")

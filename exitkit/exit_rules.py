@@ -17,15 +17,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import inf, log
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from exitkit.errors import UserError, unknown
-from exitkit.evaluation import Floats
+from exitkit.evaluation import Floats, Integers
 
 SCORES = ("confidence", "margin", "entropy", "patience")
 """What a sample's exit can be decided by."""
+
+
+class Agreement(NamedTuple):
+    """What patience remembers of each sample from one exit to the next."""
+
+    predicted: Integers
+    """[N]: the class that the exit before predicted."""
+    exits: Floats
+    """[N]: how many exits in a row, up to that one, predicted it."""
 
 
 def scores(logits: ArrayLike, rule: str, temperatures: ArrayLike | None = None) -> Floats:
@@ -41,20 +51,42 @@ def scores(logits: ArrayLike, rule: str, temperatures: ArrayLike | None = None) 
         UserError: there is no such rule, a sample's logits hold a NaN or +infinity, or a temperature is not
             positive.
     """
-    if rule not in SCORES:
-        raise unknown("exit rule", rule, SCORES)
     outputs = np.asarray(logits)
     exits = outputs.shape[1]
     heat = np.ones(exits) if temperatures is None else checked_temperatures(temperatures, exits)
-    # One exit at a time: all of ImageNet's validation logits at once in float64 would take gigabytes.
-    if rule == "patience":
-        return _patience(outputs)
     result = np.empty(outputs.shape[:2])
+    before = None
+    # One exit at a time: all of ImageNet's validation logits at once in float64 would take gigabytes.
     for k in range(exits):
-        with np.errstate(over="ignore"):
-            z = below_top(outputs, k) / heat[k]
-        result[:, k] = _OF_ONE_EXIT[rule](z)
+        result[:, k], before = exit_scores(outputs[:, k], rule, heat[k], before, exit=k + 1)
     return result
+
+
+def exit_scores(
+    logits: ArrayLike, rule: str, temperature: float = 1.0, before: Agreement | None = None, *, exit: int = 1
+) -> tuple[Floats, Agreement | None]:
+    """Return how sure one exit is, [N], from its logits [N, C], and what the next exit's score needs to know.
+
+    Args:
+        logits, rule: see `scores`; a row's score does not depend on which other rows there are.
+        temperature: of this exit.
+        before: what this function returned for the exit before, with the rows of samples that left dropped.
+        exit: number of the exit, from 1, for messages.
+
+    Raises:
+        UserError: as `scores`.
+    """
+    if rule not in SCORES:
+        raise unknown("exit rule", rule, SCORES)
+    outputs = np.asarray(logits)
+    z = below_top(outputs, exit)
+    if rule == "patience":
+        agreement = _agreement(outputs, before)
+        return agreement.exits, agreement
+    if temperature != 1:
+        with np.errstate(over="ignore"):
+            z /= temperature
+    return _OF_ONE_EXIT[rule](z), None
 
 
 def patience_thresholds(exits: int) -> Floats:
@@ -67,16 +99,17 @@ def patience_thresholds(exits: int) -> Floats:
     return limits
 
 
-def below_top(logits: ArrayLike, k: int) -> Floats:
-    """Return exit k's logits (k from 0) minus each sample's largest, [N, C] in float64, from logits [N, K, C].
+def below_top(logits: ArrayLike, exit: int) -> Floats:
+    """Return an exit's logits [N, C] minus each sample's largest, in float64; `exit` is its number, for messages.
 
     Raises:
         UserError: a sample's logits hold a NaN or +infinity, or nothing else than -infinity.
     """
-    z = np.asarray(logits)[:, k].astype(np.float64)
+    # In C order, so that a row is summed in one order however the logits lay.
+    z = np.array(logits, dtype=np.float64, order="C")
     top = z.max(axis=1, keepdims=True)
     if not np.isfinite(top).all():
-        raise UserError(f"the logits of exit {k + 1} are not finite; evaluation needs finite outputs")
+        raise UserError(f"the logits of exit {exit} are not finite; evaluation needs finite outputs")
     # A difference beyond the float64 range becomes -inf, whose probability is the 0 it would be anyway.
     with np.errstate(over="ignore"):
         z -= top
@@ -132,13 +165,9 @@ _OF_ONE_EXIT: dict[str, Callable[[Floats], Floats]] = {
 }
 
 
-def _patience(outputs: np.ndarray) -> Floats:
-    result = np.ones(outputs.shape[:2])
-    before = None
-    for k in range(outputs.shape[1]):
-        below_top(outputs, k)  # refuses what is not finite, whose argmax would mean nothing
-        predicted = outputs[:, k].argmax(axis=1)
-        if before is not None:
-            result[:, k] += np.where(predicted == before, result[:, k - 1], 0)
-        before = predicted
-    return result
+def _agreement(outputs: np.ndarray, before: Agreement | None) -> Agreement:
+    predicted = outputs.argmax(axis=1)
+    exits = np.ones(len(predicted))
+    if before is not None:
+        exits += np.where(predicted == before.predicted, before.exits, 0)
+    return Agreement(predicted, exits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,12 +71,15 @@ def load_network(run: RunFolder, data: Data) -> MultiExitNetwork:
     return network.eval()
 
 
-def evaluate(run: RunFolder | str | Path, *, device: str | None = None) -> pd.DataFrame:
+def evaluate(
+    run: RunFolder | str | Path, *, device: str | None = None, tell: Callable[[float], None] = lambda share: None
+) -> pd.DataFrame:
     """Evaluate a trained run (in fp32) and write its outputs, costs and results into its folder.
 
     Args:
         run: a run folder whose training is done.
         device: where to run; by default where the run was trained.
+        tell: called with the share of the images, 0..1, that is done.
 
     Returns:
         one row an exit: exit, papers, macs, params, accuracy and validation_accuracy (percent), and what run it is.
@@ -85,11 +89,11 @@ def evaluate(run: RunFolder | str | Path, *, device: str | None = None) -> pd.Da
     """
     run = run if isinstance(run, RunFolder) else RunFolder(run)
     with run.held():
-        evaluate_held(run, device or run.recipe.device)
+        evaluate_held(run, device or run.recipe.device, tell)
     return table_of([run])
 
 
-def evaluate_held(run: RunFolder, device: str) -> None:
+def evaluate_held(run: RunFolder, device: str, tell: Callable[[float], None] = lambda share: None) -> None:
     """Do what `evaluate` does for whoever holds the run already."""
     recipe = run.recipe
     torch.set_num_threads(recipe.threads)
@@ -103,8 +107,14 @@ def evaluate_held(run: RunFolder, device: str) -> None:
     engine.place(network)
     results = {}
     parts: tuple[Part, ...] = ("validation", "test")
+    counts = {part: len(data.labels(part)) for part in parts}
     for part in parts:
-        outputs = collect_outputs(network, data, part, engine, augment_validation(recipe, part))
+        before = counts["validation"] if part == "test" else 0
+
+        def told(done: int, before: int = before) -> None:
+            tell((before + done) / sum(counts.values()))
+
+        outputs = collect_outputs(network, data, part, engine, augment_validation(recipe, part), told)
         save_tensors(run.path / f"outputs-{part}.safetensors", outputs)
         hits = outputs["logits"].argmax(2) == outputs["labels"][:, None]
         results[part] = (100 * hits.double().mean(0)).tolist()
@@ -118,15 +128,24 @@ def augment_validation(recipe: Recipe, part: Part) -> bool:
 
 @torch.inference_mode()
 def collect_outputs(
-    network: MultiExitNetwork, data: Data, part: Part, engine: Engine, augment: bool = False
+    network: MultiExitNetwork,
+    data: Data,
+    part: Part,
+    engine: Engine,
+    augment: bool = False,
+    told: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Tensor]:
-    """Return logits [N, K, C] of all exits, labels [N] and indices [N] (in the data set's order) of one part."""
+    """Return logits [N, K, C] of all exits, labels [N] and indices [N] (in the data set's order) of one part.
+
+    `told` is called with the number of images that are done.
+    """
     network.eval()
     pieces = []
     count = len(data.labels(part))
     for batch in data.batches(part, torch.arange(count).split(_BATCH), augment=augment, seed=0):
         logits = torch.stack(network(engine.images(batch.images)).logits, 1)
         pieces.append(logits.cpu())
+        told(sum(map(len, pieces)))
     dtype = torch.float32 if data.num_classes <= _FLOAT32_CLASSES else torch.float16
     return {
         "logits": torch.cat(pieces).to(dtype),

@@ -7,13 +7,19 @@ from typing import Any
 
 import click
 
-from exitkit.catalogue import CATALOGUES, entries, settings_of
+from exitkit.cli.completion import one_of
+from exitkit.cli.options import json_option
 from exitkit.errors import unknown
 
 
 @click.command("list", short_help="Show methods, backbones, data sets and recipes.")
-@click.argument("what", required=False, metavar="[methods|backbones|datasets|recipes]")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON: an array of objects, each with its name.")
+@click.argument(
+    "what",
+    required=False,
+    metavar="[methods|backbones|datasets|recipes]",
+    shell_complete=one_of("methods", "backbones", "datasets", "recipes"),
+)
+@json_option("an array of objects, each with its name")
 def list_command(what: str | None, as_json: bool) -> None:
     """Show what there is, with every field, its default and its meaning; of a preset, what it sets otherwise.
 
@@ -23,6 +29,8 @@ def list_command(what: str | None, as_json: bool) -> None:
       exitkit list methods
       exitkit list datasets --json
     """
+    from exitkit.catalogue import CATALOGUES, entries
+
     if what is not None and what not in CATALOGUES:
         raise unknown("list", what, CATALOGUES)
     if as_json:
@@ -42,6 +50,8 @@ def _print_names() -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from exitkit.catalogue import CATALOGUES, entries
+
     console = Console()
     for kind in CATALOGUES:
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
@@ -58,6 +68,8 @@ def _print_entries(kind: str) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.padding import Padding
+
+    from exitkit.catalogue import entries, settings_of
 
     console = Console(highlight=False)
     found = entries(kind)

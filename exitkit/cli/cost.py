@@ -6,17 +6,30 @@ import json
 
 import click
 
-from exitkit.cli.options import parse_sets
+from exitkit.cli.completion import names
+from exitkit.cli.options import json_option, parse_sets
 from exitkit.errors import UserError
 
 
 @click.command(short_help="Print multiply-adds and parameters of every exit.")
-@click.option("--backbone", metavar="NAME", default="msdnet-tiny", show_default=True, help="Network or preset.")
-@click.option("--method", metavar="NAME", help="Count what this method puts into the network, too.")
+@click.option(
+    "--backbone",
+    metavar="NAME",
+    default="msdnet-tiny",
+    show_default=True,
+    shell_complete=names("backbones"),
+    help="Network or preset.",
+)
+@click.option(
+    "--method",
+    metavar="NAME",
+    shell_complete=names("methods"),
+    help="Count what this method puts into the network, too.",
+)
 @click.option("--num-classes", type=int, help="Classes.  [default: what the preset was published for]")
 @click.option("--input-shape", metavar="C,H,W", help="One image.  [default: what the preset was published for]")
 @click.option("--set", "sets", metavar="FIELD=VALUE", multiple=True, help="Any field of the backbone; repeatable.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option("the counts of each exit")
 def cost(
     backbone: str,
     method: str | None,

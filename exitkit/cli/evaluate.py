@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import json
+
 import click
+
+from exitkit.cli.completion import runs
+from exitkit.cli.options import device_option, json_option
 
 
 @click.command(short_help="Evaluate a trained run again.")
-@click.argument("run", metavar="RUN")
-@click.option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.  [default: where it was trained]")
-def evaluate(run: str, device: str | None) -> None:
+@click.argument("run", metavar="RUN", shell_complete=runs)
+@device_option("[default: where it was trained]")
+@json_option("what `exitkit show --json` prints")
+def evaluate(run: str, device: str | None, as_json: bool) -> None:
     """Evaluate a trained run again, and write its outputs, costs and results anew.
 
     \b
-    Example:
+    Examples:
       exitkit evaluate runs/boostnet-msdnet-tiny-digits-s0-1a2b3c4d
+      exitkit evaluate RUN --device cuda --json
     """
-    from exitkit.cli.show import print_run
+    from exitkit.cli.progress import loading, working
+    from exitkit.cli.show import facts, print_run
+
+    with loading("torch"):
+        import torch  # noqa: F401
     from exitkit.exit_outputs import evaluate as evaluate_run
     from exitkit.runs import RunFolder
 
-    evaluate_run(run, device=device)
-    print_run(RunFolder(run))
+    with working("evaluating") as tell:
+        evaluate_run(run, device=device, tell=tell)
+    if as_json:
+        click.echo(json.dumps(facts(RunFolder(run)), indent=2))
+    else:
+        print_run(RunFolder(run))

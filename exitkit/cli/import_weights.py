@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from exitkit.cli.completion import names
 from exitkit.cli.options import parse_sets
 from exitkit.errors import UserError
 
@@ -19,8 +20,19 @@ if TYPE_CHECKING:
 
 @click.command(short_help="Bring the authors' released weights onto a network of ours.")
 @click.argument("file", metavar="FILE")
-@click.option("--backbone", metavar="NAME", required=True, help="Network or preset that the file is of.")
-@click.option("--method", metavar="NAME", help="Method whose own tensors the file holds, too.")
+@click.option(
+    "--backbone",
+    metavar="NAME",
+    required=True,
+    shell_complete=names("backbones"),
+    help="Network or preset that the file is of.",
+)
+@click.option(
+    "--method",
+    metavar="NAME",
+    shell_complete=names("methods"),
+    help="Method whose own tensors the file holds, too.",
+)
 @click.option("--num-classes", type=int, help="Classes.  [default: the file's]")
 @click.option("--set", "sets", metavar="FIELD=VALUE", multiple=True, help="Any field of the backbone; repeatable.")
 @click.option("--out", metavar="FILE", help="What to write.  [default: FILE's name.safetensors, here]")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from exitkit.cli.completion import folders, names, one_of, recipes, runs
 from exitkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,23 +29,52 @@ COMPARISON_KEYS = (
 )
 """The keys that a recipe of a comparison has beyond those of a run."""
 
+
+def device_option(default: str) -> Callable[..., Any]:
+    """Return the option that says where to compute."""
+    devices = one_of("auto", "cpu", "cuda", "cuda:0", "mps")
+    return click.option(
+        "--device", metavar="NAME", shell_complete=devices, help=f"auto, cpu, cuda, cuda:N or mps.  {default}"
+    )
+
+
+def json_option(what: str) -> Callable[..., Any]:
+    """Return the option that makes a command print JSON, and nothing else, on standard output."""
+    return click.option("--json", "as_json", is_flag=True, help=f"Print JSON: {what}.")
+
+
 _OPTIONS = [
-    click.option("--dataset", metavar="NAME", help="Data set (see `exitkit list datasets`).  [default: digits]"),
+    click.option(
+        "--dataset",
+        metavar="NAME",
+        shell_complete=names("datasets"),
+        help="Data set (see `exitkit list datasets`).  [default: digits]",
+    ),
     click.option(
         "--backbone",
         metavar="NAME",
+        shell_complete=names("backbones"),
         help="Network (see `exitkit list backbones`).  [default: the data set's]",
     ),
-    click.option("--init-from", metavar="RUN", help="Start from a finished run, or from a weights file."),
+    click.option(
+        "--init-from", metavar="RUN", shell_complete=runs, help="Start from a finished run, or from a weights file."
+    ),
     click.option("--epochs", type=int, help="Epochs.  [default: the data set's]"),
     click.option("--batch-size", type=int, help="Images a step, over all ranks.  [default: the data set's]"),
     click.option("--lr", type=float, help="Learning rate at the start.  [default: the data set's]"),
     click.option("--probe-every", type=int, help="Look at a fixed batch every so many epochs, for `diagnose`."),
-    click.option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.  [default: auto]"),
-    click.option("--precision", metavar="NAME", help="fp32, tf32, bf16 or fp16.  [default: fp32]"),
+    device_option("[default: auto]"),
+    click.option(
+        "--precision",
+        metavar="NAME",
+        shell_complete=one_of("fp32", "tf32", "bf16", "fp16"),
+        help="fp32, tf32, bf16 or fp16.  [default: fp32]",
+    ),
     click.option("--threads", type=int, help="CPU threads a process.  [default: 1]"),
     click.option("--compile", is_flag=True, default=None, help="Compile the network first: worth it on a GPU."),
-    click.option("--data-dir", metavar="DIR", help="Where the images lie, or are downloaded to."),
+    click.option(
+        "--data-dir", metavar="DIR", shell_complete=folders, help="Where the images lie, or are downloaded to."
+    ),
     click.option(
         "--tensorboard", is_flag=True, default=None, help="Also write a TensorBoard log into the run's folder."
     ),
@@ -55,8 +85,21 @@ _OPTIONS = [
         multiple=True,
         help="Any field of method, backbone or data set; repeatable.",
     ),
-    click.option("--recipe", "recipe_file", metavar="FILE", help="TOML (or a run's recipe.json); options override it."),
-    click.option("--out", metavar="DIR", default="runs", show_default=True, help="Where run folders go."),
+    click.option(
+        "--recipe",
+        "recipe_file",
+        metavar="FILE",
+        shell_complete=recipes,
+        help="TOML (or a run's recipe.json); options override it.",
+    ),
+    click.option(
+        "--out",
+        metavar="DIR",
+        default="runs",
+        show_default=True,
+        shell_complete=folders,
+        help="Where run folders go.",
+    ),
 ]
 
 

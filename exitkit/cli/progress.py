@@ -1,21 +1,67 @@
-"""A run's progress: a live bar on a terminal, a line now and then elsewhere, nothing on ranks but the first."""
+"""How far work is: live on a terminal, a line now and then elsewhere, nothing on ranks but the first."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 import time
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+from exitkit.cli.interrupts import interruptible, speaks_for_all
 
 if TYPE_CHECKING:
     from exitkit.feed import Progress as TrainingProgress
 
 _LINE_INTERVAL = 5.0  # seconds between lines where there is no terminal
+
+
+@contextlib.contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Say on a terminal that something is being loaded, as long as it is; Ctrl-C may end the process at once."""
+    shown = sys.stderr.isatty() and speaks_for_all()
+    if shown:  # nothing that hides the cursor: it could not be given back
+        sys.stderr.write(f"loading {what} ...")
+        sys.stderr.flush()
+    try:
+        yield
+    finally:
+        if shown:
+            sys.stderr.write("\r\x1b[2K")
+            sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def working(description: str) -> Iterator[Callable[[float], None]]:
+    """Show that work goes on; what it hands out takes the share that is done, 0..1, where that is known."""
+    console = Console(stderr=True, highlight=False)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=30), TaskProgressColumn())
+    bar = Progress(
+        *columns,
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    task = bar.add_task(description, total=None)
+    next_line = time.monotonic() + _LINE_INTERVAL
+
+    def tell(share: float) -> None:
+        nonlocal next_line
+        bar.update(task, total=1.0, completed=share)
+        if not console.is_terminal and time.monotonic() >= next_line:
+            next_line = time.monotonic() + _LINE_INTERVAL
+            console.print(f"{description}: {share:.0%}", soft_wrap=True)
+
+    with interruptible(), bar:
+        yield tell
 
 
 def describe(progress: TrainingProgress) -> str:

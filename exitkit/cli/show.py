@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from exitkit.cli.completion import runs
+from exitkit.cli.options import json_option
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -16,8 +19,8 @@ if TYPE_CHECKING:
 
 
 @click.command(short_help="Show one run.")
-@click.argument("run", metavar="RUN")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.argument("run", metavar="RUN", shell_complete=runs)
+@json_option("its recipe, environment, and cost and accuracy of each exit")
 def show(run: str, as_json: bool) -> None:
     """Show one run: what it was, where it stands, and each exit's cost and accuracy.
 
@@ -30,12 +33,13 @@ def show(run: str, as_json: bool) -> None:
 
     folder = RunFolder(run)
     if as_json:
-        click.echo(json.dumps(_facts(folder), indent=2))
+        click.echo(json.dumps(facts(folder), indent=2))
     else:
         print_run(folder)
 
 
-def _facts(run: RunFolder) -> dict[str, Any]:
+def facts(run: RunFolder) -> dict[str, Any]:
+    """Return what `show --json` prints of a run."""
     exits: list[dict[str, Any]] = []
     if run.finished:
         results = run.results()
@@ -59,10 +63,10 @@ def print_run(run: RunFolder, pictures: bool = True) -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
-    facts = _facts(run)
-    recipe = facts["recipe"]
-    state = "finished" if run.finished else f"unfinished, {facts['epochs_done']} epochs done"
-    console.print(f"[bold cyan]{facts['name']}[/]  {state}")
+    told = facts(run)
+    recipe = told["recipe"]
+    state = "finished" if run.finished else f"unfinished, {told['epochs_done']} epochs done"
+    console.print(f"[bold cyan]{told['name']}[/]  {state}")
     about = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
     for kind in ("method", "backbone", "dataset"):
         settings = ", ".join(f"{key}={_short(value)}" for key, value in recipe[f"{kind}_settings"].items())
@@ -74,17 +78,17 @@ def print_run(run: RunFolder, pictures: bool = True) -> None:
         f"seed {recipe['seed']}",
     )
     console.print(about)
-    if not facts["exits"]:
+    if not told["exits"]:
         return
     table = Table()
     for heading in ("exit", "multiply-adds", "papers' count", "parameters", "validation %", "test %"):
         table.add_column(heading, justify="right")
-    for row in facts["exits"]:
+    for row in told["exits"]:
         costs = [f"{row[key]:,}" for key in ("macs", "papers", "params")]
         table.add_row(str(row["exit"]), *costs, f"{row['validation_accuracy']:.2f}", f"{row['accuracy']:.2f}")
     console.print(table)
     if pictures:
-        for learned in facts["learned"]:
+        for learned in told["learned"]:
             _print_learned(console, learned)
 
 

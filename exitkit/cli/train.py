@@ -9,13 +9,19 @@ from typing import Any
 
 import click
 
+from exitkit.cli.completion import names
 from exitkit.cli.interrupts import interruptible, speaks_for_all
 from exitkit.cli.options import COMPARISON_KEYS, make_recipe, parse_sets, read_recipe, recipe_options
 from exitkit.errors import Interrupted, UserError
 
 
 @click.command(short_help="Train and evaluate one run.")
-@click.option("--method", metavar="NAME", help="Training method, or several as a+b.  [default: joint]")
+@click.option(
+    "--method",
+    metavar="NAME",
+    shell_complete=names("methods"),
+    help="Training method, or several as a+b.  [default: joint]",
+)
 @click.option("--seed", type=int, help="Seed of weights, order and augmentation.  [default: 0]")
 @click.option("--resume", is_flag=True, help="Go on with this run where it was stopped.")
 @recipe_options
@@ -34,9 +40,10 @@ def train(sets: tuple[str, ...], recipe_file: str | None, out: str, resume: bool
         raise UserError(f"recipe {recipe_file} is of a comparison; use it with: exitkit compare --recipe {recipe_file}")
     recipe = make_recipe(values, given).with_settings(parse_sets(sets))
 
-    import torch._dynamo  # noqa: F401  the first optimiser would import it, and this may take seconds
+    from exitkit.cli.progress import TrainProgress, loading
 
-    from exitkit.cli.progress import TrainProgress
+    with loading("torch"):
+        import torch._dynamo  # noqa: F401  the first optimiser would import it, and this may take seconds
     from exitkit.training import train as train_run
 
     try:

@@ -8,6 +8,8 @@ __version__ = "0.1.0"
 
 # Name -> the module it lives in: imported on first use, so that the command line answers before torch is loaded.
 _PUBLIC = {
+    "AdaptiveInference": "exitkit.inference.adaptive",
+    "ExitRule": "exitkit.inference.rule",
     "attach_exits": "exitkit.backbones.attach",
     "build_network": "exitkit.build",
     "build_strategy": "exitkit.build",
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from exitkit.costs import cost
     from exitkit.errors import UserError
     from exitkit.exit_outputs import evaluate
+    from exitkit.inference.adaptive import AdaptiveInference
+    from exitkit.inference.rule import ExitRule
     from exitkit.network import MultiExitNetwork
     from exitkit.plugins import setting
     from exitkit.pruning import prune_to
@@ -44,6 +48,8 @@ if TYPE_CHECKING:
     from exitkit.training import train
 
 __all__ = [
+    "AdaptiveInference",
+    "ExitRule",
     "MultiExitNetwork",
     "Phase",
     "Recipe",

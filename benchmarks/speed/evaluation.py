@@ -26,7 +26,9 @@ def evaluation_row(rounds: int) -> Row:
     def evaluate() -> None:
         budgeted(validation, test, correct, costs, exit_counts(SAMPLES, EXITS, PAPER_SHARES))
 
-    return judged("evaluation: seconds of 39 operating points, 10,000 samples, 10 exits", 0.1, _seconds(evaluate, rounds))
+    return judged(
+        "evaluation: seconds of 39 operating points, 10,000 images, 10 exits", 0.1, _seconds(evaluate, rounds)
+    )
 
 
 def help_row(rounds: int) -> Row:

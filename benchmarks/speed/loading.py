@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from exitkit.benchmarks.speed.training import Work
+from exitkit.benchmarks.speed.work import Work
 from exitkit.data.base import TensorData
 from exitkit.data.split import Split
 

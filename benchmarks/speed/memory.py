@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from exitkit.benchmarks.speed.row import Row
-from exitkit.benchmarks.speed.training import Work
+from exitkit.benchmarks.speed.work import Work
 from exitkit.memory import begin_peak, give_back_freed, peak_mib
 
 

@@ -1,4 +1,4 @@
-"""How long something takes in units of something else, measured in turns: what else the machine does hits both alike."""
+"""How long something takes in units of something else, measured in turns: whatever else the machine does hits both."""
 
 from __future__ import annotations
 

@@ -83,13 +83,13 @@ def cli(context: click.Context) -> None:
         click.echo(welcome())
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; a user's mistake is one line on stderr and exit code 2, an interrupt exit code 130."""
+def main(arguments: list[str] | None = None, command: click.Command = cli) -> None:
+    """Run the command line, or another command as it would; a user's mistake is one line on stderr and exit code 2, an interrupt exit code 130."""
     arguments = sys.argv[1:] if arguments is None else arguments
     warnings.formatwarning = _format_warning
     try:
         with stopping_at_once():
-            code = cli.main(args=arguments, prog_name="exitkit", standalone_mode=False)
+            code = command.main(args=arguments, prog_name="exitkit", standalone_mode=False)
     except (KeyboardInterrupt, click.Abort, Interrupted) as stop:
         stopped_for_good()
         _fail(str(stop) or "stopped", 130)

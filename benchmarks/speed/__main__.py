@@ -1,0 +1,88 @@
+"""`python -m exitkit.benchmarks.speed`: every target of speed, measured here and now, as ratios taken in one run."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable
+
+import click
+import torch
+
+from exitkit.benchmarks.speed.evaluation import evaluation_row, help_row
+from exitkit.benchmarks.speed.gpu import gpu_rows
+from exitkit.benchmarks.speed.inference import inference_rows
+from exitkit.benchmarks.speed.loading import loading_share
+from exitkit.benchmarks.speed.memory import l2w_memory_row
+from exitkit.benchmarks.speed.row import Row
+from exitkit.benchmarks.speed.table import print_facts, print_rows
+from exitkit.benchmarks.speed.training import Measured, l2w_rows, metagf_rows, step_rows
+from exitkit.benchmarks.speed.work import Work
+from exitkit.cli import main
+from exitkit.errors import UserError, unknown
+
+PARTS: dict[str, Callable[[Work], Iterable[Row | Measured]]] = {
+    "steps": step_rows,
+    "l2w": l2w_rows,
+    "metagf": metagf_rows,
+    "memory": lambda work: [l2w_memory_row(work)],
+    "inference": inference_rows,
+    "evaluation": lambda work: [evaluation_row(work.rounds)],
+    "start-up": lambda work: [help_row(work.rounds)],
+    "gpu": gpu_rows,
+}
+
+
+@click.command()
+@click.option("--only", metavar="A,B,...", help=f"Parts: {', '.join(PARTS)}.  [default: all, about half an hour]")
+@click.option("--rounds", default=7, show_default=True, help="How often the clock is read for each ratio.")
+@click.option("--network", metavar="NAME", default="msdnet-cifar-lg5", show_default=True, help="What is trained.")
+@click.option("--batch", default=128, show_default=True, help="Images a training step.")
+@click.option("--json", "as_json", is_flag=True, help="Print the targets as JSON, and nothing else.")
+def speed(only: str | None, rounds: int, network: str, batch: int, as_json: bool) -> None:
+    """Measure the targets of speed and say which are met.
+
+    \b
+    Examples:
+      python -m exitkit.benchmarks.speed
+      python -m exitkit.benchmarks.speed --only steps,l2w --rounds 15
+      python -m exitkit.benchmarks.speed --json > speed.json
+    """
+    parts = _parts(only)
+    for name, value, least in (("--rounds", rounds, 1), ("--batch", batch, 8)):
+        if value < least:
+            raise UserError(f"{name} is {value}; expected at least {least}")
+    torch.set_num_threads(1)
+    work = Work(network, batch, rounds=rounds)
+    facts: list[Measured] = []
+    rows: list[Row] = []
+    began = time.perf_counter()
+    for part in parts:
+        for found in PARTS[part](work):
+            told = found.method if isinstance(found, Measured) else f"{found.target}: {found.verdict}"
+            click.echo(f"{time.perf_counter() - began:6.0f} s  {told}", err=True)
+            facts += [found] if isinstance(found, Measured) else []
+            rows += [found] if isinstance(found, Row) else []
+    if as_json:
+        click.echo(json.dumps([row._asdict() for row in rows], indent=1))
+        return
+    if facts:
+        share = 100 * loading_share(work)
+        print_facts(facts, f"{network}, {batch} images a step, one thread; {share:.1f} % of joint training is loading")
+    print_rows(rows)
+
+
+def _parts(only: str | None) -> list[str]:
+    if only is None:
+        return list(PARTS)
+    names = [name.strip() for name in only.split(",") if name.strip()]
+    if not names:
+        raise UserError(f"--only is empty; expected some of {', '.join(PARTS)}")
+    for name in names:
+        if name not in PARTS:
+            raise unknown("part", name, PARTS)
+    return names
+
+
+if __name__ == "__main__":
+    main(command=speed)

@@ -1,0 +1,84 @@
+"""What only a GPU can show, where launches of kernels and not arithmetic cost the time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from exitkit.benchmarks.speed.loading import noise_images
+from exitkit.benchmarks.speed.row import Row, judged, not_run
+from exitkit.benchmarks.speed.timing import paired_ratios
+from exitkit.benchmarks.speed.work import Work
+from exitkit.compilation import compile_parts
+from exitkit.data.augment import crops_and_flips
+from exitkit.data.base import TensorData
+from exitkit.engine import Engine
+
+_BATCH, _BATCHES, _WORKERS = 64, 50, 4
+
+
+def gpu_rows(work: Work) -> Iterator[Row]:
+    """Measure both targets of training on a GPU, or say that there is none."""
+    small = replace(work, batch=_BATCH, device="cuda")
+    exits = work.build().num_exits
+    faster = "cuda: images a second, in those of eager training from a worker-fed loader at batch 64"
+    metagf = "cuda: an epoch of metagf, branches side by side at batch 64, in eager joint epochs"
+    if not torch.cuda.is_available():
+        yield not_run(faster, 5.0)
+        yield not_run(metagf, exits / 2)
+        return
+    ratio = paired_ratios(eager(small), prepared(small), small.rounds)
+    yield judged(faster, 5.0, ratio, at_least=True)
+    branches = small.epoch("metagf", _BATCHES, branches="side-by-side")
+    yield judged(metagf, exits / 2, paired_ratios(branches, small.epoch("joint", _BATCHES), small.rounds))
+
+
+def prepared(work: Work) -> Callable[[], None]:
+    """Return an epoch as exitkit trains: images on the device, channels last, bf16, compiled stages and heads."""
+    engine = Engine(torch.device(work.device), precision="bf16")
+    engine.set_arithmetic()
+    run = work.run("joint", precision=engine.precision)
+    engine.place(run.network)
+    compile_parts(run.network)
+    data = noise_images(work, work.batch * _BATCHES).on(engine.device)
+
+    def epoch() -> None:
+        order = torch.randperm(work.batch * _BATCHES).split(work.batch)
+        for batch in data.batches("train", order, augment=True, seed=0):
+            run.strategy.train_step(run, (engine.images(batch.images), batch.labels))
+
+    return epoch
+
+
+def eager(work: Work) -> Callable[[], None]:
+    """Return an epoch as the papers' code trains: workers augment image by image, the network runs eagerly in fp32."""
+    images = _OneByOne(noise_images(work, work.batch * _BATCHES))
+    workers = {"num_workers": _WORKERS, "persistent_workers": True, "pin_memory": work.device != "cpu"}
+    loader = DataLoader(images, work.batch, shuffle=True, **workers)  # type: ignore[arg-type]
+    run = work.run("joint")
+
+    def epoch() -> None:
+        for batch in loader:
+            run.strategy.train_step(run, tuple(part.to(work.device, non_blocking=True) for part in batch))
+
+    return epoch
+
+
+class _OneByOne(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Images that are augmented one at a time."""
+
+    def __init__(self, data: TensorData) -> None:
+        self._data = data
+
+    def __len__(self) -> int:
+        return len(self._data.train_labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        data = self._data
+        offsets, flips = torch.randint(2 * data.padding + 1, (1, 2)), torch.rand(1) < 0.5
+        image = crops_and_flips(data.train_images[index : index + 1], data.padding, offsets, flips)[0]
+        mean, std = (torch.tensor(values).view(-1, 1, 1) * 255 for values in (data.mean, data.std))
+        return (image - mean) / std, data.train_labels[index]

@@ -1,0 +1,62 @@
+"""How much of the multiply-adds that early exit saves is time saved, and what its bookkeeping costs a single image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from exitkit.benchmarks.speed.row import Row, judged, not_run
+from exitkit.benchmarks.speed.timing import Ratio, paired_ratios
+from exitkit.benchmarks.speed.work import Work
+from exitkit.costs import cost
+from exitkit.evaluation import exit_counts, share_for_budget, thresholds
+from exitkit.exit_rules import scores
+from exitkit.inference import AdaptiveInference, ExitRule
+
+_BATCH = 256
+
+
+def inference_rows(work: Work) -> Iterator[Row]:
+    """Measure an operating point that saves half of the multiply-adds, and a single image that goes all the way."""
+    limits = {"cpu": 0.9, "cuda": 0.75}
+    for device, limit in limits.items():
+        target = f"{device}: time saved per multiply-adds saved, at batch {_BATCH}, half of them saved"
+        alone = f"{device}: a single image through all exits, in runs of the full network"
+        if device == "cuda" and not torch.cuda.is_available():
+            yield not_run(target, limit)
+            yield not_run(alone, 1.05)
+            continue
+        yield judged(target, limit, saved(replace(work, batch=_BATCH, device=device)), at_least=True)
+        yield judged(alone, 1.05, single(replace(work, batch=1, device=device, rounds=max(10 * work.rounds, 1))))
+
+
+def saved(work: Work) -> Ratio:
+    """Return the share of time saved over the share of multiply-adds saved, where half of these are."""
+    network, images = work.build().eval(), work.data()[0]
+    costs = np.array([row.macs for row in cost(network)], dtype=np.float64)
+    with torch.inference_mode():
+        logits = torch.stack(network(images).logits, 1).float().cpu().numpy()
+    q = float(share_for_budget(costs, [costs[-1] / 2])[0])
+    sure = scores(logits, "confidence")
+    rule = ExitRule("confidence", tuple(thresholds(sure, exit_counts(len(sure), len(costs), [q]))[0]))
+    adaptive = AdaptiveInference(network, rule)
+    operations = 1 - costs[adaptive(images).exits.cpu()].mean() / costs[-1]
+    ratio = paired_ratios(lambda: adaptive(images), lambda: _full(network, images), work.rounds)
+    shares = [(1 - part) / operations for part in (ratio.median, ratio.high, ratio.low)]
+    return Ratio(*shares, ratio.seconds)
+
+
+def single(work: Work) -> Ratio:
+    """Return how long one image takes that no exit but the last is sure of, in runs of the full network."""
+    network, images = work.build().eval(), work.data()[0]
+    never = (2.0,) * (network.num_exits - 1)  # no confidence reaches it, but every exit's is computed
+    adaptive = AdaptiveInference(network, ExitRule("confidence", (*never, -np.inf)))
+    return paired_ratios(lambda: adaptive(images), lambda: _full(network, images), work.rounds, warmups=3)
+
+
+@torch.inference_mode()
+def _full(network: torch.nn.Module, images: torch.Tensor) -> None:
+    network(images)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from pathlib import Path
 
 import click
 
+from exitkit.cli.completion import names
+from exitkit.cli.completion import recipes as complete_recipes
+from exitkit.cli.options import json_option
 from exitkit.errors import UserError
 from exitkit.files import exists, write_text
 
@@ -26,13 +30,22 @@ def recipes() -> None:
 
 
 @recipes.command("list", short_help="Name all recipes.")
-def list_recipes() -> None:
-    """Name all recipes, with what each is."""
+@json_option("an array of objects with name, summary and values")
+def list_recipes(as_json: bool) -> None:
+    """Name all recipes, with what each is.
+
+    \b
+    Example:
+      exitkit recipes list
+    """
     from rich.console import Console
     from rich.table import Table
 
     from exitkit.catalogue import entries
 
+    if as_json:
+        click.echo(json.dumps(entries("recipes"), indent=2))
+        return
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold cyan", no_wrap=True)
     table.add_column()
@@ -42,17 +55,27 @@ def list_recipes() -> None:
 
 
 @recipes.command("show", short_help="Print a recipe.")
-@click.argument("name", metavar="NAME")
+@click.argument("name", metavar="NAME", shell_complete=names("recipes"))
 def show_recipe(name: str) -> None:
-    """Print a recipe's file."""
+    """Print a recipe's file.
+
+    \b
+    Example:
+      exitkit recipes show imta-table2
+    """
     click.echo(_text(name), nl=False)
 
 
 @recipes.command("copy", short_help="Copy a recipe, to edit it.")
-@click.argument("name", metavar="NAME")
+@click.argument("name", metavar="NAME", shell_complete=names("recipes"))
 @click.argument("file", metavar="[FILE]", required=False)
 def copy_recipe(name: str, file: str | None) -> None:
-    """Copy a recipe into FILE (by default NAME.toml, here), to edit it."""
+    """Copy a recipe into FILE (by default NAME.toml, here), to edit it.
+
+    \b
+    Example:
+      exitkit recipes copy imta-table2 mine.toml
+    """
     target = Path(file or f"{name}.toml")
     text = _text(name)
     if exists(target):
@@ -62,9 +85,14 @@ def copy_recipe(name: str, file: str | None) -> None:
 
 
 @recipes.command("validate", short_help="Check a recipe.")
-@click.argument("file", metavar="FILE")
+@click.argument("file", metavar="FILE", shell_complete=complete_recipes)
 def validate_recipe(file: str) -> None:
-    """Check a recipe (a file, or the name of a shipped one): every key and every value; nothing is run or loaded."""
+    """Check a recipe (a file, or the name of a shipped one): every key and every value; nothing is run or loaded.
+
+    \b
+    Example:
+      exitkit recipes validate mine.toml
+    """
     from exitkit.benchmarks.plan import Plan
     from exitkit.cli.options import read_recipe
 

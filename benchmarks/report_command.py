@@ -2,30 +2,61 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from exitkit.cli.completion import folders, names, one_of
+from exitkit.cli.options import json_option
 from exitkit.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from exitkit.benchmarks.report import Comparison
 
 FORMATS = ("csv", "md", "latex", "html", "pdf", "png")
 
 
 @click.command(short_help="Print tables of finished runs, and write them.")
-@click.argument("folder", metavar="FOLDER", default="runs")
-@click.option("--out", metavar="DIR", help="Where to write tables and figures.  [default: FOLDER/report]")
-@click.option("--format", "formats", metavar="A,B,...", help=f"Of {', '.join(FORMATS)}.  [default: all]")
-@click.option("--baseline", metavar="NAME", help="What differences are taken to.  [default: joint, or the first]")
-@click.option("--cost", metavar="NAME", help="macs, papers (their count) or latency (ms).  [default: macs]")
+@click.argument("folder", metavar="FOLDER", default="runs", shell_complete=folders)
+@click.option(
+    "--out", metavar="DIR", shell_complete=folders, help="Where to write tables and figures.  [default: FOLDER/report]"
+)
+@click.option(
+    "--format",
+    "formats",
+    metavar="A,B,...",
+    shell_complete=one_of(*FORMATS),
+    help=f"Of {', '.join(FORMATS)}.  [default: all]",
+)
+@click.option(
+    "--baseline",
+    metavar="NAME",
+    shell_complete=names("methods"),
+    help="What differences are taken to.  [default: joint, or the first]",
+)
+@click.option(
+    "--cost",
+    metavar="NAME",
+    shell_complete=one_of("macs", "papers", "latency"),
+    help="macs, papers (their count) or latency (ms).  [default: macs]",
+)
 @click.option("--points", metavar="P", help="Operating points: shares q = p / 20 for p = 1..P.  [default: 39]")
-@click.option("--rule", metavar="NAME", help="confidence, margin, entropy or patience.  [default: confidence]")
+@click.option(
+    "--rule",
+    metavar="NAME",
+    shell_complete=one_of("confidence", "margin", "entropy", "patience"),
+    help="confidence, margin, entropy or patience.  [default: confidence]",
+)
 @click.option("--calibrated", is_flag=True, default=None, help="Calibrate each exit on validation first.")
 @click.option("--hold", is_flag=True, default=None, help="Stay at the point before where one brings nothing.")
 @click.option("--budgets", metavar="A,B,...", help="Average budgets, such as 40M,60M or 1.5ms.  [default: nine]")
 @click.option("--risk", metavar="POINTS", help="Accuracy that may be lost, for risk control.  [default: 1]")
 @click.option("--certainty", metavar="SHARE", help="How sure that has to be.  [default: 0.95]")
-def report(folder: str, out: str | None, formats: str | None, **given: Any) -> None:
+@json_option("all tables, as arrays of rows, and the files that were written")
+def report(folder: str, out: str | None, formats: str | None, as_json: bool, **given: Any) -> None:
     """Make the tables and curves of all finished runs in FOLDER.
 
     \b
@@ -33,11 +64,13 @@ def report(folder: str, out: str | None, formats: str | None, **given: Any) -> N
       exitkit report
       exitkit report study --out paper/tables --format latex,pdf
       exitkit report study --budgets 10M,20M --rule margin --calibrated
+      exitkit report study --json
     """
     from rich.console import Console
 
     from exitkit.benchmarks.record import read_plan
     from exitkit.benchmarks.report import ReportOptions, collect, print_report, write_report
+    from exitkit.cli.progress import working
     from exitkit.runs import find_runs
 
     wanted = split_formats(formats)
@@ -48,11 +81,21 @@ def report(folder: str, out: str | None, formats: str | None, **given: Any) -> N
     runs = sorted(find_runs(folder), key=lambda run: (place.get(run.path.name, len(place)), run.path.name))
     if not order:
         runs.sort(key=lambda run: run.recipe.method != (chosen.baseline or "joint"))
-    comparison = collect(runs, options=chosen, context=context)
     target = Path(out) if out else Path(folder) / "report"
-    write_report(comparison, target, runs=runs, formats=wanted)
+    with working(f"tables and figures of {len(runs)} runs"):
+        comparison = collect(runs, options=chosen, context=context)
+        files = write_report(comparison, target, runs=runs, formats=wanted)
+    if as_json:
+        click.echo(as_data(comparison, files))
+        return
     print_report(comparison, Console())
     click.echo(f"tables and figures: {target}")
+
+
+def as_data(comparison: Comparison, files: Sequence[Path]) -> str:
+    """Return a comparison as JSON: {"tables": {name: rows}, "files": paths}; the tables are those of the CSV files."""
+    tables = {name: json.loads(frame.to_json(orient="records")) for name, frame in comparison.frames().items()}
+    return json.dumps({"tables": tables, "files": [str(path) for path in files]}, indent=2)
 
 
 def split_formats(formats: str | None) -> tuple[str, ...]:

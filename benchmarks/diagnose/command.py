@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from exitkit.cli.completion import runs
 from exitkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.command(short_help="Draw how a run's exits got on with one another.")
-@click.argument("run", metavar="RUN", required=False)
+@click.argument("run", metavar="RUN", required=False, shell_complete=runs)
 @click.option("--toy", is_flag=True, help="Draw every gradient method's path on a toy problem of two exits instead.")
 @click.option("--share", type=float, default=0.01, show_default=True, help="Share of the parameters that is pruned.")
 @click.option("--out", metavar="DIR", help="Where to write.  [default: RUN/diagnostics, or toy]")
@@ -46,7 +47,12 @@ def diagnose(run: str | None, toy: bool, share: float, out: str | None) -> None:
 
     trained = RunFolder(str(run))
     trained.results()  # says how to go on with one that is not finished
-    drawn = draw_run(trained, Path(out) if out else trained.path / "diagnostics", share)
+    from exitkit.cli.progress import loading, working
+
+    with loading("torch"):
+        import torch  # noqa: F401
+    with working("looking at the exits"):
+        drawn = draw_run(trained, Path(out) if out else trained.path / "diagnostics", share)
     if "conflict" not in drawn:
         click.echo(
             "gradient conflict, magnitude and valid images are seen during training only; "

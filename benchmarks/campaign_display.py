@@ -114,7 +114,8 @@ def announce(recipes: Sequence[Recipe], seconds: Mapping[str, float], jobs: int,
     if whole:
         table = Table(box=box.SIMPLE_HEAVY, padding=(0, 1, 0, 0), header_style="bold cyan")
         for head in ("method", "network", "data", "epochs", "seeds", "finished", "to train"):
-            table.add_column(head, justify="left" if head in ("method", "network", "data") else "right")
+            words = head in ("method", "network", "data")
+            table.add_column(head, justify="left" if words else "right", overflow="fold", no_wrap=not words)
         lines: dict[tuple[str, str, str], list[Recipe]] = {}
         for names, recipe in zip(name_runs([flat_identity(recipe) for recipe in recipes]), recipes, strict=True):
             lines.setdefault(tuple(names), []).append(recipe)

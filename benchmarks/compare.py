@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from exitkit.benchmarks.plan import BASELINE, DEFAULT_METHODS, Plan
+from exitkit.cli.completion import names, one_of
 from exitkit.cli.interrupts import interruptible
-from exitkit.cli.options import parse_sets, read_recipe, recipe_options
+from exitkit.cli.options import json_option, parse_sets, read_recipe, recipe_options
 from exitkit.errors import Interrupted, UserError
 from exitkit.files import exists
 
@@ -21,17 +23,34 @@ if TYPE_CHECKING:
 
 
 @click.command(short_help="Train several methods and print their tables.")
-@click.option("--methods", metavar="A,B,...", help=f"Methods, or all.  [default: {DEFAULT_METHODS}]")
-@click.option("--baseline", metavar="NAME", help=f"What differences are taken to.  [default: {BASELINE}]")
+@click.option(
+    "--methods",
+    metavar="A,B,...",
+    shell_complete=names("methods"),
+    help=f"Methods, or all.  [default: {DEFAULT_METHODS}]",
+)
+@click.option(
+    "--baseline",
+    metavar="NAME",
+    shell_complete=names("methods"),
+    help=f"What differences are taken to.  [default: {BASELINE}]",
+)
 @click.option("--seeds", type=int, help="How many seeds each.  [default: 2]")
 @click.option("--seed", type=int, help="The first seed.  [default: 0]")
 @click.option("--sweep", "sweeps", metavar="FIELD=A,B,...", multiple=True, help="Try these values; repeatable.")
 @click.option("--static", is_flag=True, help="Also train each exit as a network of its own, as reference points.")
 @click.option("--plan", "only_plan", is_flag=True, help="Show what would be run, and about how long; run nothing.")
 @click.option("--jobs", type=int, help="Runs at once.  [default: one a core, or one a GPU]")
-@click.option("--launcher", metavar="NAME", default="processes", help="processes, here, slurm or submitit-local.")
+@click.option(
+    "--launcher",
+    metavar="NAME",
+    default="processes",
+    shell_complete=one_of("processes", "here", "slurm", "submitit-local"),
+    help="processes, here, slurm or submitit-local.",
+)
 @click.option("--slurm", "slurm", metavar="KEY=VALUE", multiple=True, help="A parameter of submitit; repeatable.")
 @click.option("--resume", is_flag=True, help="What compare always does: skip what is finished, go on with the rest.")
+@json_option("the plan, with --plan; else all tables, as `exitkit report --json` does")
 @recipe_options
 def compare(
     sets: tuple[str, ...],
@@ -43,6 +62,7 @@ def compare(
     launcher: str,
     slurm: tuple[str, ...],
     resume: bool,
+    as_json: bool,
     **given: Any,
 ) -> None:
     """Train methods side by side, the baseline always among them, and print accuracy against cost.
@@ -57,11 +77,14 @@ def compare(
       exitkit compare --recipe imta-table2-quick --out study
       exitkit compare --methods boostnet --baseline ge --sweep boostnet.temperature=0,0.2,0.5,0.8,1
       exitkit compare --methods ge --backbone msdnet-cifar-lg4,msdnet-cifar-lg5 --dataset cifar100 --data-dir data
-      exitkit compare --recipe metagf-table1 --plan
+      exitkit compare --recipe metagf-table1 --plan --json
     """
     plan = Plan.make(_values(read_recipe(recipe_file), given, parse_sets(sets), parse_sweeps(sweeps)))
     folder = Path(out)
     if "toy" in plan.figures:
+        if only_plan:
+            click.echo("plan: the problem of two exits; seconds")
+            return
         from exitkit.benchmarks.diagnose.command import draw_toy
 
         draw_toy(folder / "report")
@@ -79,14 +102,14 @@ def compare(
     starter = make_launcher(launcher, workers, first, folder, parse_sets(slurm, "--slurm"))
     try:
         with interruptible():
-            todo = _announce(needed, folder, workers, only_plan)
+            todo = _announce(needed, folder, workers, only_plan, as_json)
             if only_plan:
                 return
             failed = _train(todo, len(needed), folder, starter, plan, runs)
     except KeyboardInterrupt:
         raise Interrupted("stopped; the same command goes on where it was") from None
     if len(failed) < len(needed):
-        publish(folder, plan, recipes)
+        publish(folder, plan, recipes, as_json)
     if failed:
         raise UserError(_told(failed, len(needed)))
 
@@ -136,21 +159,32 @@ def parse_sweeps(sweeps: Sequence[str]) -> dict[str, list[str]]:
     return found
 
 
-def _announce(needed: Mapping[str, Recipe], folder: Path, workers: int, whole: bool) -> list[Recipe]:
+def _announce(needed: Mapping[str, Recipe], folder: Path, workers: int, whole: bool, as_json: bool) -> list[Recipe]:
     """Show the plan with an estimate, and return what is to be trained.
 
     Raises:
         UserError: images are missing, or a network can't be built: told before anything is trained.
     """
     from exitkit.benchmarks.campaign_display import announce
-    from exitkit.benchmarks.estimate import Estimate
+    from exitkit.benchmarks.estimate import Estimate, wall_time
     from exitkit.runs import RESULTS
 
     todo = [recipe for recipe in needed.values() if not exists(folder / recipe.id / RESULTS)]
     estimate = Estimate(folder)
     seconds = {recipe.id: estimate.seconds(recipe) for recipe in todo}
-    announce(list(needed.values()), seconds, workers, whole)
+    if whole and as_json:
+        runs = [_planned(name, recipe, seconds.get(name, 0.0)) for name, recipe in needed.items()]
+        about = {"runs": runs, "at_once": workers, "seconds": wall_time(list(seconds.values()), workers)}
+        click.echo(json.dumps(about, indent=2))
+    else:
+        announce(list(needed.values()), seconds, workers, whole)
     return todo
+
+
+def _planned(name: str, recipe: Recipe, seconds: float) -> dict[str, Any]:
+    """Return what `--plan --json` says of a run; `seconds` is about what is still to be trained."""
+    what = {key: getattr(recipe, key) for key in ("method", "backbone", "dataset", "seed", "epochs")}
+    return {"run": name, **what, "finished": seconds == 0.0, "seconds": seconds}
 
 
 def _train(
@@ -170,7 +204,7 @@ def _train(
     return {todo[index].id: reason for index, reason in failed.items()}
 
 
-_HERE = ("out", "data_dir", "device", "jobs", "launcher", "slurm", "resume", "threads", "tensorboard")
+_HERE = ("out", "data_dir", "device", "jobs", "launcher", "slurm", "resume", "threads", "tensorboard", "as_json")
 """Options that say where and how runs are made, not what they are."""
 
 
@@ -204,23 +238,29 @@ def _teachers(recipes: list[Recipe]) -> list[Recipe]:
     return [teacher for recipe in recipes for teacher in teacher_recipes(recipe).values()]
 
 
-def publish(out: Path, plan: Plan, recipes: Mapping[str, Recipe]) -> None:
+def publish(out: Path, plan: Plan, recipes: Mapping[str, Recipe], as_json: bool = False) -> None:
     """Write and print the report of those runs that are finished, and draw what the plan asks for."""
     from rich.console import Console
 
     from exitkit.benchmarks.record import read_plan
     from exitkit.benchmarks.report import ReportOptions, collect, print_report, write_report
+    from exitkit.benchmarks.report_command import as_data
+    from exitkit.cli.progress import working
     from exitkit.runs import RESULTS, RunFolder
 
     context, options, _ = read_plan(out)
     runs = [RunFolder(out / name) for name in recipes if exists(out / name / RESULTS)]
-    comparison = collect(runs, options=ReportOptions.make(options), context=context)
-    write_report(comparison, out / "report", runs=runs)
-    print_report(comparison, Console())
+    with working(f"tables and figures of {len(runs)} runs"):
+        comparison = collect(runs, options=ReportOptions.make(options), context=context)
+        files = write_report(comparison, out / "report", runs=runs)
+    if as_json:
+        click.echo(as_data(comparison, files))
+    else:
+        print_report(comparison, Console())
     if "diagnose" in plan.figures:
         from exitkit.benchmarks.diagnose.command import draw_run
 
         for run in runs:
             if run.recipe.seed == plan.base.seed:
                 draw_run(run, out / "report" / f"diagnose-{run.path.name}")
-    click.echo(f"tables and figures: {out / 'report'}")
+    click.echo(f"tables and figures: {out / 'report'}", err=as_json)

@@ -43,4 +43,4 @@ def _resolved(method: str, backbone: str | None, dataset: str, variant: str | No
         recipe = Recipe.make(method=method, method_settings=settings, backbone=backbone, dataset=dataset).resolve()
     except UserError:
         return {}
-    return {key: value for key, value in flat_identity(recipe).items() if "." in key}
+    return flat_identity(recipe)

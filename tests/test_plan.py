@@ -221,7 +221,7 @@ def test_a_part_that_is_no_table_is_refused_on_the_command_line_too():
 
 BAD = {
     "key": ({"bacth_size": 3}, "unknown key of a recipe 'bacth_size'; did you mean batch_size?"),
-    "keys": ({"lrate": 3, "tilte": "x"}, "unknown key of a recipe 'tilte'; did you mean title?"),
+    "keys": ({"lrate": 3, "tilte": "x"}, "unknown key of a recipe 'tilte'; did you mean title"),
     "key in a part": ({"parts": [{"sed": 1}]}, "unknown key of a recipe 'sed'"),
     "run's value": ({"epochs": 0}, "epochs is 0; expected greater than or equal to 1"),
     "run's values": ({"epochs": "x", "lr": -1}, "lr is -1; expected greater than 0"),
@@ -342,3 +342,8 @@ def test_an_estimate_is_of_timed_steps_or_of_runs_that_are_there(tmp_path, monke
     assert known.seconds(wanted(seed=7, lr=0.2)) == pytest.approx(90.0) and len(timed) == 2
     assert known.seconds(wanted("ge")) == pytest.approx(3.0) and len(timed) == 3  # of another method
     assert known.seconds(wanted(batch_size=64)) == pytest.approx(3.0) and len(timed) == 4  # of another batch size
+
+
+def test_the_plan_of_a_recipe_without_runs_draws_nothing(cli, tmp_path):
+    code, printed, _ = cli("compare", "--plan", "--recipe", "metagf-fig1-quick", "--out", "study")
+    assert code == 0 and printed.startswith("plan: ") and not list(tmp_path.iterdir())

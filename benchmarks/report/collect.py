@@ -11,9 +11,10 @@ import numpy as np
 import pandas as pd
 
 from exitkit.benchmarks.report.labels import Names, in_common, name_runs, unlike
-from exitkit.benchmarks.report.measure import COST_COLUMNS, FinishedRun, RunMeasures, anytime_rows, exit_costs
-from exitkit.benchmarks.report.options import ReportOptions, read_budget
+from exitkit.benchmarks.report.measure import COST_COLUMNS, FinishedRun, RunMeasures, anytime_rows
+from exitkit.benchmarks.report.options import ReportOptions
 from exitkit.benchmarks.report.relate import differences, published_beside, stitch, training, verdicts
+from exitkit.budgets import exit_costs, read_budget
 from exitkit.errors import UserError
 
 BASELINE = "joint"

@@ -10,6 +10,7 @@ import pandas as pd
 
 from exitkit.benchmarks.report.labels import Names
 from exitkit.benchmarks.report.options import ReportOptions
+from exitkit.budgets import exit_costs
 from exitkit.calibration import exit_calibration, fit_temperatures, point_calibration
 from exitkit.errors import UserError
 from exitkit.evaluation import (
@@ -22,7 +23,7 @@ from exitkit.evaluation import (
     thresholds,
 )
 from exitkit.exit_rules import patience_thresholds, scores
-from exitkit.operating_points import held, oracle_curve, risk_controlled
+from exitkit.operating_points import held, most_accurate_within, oracle_curve, risk_controlled
 
 COST_COLUMNS = {"macs": "macs", "papers": "papers", "latency": "milliseconds"}
 """Column of the anytime table that each measure of cost stands in."""
@@ -129,11 +130,7 @@ class RunMeasures:
         """
         if self.options.rule != "patience":
             return self.points(share_for_budget(self.costs, budgets))
-        order = np.argsort(self.curve.validation_accuracy, kind="stable")
-        within = self.curve.validation_cost[order] <= budgets[:, None]
-        last = len(order) - 1 - within[:, ::-1].argmax(1)
-        cheapest = int(self.curve.validation_cost.argmin())
-        return self.curve.at(np.where(within.any(1), order[last], cheapest))
+        return self.curve.at(most_accurate_within(self.curve.validation_cost, self.curve.validation_accuracy, budgets))
 
     def frames(self, budgets: np.ndarray) -> dict[str, pd.DataFrame]:
         """Return this run's rows of every table, before averaging; a budget below the first exit's cost is missing."""
@@ -183,18 +180,6 @@ class RunMeasures:
             row = {"point": chosen + 1, "cost": point.cost[0], "accuracy": point.accuracy[0]}
             row["drop"] = full - point.accuracy[0]
         return pd.DataFrame([{**self.same, **row}])
-
-
-def exit_costs(run: FinishedRun, cost: str) -> np.ndarray:
-    """Return what leaving at each exit costs, [K], in multiply-adds or milliseconds.
-
-    Raises:
-        UserError: milliseconds of a run that was not measured.
-    """
-    if cost == "latency":
-        # A measurement may say that a later exit is faster; it can't be, since it does all that the earlier does.
-        return np.maximum.accumulate(np.asarray(run.latency(), dtype=np.float64))
-    return np.array([row[cost] for row in run.costs()], dtype=np.int64)
 
 
 def anytime_rows(run: FinishedRun, same: Mapping[str, Any], cost: str) -> pd.DataFrame:

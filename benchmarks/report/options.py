@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from exitkit.budgets import read_budget
 from exitkit.errors import UserError
 from exitkit.plugins import instantiate, setting
-
-UNITS = {"K": 1e3, "M": 1e6, "G": 1e9}
 
 
 @dataclass(frozen=True)
@@ -56,17 +55,3 @@ class ReportOptions:
         """
         options: ReportOptions = instantiate(cls, "report", values)
         return options
-
-
-def read_budget(text: str) -> float:
-    """Read `40M`, `1.5G` or `123456` as multiply-adds, `1.5ms` as milliseconds.
-
-    Raises:
-        UserError: it is neither.
-    """
-    number = text.removesuffix("ms")
-    size = UNITS.get(number[-1:].upper(), 1.0) if number == text else 1.0
-    try:
-        return float(number[:-1] if size > 1 else number) * size
-    except ValueError:
-        raise UserError(f"budget {text!r} is no amount; expected such as 40M, 1.5G or 2.5ms") from None

@@ -164,9 +164,9 @@ def _risk(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
         found = plain(f"{row['found']} of {row['n']}")
         table.append([plain(row["method"]), *cells, plain(number(row["drop_mean"], 2, "+")), found])
     caption = (
-        f"The cheapest operating point that loses less than {options.risk:g} point{'s' * (options.risk != 1)} of accuracy "
-        f"against the full network, with certainty {options.certainty:g}: thresholds from one half of the validation images, tested on "
-        "the other; where none was found, the full network stands"
+        f"The cheapest operating point that loses less than {options.risk:g} point{'s' * (options.risk != 1)} of "
+        f"accuracy against the full network, with certainty {options.certainty:g}: thresholds from one half of the "
+        "validation images, tested on the other; where none was found, the full network stands"
     )
     heads = ["method", "cost on test", "accuracy", "lost on test", "found"]
     return Sheet("risk", "Risk control", group_name(rows), caption, heads, table)

@@ -120,7 +120,9 @@ def prepare(recipe: Recipe, engine: Engine, path: Path, report: Report) -> Sessi
         phase.strategy.adapt(rehearsal)
         if not begun:
             unused = torch.optim.SGD(rehearsal.parameters(), lr=0.0)
-            phase.strategy.prepare(Run(rehearsal, phase.strategy, unused, Engine(torch.device("cpu"))))
+            phase.strategy.prepare(
+                Run(rehearsal, phase.strategy, unused, Engine(torch.device("cpu"), recipe.precision))
+            )
     teachers = load_teachers(recipe, path.parent, data)
     for teacher in teachers.values():
         engine.place(teacher)

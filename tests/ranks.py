@@ -68,7 +68,7 @@ def trained(method, mode, settings):
 cases = [(method, {}) for method in registered("method")]
 cases += [("l2w", {"normalise": "samples", "meta_lr": 0.1}), ("l2w", {"normalise": "all", "gradient": "double"})]
 cases += [("l2w", {"weights": "allocated"}), ("imta", {"variant": "released", "first": "joint"})]
-cases += [("boostnet+l2w", {}), ("pcgrad+ofa", {})]
+cases += [("boostnet+l2w", {}), ("pcgrad+ofa", {}), ("metagf", {"branches": "side-by-side"})]
 results = {
     (method, mode, str(settings)): trained(method, mode, settings)
     for method, settings in cases

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,6 +81,10 @@ def compare(
       exitkit compare --methods ge --backbone msdnet-cifar-lg4,msdnet-cifar-lg5 --dataset cifar100 --data-dir data
       exitkit compare --recipe metagf-table1 --plan --json
     """
+    from exitkit.cli.progress import loading
+
+    with loading("torch"):
+        import torch  # noqa: F401
     plan = Plan.make(_values(read_recipe(recipe_file), given, parse_sets(sets), parse_sweeps(sweeps)))
     folder = Path(out)
     if "toy" in plan.figures:
@@ -167,11 +173,13 @@ def _announce(needed: Mapping[str, Recipe], folder: Path, workers: int, whole: b
     """
     from exitkit.benchmarks.campaign_display import announce
     from exitkit.benchmarks.estimate import Estimate, wall_time
+    from exitkit.cli.progress import loading
     from exitkit.runs import RESULTS
 
     todo = [recipe for recipe in needed.values() if not exists(folder / recipe.id / RESULTS)]
-    estimate = Estimate(folder)
-    seconds = {recipe.id: estimate.seconds(recipe) for recipe in todo}
+    with loading("the data, and timing a few steps"):
+        estimate = Estimate(folder)
+        seconds = {recipe.id: estimate.seconds(recipe) for recipe in todo}
     if whole and as_json:
         runs = [_planned(name, recipe, seconds.get(name, 0.0)) for name, recipe in needed.items()]
         about = {"runs": runs, "at_once": workers, "seconds": wall_time(list(seconds.values()), workers)}
@@ -260,7 +268,9 @@ def publish(out: Path, plan: Plan, recipes: Mapping[str, Recipe], as_json: bool 
     if "diagnose" in plan.figures:
         from exitkit.benchmarks.diagnose.command import draw_run
 
-        for run in runs:
-            if run.recipe.seed == plan.base.seed:
-                draw_run(run, out / "report" / f"diagnose-{run.path.name}")
+        # What it says of its files is for people: with --json, standard output is the tables' alone.
+        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+            for run in runs:
+                if run.recipe.seed == plan.base.seed:
+                    draw_run(run, out / "report" / f"diagnose-{run.path.name}")
     click.echo(f"tables and figures: {out / 'report'}", err=as_json)

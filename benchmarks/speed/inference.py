@@ -14,7 +14,8 @@ from exitkit.benchmarks.speed.work import Work
 from exitkit.costs import cost
 from exitkit.evaluation import exit_counts, share_for_budget, thresholds
 from exitkit.exit_rules import scores
-from exitkit.inference import AdaptiveInference, ExitRule
+from exitkit.inference.adaptive import AdaptiveInference
+from exitkit.inference.rule import ExitRule
 
 _BATCH = 256
 

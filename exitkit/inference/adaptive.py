@@ -102,7 +102,8 @@ class AdaptiveInference:
             if not len(waiting.rows):
                 break
             left, waiting = self._step(index, waiting)
-            answers.logits[left.rows], answers.exits[left.rows] = left.tensors, index
+            if len(left.rows):
+                answers.logits[left.rows], answers.exits[left.rows] = left.tensors, index
         return answers
 
     @torch.inference_mode()
@@ -157,10 +158,11 @@ class AdaptiveInference:
         output, state, carry = self.network.step(index, state, carry)
         logits = output.logits[:count]
         leaves, memory = self.rule.leaving(index, logits, memory)
+        if len(output.logits) == count and not leaves.any():
+            # Nothing has to be copied.
+            return _Waiting(waiting.rows[:0], logits[:0]), _Waiting(waiting.rows, (state, carry, memory))
         gone, stay = leaves.nonzero().squeeze(1), (~leaves).nonzero().squeeze(1)
-        on = (state, carry, memory)
-        if len(stay) < len(output.logits):  # else all go on as they are, and nothing has to be copied
-            on = map_tensors(lambda tensor: tensor.index_select(0, stay), on)
+        on = map_tensors(lambda tensor: tensor.index_select(0, stay), (state, carry, memory))
         return _Waiting(waiting.rows[gone], logits[gone]), _Waiting(waiting.rows[stay], on)
 
     def _filled(self, tensors: Any, count: int) -> Any:

@@ -60,6 +60,21 @@ def held(validation_accuracy: ArrayLike) -> Integers:
     return np.maximum.accumulate(np.where(_records(accuracy), np.arange(len(accuracy)), 0))
 
 
+def most_accurate_within(cost: ArrayLike, validation_accuracy: ArrayLike, budgets: ArrayLike) -> Integers:
+    """Return for each budget [B] the most accurate point on validation that costs no more, [B]; else the cheapest.
+
+    Args:
+        cost: [P], on validation.
+        validation_accuracy: [P].
+        budgets: [B], in the unit of `cost`.
+    """
+    spent, accuracy = np.asarray(cost, dtype=np.float64), np.asarray(validation_accuracy, dtype=np.float64)
+    order = np.argsort(accuracy, kind="stable")
+    within = spent[order] <= np.asarray(budgets, dtype=np.float64)[:, None]
+    last = len(order) - 1 - within[:, ::-1].argmax(axis=1)
+    return np.where(within.any(axis=1), order[last], spent.argmin()).astype(np.int64)
+
+
 def stitched(cost: ArrayLike, validation_accuracy: ArrayLike) -> Integers:
     """Return which of M operating points make one curve, cheapest first: indices into `cost` and `validation_accuracy`.
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
 from dataclasses import dataclass
-from math import inf, isnan
+from math import inf, isnan, log
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from exitkit.errors import UserError, unknown
-from exitkit.exit_rules import SCORES, checked_temperatures
+from exitkit.exit_rules import SCORES, Agreement, checked_temperatures, exit_scores
 
 if TYPE_CHECKING:
     from exitkit.evaluation import Share
@@ -25,7 +28,7 @@ class ExitRule:
         temperatures: [K], divide each exit's logits first; None: 1 everywhere.
 
     Raises:
-        UserError: no such score, thresholds that end otherwise or hold a NaN, temperatures that are not positive, or
+        UserError: no such score, thresholds that end otherwise or hold a NaN; temperatures that are not positive, or
             such for patience, which they can't change.
     """
 
@@ -37,8 +40,10 @@ class ExitRule:
         if self.score not in SCORES:
             raise unknown("exit rule", self.score, SCORES)
         limits = tuple(float(value) for value in self.thresholds)
-        if not limits or limits[-1] != -inf or any(map(isnan, limits)):
-            raise UserError(f"thresholds {list(limits)}; expected one an exit, the last -infinity, which takes all")
+        if any(map(isnan, limits)):
+            raise UserError(f"thresholds are {list(limits)}; expected a number an exit")
+        if not limits or limits[-1] != -inf:
+            raise UserError(f"thresholds are {list(limits)}; expected -infinity for the last exit, which takes all")
         object.__setattr__(self, "thresholds", limits)
         if self.temperatures is None:
             return
@@ -47,14 +52,46 @@ class ExitRule:
         heat = checked_temperatures(self.temperatures, len(limits))
         object.__setattr__(self, "temperatures", tuple(heat.tolist()))
 
-    @property
-    def num_exits(self) -> int:
-        """K, the number of exits."""
-        return len(self.thresholds)
+    def leaving(self, index: int, logits: Tensor, memory: Any = None) -> tuple[Tensor, Any]:
+        """Return who leaves at exit `index` (from 0), and what the rule has to remember of each sample.
 
-    def temperature(self, index: int) -> float:
-        """Return the temperature of exit `index`, from 0."""
-        return 1.0 if self.temperatures is None else self.temperatures[index]
+        On the CPU the scores are `exit_rules.exit_scores`, to the last bit; elsewhere the same formulas in float64.
+
+        Args:
+            index: the exit.
+            logits: of the samples that are still there, [N, C].
+            memory: what the exit before returned, with the rows of samples that left dropped; None at the first.
+
+        Returns:
+            whether each sample leaves [N], on the CPU, and the memory: a pytree of tensors [N] or None.
+
+        Raises:
+            UserError: logits that are not finite.
+        """
+        temperature = 1.0 if self.temperatures is None else self.temperatures[index]
+        # Half precision is widened before numpy sees it, which does not know all of torch's formats.
+        outputs = logits.detach() if logits.dtype in (torch.float32, torch.float64) else logits.detach().float()
+        if outputs.is_cpu:
+            before = None if memory is None else Agreement(*(part.numpy() for part in memory))
+            found, after = exit_scores(outputs.numpy(), self.score, temperature, before, exit=index + 1)
+            sure = torch.from_numpy(found)
+            memory = None if after is None else tuple(map(torch.from_numpy, after))
+        elif self.score == "patience":
+            predicted = outputs.argmax(1)
+            sure = torch.ones(len(outputs), dtype=torch.float64, device=outputs.device)
+            if memory is not None:
+                sure += torch.where(predicted == memory[0], memory[1], 0)
+            memory = (predicted, sure)
+        else:
+            sure = _score_there(outputs, self.score, temperature)
+        leaves = sure >= self.thresholds[index]
+        if not leaves.is_cpu:
+            # The one wait for the device: it tells who leaves, and whether there is anything that is not finite.
+            told = torch.where(outputs.amax(1).isfinite(), leaves, 2).cpu()
+            if (told == 2).any():
+                raise UserError(f"the logits of exit {index + 1} are not finite; an exit rule needs finite outputs")
+            leaves = told == 1
+        return leaves, memory
 
     @classmethod
     def from_run(
@@ -84,31 +121,45 @@ class ExitRule:
 
         return choose(run, budget=budget, share=share, score=score, calibrated=calibrated)
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the rule as plain values; infinities are words, since JSON has no such numbers."""
+    def to_json(self) -> str:
+        """Return the rule as JSON; infinities are words, since JSON has no such numbers."""
         words = {inf: "inf", -inf: "-inf"}
-        return {
-            "score": self.score,
-            "thresholds": [words.get(value, value) for value in self.thresholds],
-            "temperatures": None if self.temperatures is None else list(self.temperatures),
-        }
+        limits = [words.get(value, value) for value in self.thresholds]
+        return json.dumps({"score": self.score, "thresholds": limits, "temperatures": self.temperatures})
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> ExitRule:
-        """Read what `to_json` gave; other keys are left alone.
+    def from_json(cls, text: str) -> ExitRule:
+        """Read what `to_json` gave; other keys are left alone (an exported `policy.json` has more).
 
         Raises:
-            UserError: a key is missing, or a value is no number.
+            UserError: it is no such text.
         """
-        missing = [key for key in ("score", "thresholds") if key not in values]
-        if missing:
-            raise UserError(f"an exit rule without {missing[0]}; expected what ExitRule.to_json gives")
-        heat = values.get("temperatures")
         try:
+            values = json.loads(text)
+            heat = values["temperatures"]
             return cls(values["score"], _numbers(values["thresholds"]), None if heat is None else _numbers(heat))
-        except (TypeError, ValueError) as error:
-            raise error if isinstance(error, UserError) else UserError(f"an exit rule is damaged: {error}") from None
+        except UserError:
+            raise
+        except (TypeError, ValueError, LookupError) as error:
+            raise UserError(f"{text[:60]!r} is no exit rule ({error}); expected what ExitRule.to_json gives") from None
 
 
-def _numbers(values: Sequence[Any]) -> tuple[float, ...]:
+def _numbers(values: list[Any]) -> tuple[float, ...]:
     return tuple(float(value) for value in values)
+
+
+def _score_there(logits: Tensor, score: str, temperature: float = 1.0) -> Tensor:
+    """Return what `exit_rules.exit_scores` gives, [N] in float64, on the device where the logits [N, C] are."""
+    z = logits.double()
+    z = (z - z.amax(1, keepdim=True)) / temperature
+    classes = z.shape[1]
+    if classes == 1 and score != "confidence":
+        return torch.ones_like(z[:, 0])
+    weights = z.exp()
+    total = weights.sum(1)
+    if score == "confidence":
+        return 1 / total
+    if score == "margin":
+        return -torch.expm1(z.topk(2).values[:, 1]) / total
+    spread = total.log() - (weights * torch.where(weights > 0, z, 0)).sum(1) / total
+    return (1 - spread / log(classes)).clamp(min=0)

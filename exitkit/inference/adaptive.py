@@ -161,7 +161,7 @@ class AdaptiveInference:
         if len(output.logits) == count and not leaves.any():
             # Nothing has to be copied.
             return _Waiting(waiting.rows[:0], logits[:0]), _Waiting(waiting.rows, (state, carry, memory))
-        gone, stay = leaves.nonzero().squeeze(1), (~leaves).nonzero().squeeze(1)
+        gone, stay = (mask.nonzero().squeeze(1).to(logits.device) for mask in (leaves, ~leaves))
         on = map_tensors(lambda tensor: tensor.index_select(0, stay), (state, carry, memory))
         return _Waiting(waiting.rows[gone], logits[gone]), _Waiting(waiting.rows[stay], on)
 

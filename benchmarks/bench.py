@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from exitkit.cli.completion import runs as complete_runs
 from exitkit.cli.interrupts import interruptible
+from exitkit.cli.options import device_option
 from exitkit.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
@@ -16,11 +18,11 @@ if TYPE_CHECKING:
 
 
 @click.command(short_help="Measure how long each exit takes to answer.")
-@click.argument("runs", metavar="RUN...", nargs=-1, required=True)
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True, shell_complete=complete_runs)
 @click.option("--batch-size", type=int, default=1, show_default=True, help="Images at once.")
 @click.option("--repeats", type=int, default=50, show_default=True, help="How often; the median counts.")
 @click.option("--threads", type=int, default=1, show_default=True, help="CPU threads.")
-@click.option("--device", metavar="NAME", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
+@device_option("[default: auto]", default="auto")
 def bench(runs: tuple[str, ...], batch_size: int, repeats: int, threads: int, device: str) -> None:
     """Measure the milliseconds an image until each exit answers, on test images, and keep them in the run folder.
 

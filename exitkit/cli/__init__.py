@@ -50,21 +50,27 @@ class Verbs(click.Group):
         try:
             command = point.load()
         except Exception as error:  # whatever someone's module raises while it is imported
-            return _broken(point, f"{type(error).__name__}: {error}")
-        return command if isinstance(command, click.Command) else _broken(point, "it is no click command")
+            return Broken(point, f"{type(error).__name__}: {error}")
+        return command if isinstance(command, click.Command) else Broken(point, "it is no click command")
 
 
-def _broken(point: EntryPoint, reason: str) -> click.Command:
-    """Return a command that says what is wrong with the one in whose place it stands."""
-    reason = _one_line(reason)
+class Broken(click.Command):
+    """Stands in the place of a command that does not load, and says why.
 
-    def refuse() -> None:
-        raise UserError(f"command {point.name!r} ({point.value}) does not load: {reason}")
+    Args:
+        point: where it should have come from.
+        reason: what was wrong.
+    """
 
-    settings = {"ignore_unknown_options": True, "allow_extra_args": True}
-    return click.Command(
-        point.name, callback=refuse, help=f"Not usable: {reason}.", context_settings=settings, add_help_option=False
-    )
+    def __init__(self, point: EntryPoint, reason: str) -> None:
+        self.reason = f"command {point.name!r} ({point.value}) does not load: {_one_line(reason)}"
+        settings = {"ignore_unknown_options": True, "allow_extra_args": True}
+        about = f"Not usable: {_one_line(reason)}."
+        super().__init__(point.name, callback=self.refuse, help=about, context_settings=settings, add_help_option=False)
+
+    def refuse(self) -> None:
+        """Refuse to run."""
+        raise UserError(self.reason)
 
 
 @click.group(
@@ -84,7 +90,10 @@ def cli(context: click.Context) -> None:
 
 
 def main(arguments: list[str] | None = None, command: click.Command = cli) -> None:
-    """Run the command line, or another command as it would; a user's mistake is one line on stderr and exit code 2, an interrupt exit code 130."""
+    """Run the command line, or another command as it would.
+
+    A user's mistake is one line on stderr and exit code 2, an interrupt exit code 130.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     warnings.formatwarning = _format_warning
     try:

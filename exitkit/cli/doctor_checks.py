@@ -13,7 +13,10 @@ from importlib.metadata import PackageNotFoundError, entry_points, requires, ver
 from pathlib import Path
 from typing import NamedTuple
 
+import click
+
 from exitkit import __version__, plugins
+from exitkit.cli import Broken, cli
 from exitkit.errors import UserError
 
 _FEW_GIB = 5.0
@@ -175,10 +178,7 @@ def _plugins() -> Iterator[Finding]:
                 yield Finding(f"{kind} {name}", "wrong", " ".join(str(error).split()), "mend or uninstall its package")
     for point in entry_points(group="exitkit.commands"):
         count += 1
-        try:
-            point.load()
-        except Exception as error:  # whatever someone's module raises while it is imported
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            hint = "mend or uninstall its package"
-            yield Finding(f"command {point.name}", "wrong", f"({point.value}) does not load: {reason}", hint)
+        command = cli.get_command(click.Context(cli), point.name)
+        if isinstance(command, Broken):
+            yield Finding(f"command {point.name}", "wrong", command.reason, "mend or uninstall its package")
     yield Finding("plugins", "ok", f"{count} methods, backbones, data sets and commands looked at")

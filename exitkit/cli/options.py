@@ -30,12 +30,11 @@ COMPARISON_KEYS = (
 """The keys that a recipe of a comparison has beyond those of a run."""
 
 
-def device_option(default: str) -> Callable[..., Any]:
-    """Return the option that says where to compute."""
+def device_option(otherwise: str, default: str | None = None) -> Callable[..., Any]:
+    """Return the option that says where to compute; `otherwise` says in its help what counts if it is not given."""
     devices = one_of("auto", "cpu", "cuda", "cuda:0", "mps")
-    return click.option(
-        "--device", metavar="NAME", shell_complete=devices, help=f"auto, cpu, cuda, cuda:N or mps.  {default}"
-    )
+    about = f"auto, cpu, cuda, cuda:N or mps.  {otherwise}"
+    return click.option("--device", metavar="NAME", default=default, shell_complete=devices, help=about)
 
 
 def json_option(what: str) -> Callable[..., Any]:

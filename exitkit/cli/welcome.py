@@ -31,7 +31,7 @@ def welcome(folder: Path = Path("runs")) -> str:
         return f"{_NEW}\n{_MORE}"
     finished = [path for path in begun if (path / "results.json").exists()]
     left = len(begun) - len(finished)
-    states = ", ".join(f"{count} {word}" for count, word in ((len(finished), "finished"), (left, "not")) if count)
+    states = f"{len(finished)} finished" + (f", {left} not" if left else "")
     steps = []
     if finished:
         steps += [("exitkit report", "tables and curves of all finished runs")]

@@ -402,3 +402,11 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "taken").write_text("")
     with pytest.raises(UserError, match="taken"):
         write_report(collect(runs()), tmp_path / "taken")
+
+
+def test_a_title_stays_over_its_own_panel():
+    long = "ranet scales=1,2,2,3 growth_factors=4,2,2,1 bottleneck_factors=4,2,2,1"
+    figure = anytime_figure(collect([*runs(seeds=1, backbone=long), *runs(seeds=1, backbone=long + ",9")]))
+    figure.canvas.draw()
+    left, right = (axes.title.get_window_extent() for axes in figure.axes)
+    assert left.x1 < right.x0 and left.x0 >= 0 and right.x1 <= figure.bbox.x1

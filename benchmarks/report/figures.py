@@ -5,6 +5,7 @@ Figures are made on matplotlib's objects, not on pyplot's global state, so that 
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from exitkit.benchmarks.report.collect import GROUP, Comparison
 from exitkit.benchmarks.report.layout import group_name, unit_for
@@ -27,6 +29,7 @@ DASHES: list[Any] = ["-", (0, (5, 1.5)), (0, (4, 1.5, 1, 1.5)), (0, (1.5, 1)), (
 WIDTH, HEIGHT = 3.4, 2.6
 """Size of a panel in inches: a column of a two-column paper."""
 _LINE = 0.17  # inches of one line of a legend
+_LETTERS = 46  # of a title, over one panel
 
 STYLE: dict[Any, Any] = {
     "font.size": 8,
@@ -99,10 +102,10 @@ def learning_figure(learning: pd.DataFrame) -> Figure:
                     mine = rows[(rows["method"] == method) & (rows["exit"] == number)]
                     look = _look(place) | {"marker": "" if len(mine) > 15 else _look(place)["marker"], "lw": 1.0}
                     axes.plot(mine["epoch"], mine["validation_accuracy_mean"], label=method, **look)
-                axes.set_title(
-                    f"exit {number}" if len(groups) == 1 else f"exit {number}, {group_name(rows)}", fontsize=7
-                )
+                over = f"exit {number}" if len(groups) == 1 else f"exit {number}, {group_name(rows)}"
+                axes.set_title(textwrap.fill(over, 32), fontsize=7)
                 axes.set_xlabel("epoch")
+                axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
                 axes.grid(axis="y")
             panels[line][0].set_ylabel("validation accuracy (%)")
         _legend(figure, methods)
@@ -127,7 +130,7 @@ def sweep_figure(sweep: pd.DataFrame) -> Figure:
                     elinewidth=0.6,
                     **_look(place),
                 )
-            axes.set_title(f"{names[0]}, {names[2]} on {names[3]}")
+            axes.set_title(textwrap.fill(f"{names[0]}, {names[2]} on {names[3]}", _LETTERS))
             axes.set_xlabel(names[1].replace("_", " "))
             axes.grid(axis="y")
         figure.axes[0].set_ylabel("accuracy (%)")
@@ -189,7 +192,7 @@ def _panels(comparison: Comparison, frame: pd.DataFrame, cost: str, extra: Extra
                     _draw(axes, mine, cost, size, place)
             if extra:
                 extra(axes, comparison, (rows["backbone"].iloc[0], rows["dataset"].iloc[0]), size)
-            axes.set_title(group_name(rows))
+            axes.set_title(textwrap.fill(group_name(rows), _LETTERS))
             axes.set_xlabel(label)
             axes.grid(axis="y")
             axes.set_axisbelow(True)

@@ -74,8 +74,8 @@ class SyncedBatchNorm(_BatchNorm):
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-        self.running_var.lerp_(variance.to(self.running_var.dtype), momentum)
+        for running, now in ((self.running_mean, mean), (self.running_var, variance)):
+            running.add_(momentum * (now.to(running.dtype) - running))  # `lerp_`, which has no rule under vmap
 
 
 def synchronise_batchnorm(module: nn.Module) -> None:

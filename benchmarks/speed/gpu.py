@@ -56,8 +56,14 @@ def prepared(work: Work) -> Callable[[], None]:
 def eager(work: Work) -> Callable[[], None]:
     """Return an epoch as the papers' code trains: workers augment image by image, the network runs eagerly in fp32."""
     images = _OneByOne(noise_images(work, work.batch * _BATCHES))
-    workers = {"num_workers": _WORKERS, "persistent_workers": True, "pin_memory": work.device != "cpu"}
-    loader = DataLoader(images, work.batch, shuffle=True, **workers)  # type: ignore[arg-type]
+    loader = DataLoader(
+        images,
+        work.batch,
+        shuffle=True,
+        num_workers=_WORKERS,
+        persistent_workers=_WORKERS > 0,
+        pin_memory=work.device != "cpu",
+    )
     run = work.run("joint")
 
     def epoch() -> None:

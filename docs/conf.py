@@ -49,8 +49,8 @@ napoleon_custom_sections = [("Class attributes", "params_style")]
 python_use_unqualified_type_names = True
 add_module_names = False
 
-# Types of other projects (no inventory is fetched), and names inside annotations that have no page of their own.
-nitpick_ignore_regex = [("py:.*", r".*")]
+# Types of other projects: their inventories would have to be fetched.
+nitpick_ignore_regex = [("py:.*", r"(numpy|torch|nn|pd|pandas|matplotlib|collections|pathlib|fractions)\..*|Path")]
 # Pages that others of the project write come and go with what there is to say.
 suppress_warnings = ["toc.empty_glob", "toc.not_included", "mystnb.unknown_mime_type"]
 

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from exitkit import exit_outputs
+from exitkit.benchmarks.report import figures
 from exitkit.cli import main
+from exitkit.costs import cost
 from exitkit.data import digits
 from exitkit.plugins import load, registered
 
@@ -32,9 +35,22 @@ def at_home(packages, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(packages))
     monkeypatch.setitem(digits.Digits.house, "epochs", 1)
     monkeypatch.setattr(digits, "_TEST", 1300)
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path, kind: path.touch())  # drawn in test_report.py
+    monkeypatch.setattr(exit_outputs, "cost", counted_once)
     _forget()
     yield tmp_path
     _forget()
+
+
+COUNTED = {}
+
+
+def counted_once(network):
+    """Count what a network costs, once for all pages."""
+    key = str(network), str(network.input_shape)
+    if key not in COUNTED:
+        COUNTED[key] = cost(network)
+    return COUNTED[key]
 
 
 def _forget():

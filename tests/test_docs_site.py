@@ -41,6 +41,13 @@ def test_the_map_names_every_module_of_the_library_that_is_no_detail():
 UNMAPPED = {"errors.py", "randomness.py", "meter.py"}
 
 
+def test_the_reference_has_all_that_the_package_hands_out():
+    import exitkit
+
+    text = (DOCS / "api.md").read_text(encoding="utf-8")
+    assert not [name for name in exitkit.__all__ if not re.search(rf":: {name}$", text, flags=re.MULTILINE)]
+
+
 def test_the_page_of_the_run_folder_names_every_file_that_a_run_has(tmp_path, monkeypatch):
     import exitkit
 

@@ -6,15 +6,26 @@ from typing import Any
 
 from docutils import nodes
 from latex2mathml.converter import convert
+from sphinx.util import logging
+
+_LOG = logging.getLogger(__name__)
+
+
+def _mathml(node: nodes.Node, display: str) -> str:
+    """Return an equation, with a warning where a command was not understood and would be shown as text."""
+    made: str = convert(node.astext(), display=display)
+    if "\\" in made:
+        _LOG.warning("equation not understood: %s", node.astext(), location=node)
+    return made
 
 
 def _inline(visitor: Any, node: nodes.Node) -> None:
-    visitor.body.append(convert(node.astext()))
+    visitor.body.append(_mathml(node, "inline"))
     raise nodes.SkipNode
 
 
 def _block(visitor: Any, node: nodes.Node) -> None:
-    visitor.body.append(f'<div class="equation">{convert(node.astext(), display="block")}</div>')
+    visitor.body.append(f'<div class="equation">{_mathml(node, "block")}</div>')
     raise nodes.SkipNode
 
 

@@ -22,12 +22,20 @@ def _plain(text: str) -> str:
     return "".join(pieces)
 
 
+_SHARED = re.compile(r"    \w+(, \w+)+:")
+
 _COLON = "\ue000"
 """Stands in for a colon that napoleon would take for the end of a type."""
 
 
+def _together(line: str) -> str:
+    """Keep names that share a meaning (`rows, columns: names.`) one name, which a field list can hold."""
+    shared = _SHARED.match(line)
+    return line.replace(", ", ",", shared.group(0).count(",")) if shared else line
+
+
 def _before(app: Any, what: str, name: str, found: Any, options: Any, lines: list[str]) -> None:
-    lines[:] = _plain("\n".join(lines)).split("\n")
+    lines[:] = [_together(line) for line in _plain("\n".join(lines)).split("\n")]
     returned = False
     for place, line in enumerate(lines):
         if line and not line.startswith(" "):

@@ -1,6 +1,6 @@
-"""Random exits: a random choice of the earlier exits is trained in each step, the last exit always.
+"""Random exits: in each step the last exit is trained, and some of the others.
 
-Paper: none, the example of exitkit's documentation. Nothing differs from published code.
+Paper: none, it is the example of exitkit's documentation. Nothing can differ.
 """
 
 from collections.abc import Sequence
@@ -18,13 +18,14 @@ class RandomExits(TrainingStrategy):
     slots = frozenset({"exit weights"})
     paper = "the example of exitkit's documentation"
 
-    keep: float = setting(0.5, "share of the steps in which an exit before the last is trained")
+    keep: float = setting(0.5, "share of the steps in which an earlier exit is trained")
 
     def __post_init__(self) -> None:
         if not 0 <= self.keep <= 1:
             raise UserError(f"keep is {self.keep}; expected a share between 0 and 1")
 
     def exit_weights(self, run: Run) -> Sequence[float]:
-        """Draw this step's exits; `run.rng` draws the same on all ranks, and the same after a resume."""
-        earlier = torch.rand(run.network.num_exits - 1, generator=run.rng("exits")) < self.keep
+        """Draw this step's exits: the same on all ranks, and again after a resume."""
+        draws = torch.rand(run.network.num_exits - 1, generator=run.rng("exits"))
+        earlier = draws < self.keep
         return [*earlier.double().tolist(), 1.0]

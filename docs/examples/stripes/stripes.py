@@ -15,7 +15,11 @@ from exitkit.data.split import Split, hold_out
 class Stripes(DataSet):
     """Grey stripes of 16x16 that lie or stand, in noise; 2 classes."""
 
-    house: ClassVar[dict[str, Any]] = DataSet.house | {"backbone": "msdnet-tiny", "epochs": 3, "batch_size": 32}
+    house: ClassVar[dict[str, Any]] = DataSet.house | {
+        "backbone": "msdnet-tiny",
+        "epochs": 3,
+        "batch_size": 32,
+    }
 
     validation: int = setting(60, "images held out of the training images, stratified")
     noise: float = setting(0.3, "how much noise, in brightness 0..1")
@@ -25,11 +29,17 @@ class Stripes(DataSet):
         draw = torch.Generator().manual_seed(self.split_seed)
         labels = torch.arange(600) % 2
         lines = (torch.arange(16) // 2 % 2).float()
-        plain = torch.where(labels.view(-1, 1, 1) == 1, lines.view(1, 16, 1), lines.view(1, 1, 16))
+        plain = torch.where(
+            labels.view(-1, 1, 1) == 1, lines.view(1, 16, 1), lines.view(1, 1, 16)
+        )
         noisy = plain + self.noise * torch.randn(600, 16, 16, generator=draw)
         images = (noisy.clamp(0, 1) * 255).to(torch.uint8).unsqueeze(1)
-        rest, test = hold_out(labels, torch.arange(600), 200, self.split_seed, "a test set")
-        train, validation = hold_out(labels, rest, self.validation, self.split_seed, "a validation set")
+        rest, test = hold_out(
+            labels, torch.arange(600), 200, self.split_seed, "a test set"
+        )
+        train, validation = hold_out(
+            labels, rest, self.validation, self.split_seed, "a validation set"
+        )
         return TensorData(
             class_names=["standing", "lying"],
             input_shape=(1, 16, 16),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import warnings
@@ -28,13 +29,19 @@ First steps:
 """
 
 
+@functools.lru_cache(maxsize=1)
+def _points(path: tuple[str, ...]) -> dict[str, EntryPoint]:
+    """Return the verbs that are installed on a path; to ask every package costs a help page more than all else."""
+    return {point.name: point for point in sorted(entry_points(group="exitkit.commands"), key=lambda p: p.name)}
+
+
 class Verbs(click.Group):
     """A group whose commands are the entry points `exitkit.commands`, ours and anyone else's."""
 
     @property
     def points(self) -> dict[str, EntryPoint]:
         """The verbs by name."""
-        return {point.name: point for point in sorted(entry_points(group="exitkit.commands"), key=lambda p: p.name)}
+        return _points(tuple(sys.path))
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Name all verbs."""

@@ -1,0 +1,97 @@
+"""`exitkit export`: a run as programs that need nothing of exitkit, with the policy that says who leaves where."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import click
+
+from exitkit.cli.completion import folders, one_of, runs
+from exitkit.cli.options import json_option
+from exitkit.errors import UserError
+
+if TYPE_CHECKING:
+    from exitkit.data.base import Data
+    from exitkit.inference.export import Format
+    from exitkit.runs import RunFolder
+
+_CHECKED = 64
+"""Real test images that an export is checked on."""
+
+
+@click.command(short_help="Write a run as programs for deployment, with its exit policy.")
+@click.argument("run", metavar="RUN", shell_complete=runs)
+@click.option(
+    "--format",
+    "form",
+    default="onnx",
+    show_default=True,
+    shell_complete=one_of("onnx", "torch-export"),
+    metavar="NAME",
+    help="onnx or torch-export.",
+)
+@click.option("--out", metavar="DIR", shell_complete=folders, help="What to write.  [default: RUN's name-FORMAT, here]")
+@click.option("--budget", metavar="AMOUNT", help="Average cost of an image: 40M (multiply-adds), or 1.5ms (measured).")
+@click.option(
+    "--score",
+    default="confidence",
+    show_default=True,
+    metavar="NAME",
+    shell_complete=one_of("confidence", "margin", "entropy", "patience"),
+    help="What an exit decides by.",
+)
+@click.option("--calibrated", is_flag=True, help="Scale each exit's logits by a temperature fitted on validation.")
+@json_option("what stands in policy.json")
+def export(
+    run: str, form: str, out: str | None, budget: str | None, score: str, calibrated: bool, as_json: bool
+) -> None:
+    """Write a finished run for deployment: one program a stage and head, the exit policy, and a runner.
+
+    The folder holds stage-1, stage-2, ... (dynamic batch), all-exits (the whole network as one program), policy.json
+    and run.py, which answers images and computes nothing for those that have left. Thresholds come from the run's
+    validation outputs alone; without --budget they are those of the cheapest operating point that loses nothing there.
+    What was written is compared with the network on the run's test images first.
+
+    \b
+    Examples:
+      exitkit export runs/boostnet-msdnet-tiny-digits-s0-1a2b3c4d --budget 100K
+      exitkit export RUN --format torch-export --out deployed
+    """
+    from exitkit.cli.progress import loading, working
+
+    with loading("torch"):
+        import torch
+    from exitkit.exit_outputs import load_data, load_network
+    from exitkit.inference.export import ENDINGS
+    from exitkit.inference.export import export as write
+    from exitkit.inference.rule import ExitRule
+    from exitkit.runs import RunFolder
+
+    folder = RunFolder(run)
+    if form not in ENDINGS:
+        raise UserError(f"--format is {form!r}; expected {' or '.join(ENDINGS)}")
+    rule = ExitRule.from_run(folder, budget=budget, score=score, calibrated=calibrated)
+    target = Path(out) if out else Path(f"{folder.path.name}-{form}")
+    torch.set_num_threads(folder.recipe.threads)
+    data = load_data(folder.recipe, folder.path / "split.safetensors")
+    network = load_network(folder, data)
+    count = min(_CHECKED, len(data.labels("test")))
+    (batch,) = data.batches("test", [torch.arange(count)], augment=False, seed=0)
+    with working("exporting"):
+        policy = write(network, rule, target, batch.images, _about(folder, data), cast("Format", form))
+    if as_json:
+        click.echo(json.dumps(policy, indent=2))
+        return
+    click.echo(f"{len(policy['programs'])} programs, all-exits, policy.json and run.py: {target}")
+    click.echo(f"checked against the network on {count} test images; try: python {target / 'run.py'} IMAGES.npy")
+
+
+def _about(run: RunFolder, data: Data) -> dict[str, Any]:
+    """Return what a deployment has to know of the images, the classes and the costs."""
+    from exitkit.data.image_files import MEAN, STD
+
+    mean, std = getattr(data, "mean", MEAN), getattr(data, "std", STD)
+    names = {"run": run.path.name, "class_names": list(data.class_names), "costs": run.costs()}
+    return {"mean": list(mean), "std": list(std)} | names

@@ -1,0 +1,85 @@
+"""Runs an exported network so that nothing is computed for what is answered already.
+
+Needs numpy, and onnxruntime or (for torch-export) torch; exitkit itself is not needed.
+
+    python run.py IMAGES.npy       images [N, C, H, W]: bytes, or floats that are normalised already
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Program = Callable[[list[Any]], list[Any]]
+
+
+def load(path: Path) -> Program:
+    """Return one exported program: a list of arrays -> a list of arrays."""
+    if path.suffix == ".onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(path), providers=onnxruntime.get_available_providers())
+        names = [given.name for given in session.get_inputs()]
+        return lambda arrays: session.run(None, dict(zip(names, arrays, strict=True)))
+    import torch
+
+    module = torch.export.load(path).module()
+    return lambda arrays: [found.detach().numpy() for found in module(*map(torch.from_numpy, arrays))]
+
+
+def sureness(logits: Any, score: str) -> Any:
+    """Return how sure an exit is of each sample [N], from logits [N, C]: the larger, the surer."""
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    if score == "confidence":
+        return p.max(1)
+    if score == "margin":
+        return np.diff(np.sort(p, 1)[:, -2:], axis=1)[:, 0]
+    return 1 + (p * np.log(np.maximum(p, 1e-300))).sum(1) / np.log(p.shape[1])
+
+
+class Runner:
+    """An exported network and its exit policy, read from a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.policy = json.loads((folder / "policy.json").read_text(encoding="utf-8"))
+        self.programs = [load(folder / name) for name in self.policy["programs"]]
+
+    def normalised(self, images: Any) -> Any:
+        """Return bytes [N, C, H, W] as the floats that the network was trained on."""
+        mean, std = (np.array(self.policy[key], np.float32).reshape(1, -1, 1, 1) for key in ("mean", "std"))
+        return (images.astype(np.float32) / 255 - mean) / std
+
+    def __call__(self, images: Any) -> tuple[Any, Any]:
+        """Return each image's logits [N, C] at the exit where it left, and that exit [N], from 0."""
+        limits = [float(limit) for limit in self.policy["thresholds"]]
+        heat = self.policy["temperatures"] or [1.0] * len(limits)
+        rows, state = np.arange(len(images)), [images]
+        answers, exits = [None] * len(images), np.zeros(len(images), np.int64)
+        before, streak = np.full(len(images), -1), np.zeros(len(images))
+        for index, program in enumerate(self.programs):
+            if not len(rows):
+                break
+            logits, *state = program(state)
+            predicted = logits.argmax(1)
+            streak, before = np.where(predicted == before, streak, 0) + 1, predicted
+            patient = self.policy["score"] == "patience"
+            sure = streak if patient else sureness(logits.astype(np.float64) / heat[index], self.policy["score"])
+            stay = ~(sure >= limits[index])
+            for row, answer in zip(rows[~stay], logits[~stay], strict=True):
+                answers[row], exits[row] = answer, index
+            rows, before, streak, state = rows[stay], before[stay], streak[stay], [part[stay] for part in state]
+        return np.array(answers), exits
+
+
+if __name__ == "__main__":
+    runner = Runner(Path(__file__).parent)
+    images = np.load(sys.argv[1])
+    logits, exits = runner(runner.normalised(images) if images.dtype == np.uint8 else images)
+    for number, (answer, left) in enumerate(zip(logits.argmax(1), exits, strict=True)):
+        print(number, runner.policy["class_names"][answer], f"exit {left + 1}")

@@ -77,8 +77,9 @@ def compare(
     Examples:
       exitkit compare --methods ge,boostnet,metagf
       exitkit compare --recipe imta-table2-quick --out study
-      exitkit compare --methods boostnet --baseline ge --sweep boostnet.temperature=0,0.2,0.5,0.8,1
-      exitkit compare --methods ge --backbone msdnet-cifar-lg4,msdnet-cifar-lg5 --dataset cifar100 --data-dir data
+      exitkit compare --methods boostnet --sweep boostnet.temperature=0,0.5,1
+      exitkit compare --methods ge --backbone msdnet-cifar-lg4,msdnet-cifar-lg5
+      exitkit compare --methods all --dataset cifar100 --data-dir data
       exitkit compare --recipe metagf-table1 --plan --json
     """
     from exitkit.cli.progress import loading

@@ -82,7 +82,7 @@ def test_every_verb_has_examples_in_its_help(cli, verb):
 
 
 def test_nothing_and_help_and_version(cli):
-    assert "First steps" in cli("--help") and "First steps" in cli()
+    assert "First steps" in cli("--help") and "exitkit compare" in cli()
     assert exitkit.__version__ in cli("--version")
 
 

@@ -47,7 +47,7 @@ def cost(
     \b
     Examples:
       exitkit cost --backbone msdnet-tiny
-      exitkit cost --backbone msdnet --set blocks=5 --set growth=8 --num-classes 10 --json
+      exitkit cost --backbone msdnet --set blocks=5 --set growth=8 --json
     """
     from exitkit.build import build_network, build_strategy
     from exitkit.costs import cost as count

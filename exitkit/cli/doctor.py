@@ -5,10 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from exitkit.cli.completion import folders
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from exitkit.cli.doctor_checks import Finding
 
 _STYLES = {"ok": "green", "note": "yellow", "wrong": "bold red"}
 
@@ -29,22 +35,32 @@ def doctor(data_dir: str | None, out: str, as_json: bool) -> None:
       exitkit doctor --json
     """
     from rich.console import Console
-    from rich.text import Text
 
-    from exitkit.cli.doctor_checks import Finding, checks
+    from exitkit.cli.doctor_checks import checks
 
     found: list[Finding] = []
     console = Console(highlight=False)
     for finding in checks(Path(data_dir) if data_dir else None, Path(out)):
         found.append(finding)
         if not as_json:  # one by one: to import torch, or to read images, takes its time
-            line = Text.assemble((f"{finding.state:6}", _STYLES[finding.state]), (finding.check, "bold"))
-            console.print(Text.assemble(line, "  ", finding.detail), soft_wrap=not console.is_terminal)
-            if finding.hint:
-                console.print(Text(f"      {finding.hint}", style="dim"), soft_wrap=not console.is_terminal)
+            console.print(_line(finding), soft_wrap=not console.is_terminal)
     wrong = [finding.check for finding in found if finding.state == "wrong"]
     if as_json:
         click.echo(json.dumps([finding._asdict() for finding in found], indent=2))
     else:
         console.print(f"wrong: {', '.join(wrong)}" if wrong else "everything that is needed is in place")
     sys.exit(1 if wrong else 0)
+
+
+def _line(finding: Finding) -> Table:
+    """Lay one finding out: state, what was looked at, what was found and below it what to do."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(width=5, style=_STYLES[finding.state])
+    table.add_column(width=18, style="bold", overflow="fold")
+    table.add_column(overflow="fold")
+    hint = [("\n" + finding.hint, "dim")] if finding.hint else []
+    table.add_row(finding.state, finding.check, Text.assemble(finding.detail, *hint))
+    return table

@@ -47,7 +47,7 @@ def import_weights(
     \b
     Examples:
       exitkit import-weights model_best.pth.tar --backbone msdnet-cifar-k7
-      exitkit import-weights ranet.pth --backbone ranet-imagenet-64 --out ranet.safetensors
+      exitkit import-weights ranet.pth --backbone ranet-imagenet-64 --out ranet.st
     """
     from exitkit.build import build_strategy
     from exitkit.files import exists, save_tensors

@@ -32,7 +32,7 @@ def train(sets: tuple[str, ...], recipe_file: str | None, out: str, resume: bool
     Examples:
       exitkit train --method boostnet
       exitkit train --method boostnet --set temperature=0.8 --epochs 10 --seed 3
-      exitkit train --method ge --dataset cifar100 --data-dir data --device cuda --precision bf16
+      exitkit train --method ge --dataset cifar100 --data-dir data --device cuda
       torchrun --nproc-per-node 2 -m exitkit train --method metagf
     """
     values = read_recipe(recipe_file)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 _NEW = """\
-exitkit trains multi-exit networks with every published method, and compares them.
+exitkit trains multi-exit networks with every published method, and compares
+them.
 
 There are no runs in this folder yet. To begin:
-  exitkit compare --methods ge,boostnet,metagf   a table of four methods, on small images that are always there
+  exitkit compare --methods ge,boostnet,metagf   a table of four methods
   exitkit train --method boostnet                one run
   exitkit list methods                           what there is
   exitkit doctor                                 is everything in place?
@@ -20,7 +21,7 @@ _BEGUN = """\
 """
 
 _MORE = """\
-`exitkit --help` names all commands, `exitkit COMMAND --help` shows examples of each;
+`exitkit --help` names all commands, `exitkit COMMAND --help` shows examples;
 `exitkit completion` completes them with the tab key."""
 
 
@@ -39,7 +40,6 @@ def welcome(folder: Path = Path("runs")) -> str:
     if left:
         steps += [("exitkit watch", "how those under way are doing")]
     steps += [("exitkit compare --methods ge,boostnet,metagf", "go on with a comparison, or begin one")]
-    width = max(len(command) for command, _ in steps if len(command) < 50)
-    told = "\n".join(f"  {command:{width}}   {meaning}" for command, meaning in steps)
+    told = "\n".join(f"  {command}\n      {meaning}" for command, meaning in steps)
     runs = f"{len(begun)} run{'s' if len(begun) > 1 else ''}"
     return f"{_BEGUN.format(folder=folder, runs=runs, states=states, steps=told)}\n{_MORE}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "_sphinx"))
@@ -27,7 +28,7 @@ exclude_patterns = [
     "_sphinx",
     "examples",
     "figures",
-    "default-comparison",
+    "default-comparison", "results/**/runs",
     "results/**/report",
     "**/.ipynb_checkpoints",
 ]
@@ -71,3 +72,27 @@ html_show_sourcelink = False
 html_copy_source = False
 pygments_style = "friendly"
 pygments_dark_style = "monokai"
+
+
+EVIDENCE = (
+    "performance",
+    "early-exit",
+    "deployment",
+    "robustness",
+    "REPRODUCIBILITY",
+    "results/README",
+    "results/*/report",
+)
+"""Pages that commands and measurements write: those that are there stand in the table of contents."""
+
+
+def _evidence(app: Any, name: str, source: list[str]) -> None:
+    if name == "index":
+        there = [path for pattern in EVIDENCE for path in sorted(HERE.glob(f"{pattern}.md"))]
+        names = [path.relative_to(HERE).with_suffix("").as_posix() for path in there]
+        source[0] = source[0].replace("EVIDENCE\n", "".join(f"{name}\n" for name in names))
+
+
+def setup(app: Any) -> None:
+    """Fill in the table of contents."""
+    app.connect("source-read", _evidence)

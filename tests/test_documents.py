@@ -1,13 +1,13 @@
 """What the documents show is what the project does: their code runs, their numbers and commands are its own."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from exitkit.cli import main
+from exitkit.plugins import load, registered
 
 from doc_pages import installed
 
@@ -17,16 +17,6 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def blocks(text, language):
     return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
-
-
-def exitkit(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "exitkit", *arguments],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def test_the_readme_shows_the_table_that_the_comparison_wrote():
@@ -55,23 +45,29 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
 @pytest.fixture
 def contributed(tmp_path):
     """The documents' example method, as an installed package looks to Python."""
-    return installed(ROOT / "docs/examples/random-exits", tmp_path)
+    yield installed(ROOT / "docs/examples/random-exits", tmp_path)
+    registered.cache_clear()
+    load.cache_clear()
 
 
-def test_the_example_method_trains_by_name_and_is_listed(contributed, tmp_path):
-    place = {"PYTHONPATH": str(contributed), "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    out = str(tmp_path / "runs")
-    trained = exitkit(
-        "train", "--method", "ge+random-exits", "--set", "keep=0.8", "--epochs", "1", "--out", out, **place
-    )
-    assert trained.returncode == 0, trained.stderr
-    (run,) = (tmp_path / "runs").iterdir()
-    assert json.loads((run / "recipe.json").read_text())["method_settings"]["random-exits.keep"] == 0.8
-    listed = json.loads(exitkit("list", "methods", "--json", **place).stdout)
+def test_the_example_method_trains_by_name_and_is_listed(contributed, tmp_path, monkeypatch, capsys):
+    def run(*arguments):
+        with pytest.raises(SystemExit) as end:
+            main(list(arguments))
+        return end.value.code, capsys.readouterr()
+
+    monkeypatch.syspath_prepend(str(contributed))
+    monkeypatch.chdir(tmp_path)
+    registered.cache_clear()
+    code, said = run("train", "--method", "ge+random-exits", "--set", "keep=0.8", "--epochs", "1")
+    assert code == 0, said.err
+    (trained,) = (tmp_path / "runs").iterdir()
+    assert json.loads((trained / "recipe.json").read_text())["method_settings"]["random-exits.keep"] == 0.8
+    listed = json.loads(run("list", "methods", "--json")[1].out)
     (entry,) = [entry for entry in listed if entry["name"] == "random-exits"]
     assert entry["slots"] == ["exit weights"] and entry["fields"][0]["default"] == 0.5
-    wrong = exitkit("train", "--method", "random-exits", "--set", "keep=2", "--out", out, **place)
-    assert wrong.returncode == 2 and "expected a share between 0 and 1" in wrong.stderr
+    code, said = run("train", "--method", "random-exits", "--set", "keep=2")
+    assert code == 2 and "expected a share between 0 and 1" in said.err
 
 
 def test_the_example_method_draws_alike_at_one_place_and_anew_at_the_next(contributed, monkeypatch):
@@ -100,7 +96,6 @@ PAGES = sorted((ROOT / "docs/methods").glob("*.md"))
 
 
 def test_every_method_has_a_page_and_the_list_of_pages_its_slots():
-    from exitkit.plugins import load, registered
 
     index = (ROOT / "docs/methods/README.md").read_text(encoding="utf-8")
     for name, point in registered("method").items():
@@ -122,7 +117,6 @@ def test_the_tests_that_a_page_names_are_there(page):
 
 
 def test_the_matrix_names_every_method_and_no_failure():
-    from exitkit.plugins import registered
 
     text = (ROOT / "docs/matrix.md").read_text(encoding="utf-8")
     assert all(f"| `{name}` | ✓ | ✓ | ✓ | ✓ |" in text for name in registered("method"))

@@ -1,5 +1,6 @@
 """The comparison as one command: its tables, its files, killed and started again."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -91,6 +92,17 @@ def test_all_methods_share_split_start_and_order(finished):
     out, _ = finished
     splits = {path.read_bytes() for path in out.glob("*/split.safetensors")}
     assert len(splits) == 1
+
+
+def test_a_copied_folder_gives_the_same_bytes_elsewhere(finished, tmp_path):
+    out, _ = finished
+    shutil.copytree(out, tmp_path / "deep" / "copy", ignore=shutil.ignore_patterns("report"))
+    command = [sys.executable, "-m", "exitkit", "report", "copy", "--format", "csv,html"]
+    subprocess.run(command, cwd=tmp_path / "deep", capture_output=True, check=True)
+    copied = tmp_path / "deep" / "copy" / "report"
+    assert len(list(copied.glob("*.csv"))) > 10
+    for path in copied.iterdir():
+        assert path.read_bytes() == (out / "report" / path.name).read_bytes(), path.name
 
 
 def test_killed_it_leaves_no_worker_and_goes_on_to_the_same_bytes(finished, tmp_path):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from click.testing import CliRunner
 
 import exitkit
+from exitkit.benchmarks.diagnose import figures
 from exitkit.benchmarks.diagnose.toy import START, gradient_methods, losses, path
 from exitkit.cli import cli
 from exitkit.data.base import Batch
@@ -166,3 +167,12 @@ def test_on_the_toy_problem_the_exits_conflict_and_every_method_gets_somewhere(t
         start, end = (sum(losses(torch.from_numpy(points[i]))).item() for i in (0, -1))
         assert end < start
     assert np.array_equal(path("graddrop"), path("graddrop"))
+
+
+def test_the_share_of_valid_images_ends_at_a_hundred_and_its_legend_covers_nothing():
+    probes = {"epoch": np.array([1, 2]), "valid": np.ones((2, 10)), "loss": np.ones((2, 10))}
+    figure = figures.validity_figure(probes)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert figure.axes[0].get_ylim()[1] <= 101
+    assert all(legend.get_window_extent().y0 >= axes.get_window_extent().y1 for axes in figure.axes)

@@ -300,7 +300,7 @@ def test_no_threshold_depends_on_a_test_label():
 def test_a_legend_of_many_lines_takes_nothing_from_the_panels():
     def panel(names):
         figure = anytime_figure(collect(runs(names)))
-        figure.canvas.draw()
+        figure.draw_without_rendering()
         return figure.axes[0].get_window_extent().height / figure.dpi
 
     few, many = panel(("joint", "ge")), panel(tuple(f"a long name of a method {n}" for n in range(6)))
@@ -407,6 +407,6 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path):
 def test_a_title_stays_over_its_own_panel():
     long = "ranet scales=1,2,2,3 growth_factors=4,2,2,1 bottleneck_factors=4,2,2,1"
     figure = anytime_figure(collect([*runs(seeds=1, backbone=long), *runs(seeds=1, backbone=long + ",9")]))
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     left, right = (axes.title.get_window_extent() for axes in figure.axes)
     assert left.x1 < right.x0 and left.x0 >= 0 and right.x1 <= figure.bbox.x1

@@ -58,7 +58,11 @@ def validity_figure(probes: Probes) -> Figure:
         ):
             for index in range(probes[name].shape[1]):
                 _line(axes, probes["epoch"], scale * probes[name][:, index], index, f"exit {index + 1}")
-            _finish(axes, "epoch", label, legend=name == "valid")
+            _finish(axes, "epoch", label, legend=False)
+        panels[0].set_ylim(top=min(panels[0].get_ylim()[1], 101))
+        handles, labels = panels[0].get_legend_handles_labels()
+        columns = -(-len(labels) // -(-len(labels) // 7))
+        figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False, handlelength=2.2)
     return figure
 
 

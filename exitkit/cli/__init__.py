@@ -18,6 +18,9 @@ from exitkit.errors import Interrupted, Note, UserError, unknown
 COMPLETION = "_EXITKIT_COMPLETE"
 """The variable by which a shell asks for what could stand at the end of a line."""
 
+_NO_ARGUMENTS: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())
+"""What click raises for a group without a command; before 8.2 it printed the group's help itself."""
+
 _FIRST_STEPS = """Train multi-exit networks with every published method, and compare them under one recipe.
 
 \b
@@ -109,7 +112,7 @@ def main(arguments: list[str] | None = None, command: click.Command = cli) -> No
     except (KeyboardInterrupt, click.Abort, Interrupted) as stop:
         stopped_for_good()
         _fail(str(stop) or "stopped", 130)
-    except click.exceptions.NoArgsIsHelpError as help_wanted:
+    except _NO_ARGUMENTS as help_wanted:
         click.echo(help_wanted.format_message())
         code = 0
     except click.ClickException as error:

@@ -1,98 +1,213 @@
-"""`exitkit bench`: how long each exit of a trained network takes to answer, measured stage by stage."""
+"""`exitkit bench`: how long trained networks really take: each exit, early exit, and a smaller network as accurate."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from typing import TYPE_CHECKING, Any
+import json
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
+from exitkit.cli.completion import one_of
 from exitkit.cli.completion import runs as complete_runs
 from exitkit.cli.interrupts import interruptible
-from exitkit.cli.options import device_option
-from exitkit.errors import Interrupted, UserError
+from exitkit.cli.options import device_option, json_option
+from exitkit.errors import Interrupted, UserError, unknown
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from exitkit.benchmarks.stopwatch import Boundary, Point, Subject
     from exitkit.runs import RunFolder
 
+MODES = {"latency": 1, "throughput": 256}
+"""Each mode's images at once, unless told otherwise."""
+BOUNDARIES = ("model", "end-to-end")
+SHARES = (0.25, 0.5, 1.0, 2.0, 4.0)
+"""The operating points unless budgets are given: q, the ratio between the shares of neighbouring exits."""
 
-@click.command(short_help="Measure how long each exit takes to answer.")
+
+@click.command(short_help="Measure how long exits and early exit really take.")
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True, shell_complete=complete_runs)
-@click.option("--batch-size", type=int, default=1, show_default=True, help="Images at once.")
-@click.option("--repeats", type=int, default=50, show_default=True, help="How often; the median counts.")
+@click.option(
+    "--mode",
+    metavar="NAME",
+    default="latency",
+    show_default=True,
+    shell_complete=one_of(*MODES),
+    help="latency (1 image at once) or throughput (256).",
+)
+@click.option(
+    "--boundary",
+    metavar="NAME",
+    default="model",
+    show_default=True,
+    shell_complete=one_of(*BOUNDARIES),
+    help="model, or end-to-end: reading images and fetching classes count.",
+)
+@click.option("--batch-size", type=int, help="Images at once.  [default: the mode's]")
+@click.option("--budget", "budgets", metavar="AMOUNT", multiple=True, help="An average budget (40M); repeatable.")
+@click.option("--repeats", type=int, default=50, show_default=True, help="How often, each time on other images.")
 @click.option("--threads", type=int, default=1, show_default=True, help="CPU threads.")
-@device_option("[default: auto]", default="auto")
-def bench(runs: tuple[str, ...], batch_size: int, repeats: int, threads: int, device: str) -> None:
-    """Measure the milliseconds an image until each exit answers, on test images, and keep them in the run folder.
+@device_option("[default: auto]", "auto")
+@json_option("all that was measured")
+def bench(
+    runs: tuple[str, ...],
+    mode: str,
+    boundary: str,
+    batch_size: int | None,
+    budgets: tuple[str, ...],
+    repeats: int,
+    threads: int,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Measure the milliseconds an image of trained runs, on their test images, and keep them in the run folders.
 
-    The network runs exit by exit, as it does when images leave early, and the clock is read at each answer; the median
-    over all repeats counts. Then `exitkit report --cost latency` has milliseconds on its axes. Runs that are to be
-    compared have to be measured on one machine, with nothing else going on.
+    Timed are: until each exit answers; early exit at several operating points, thresholds from validation; and for
+    each of these the smallest part of the same network, cut at one exit, that is as accurate on validation. Runs take
+    turns, round by round, on the same images. `exitkit report --cost latency` then has milliseconds on its axes.
 
     \b
     Examples:
       exitkit bench runs/*
-      exitkit bench runs/boostnet-msdnet-tiny-digits-s0-1a2b3c4d --batch-size 64
+      exitkit bench RUN --mode throughput --boundary end-to-end
+      exitkit bench RUN --budget 40M --budget 60M --json
     """
-    from rich.console import Console
-    from rich.table import Table
-
     from exitkit.runs import RunFolder
 
+    batch_size = _check(mode, boundary, batch_size)
     for name, value in (("--batch-size", batch_size), ("--repeats", repeats), ("--threads", threads)):
         if value < 1:
             raise UserError(f"{name} is {value}; expected at least 1")
-    folders = [RunFolder(name) for name in runs]
+    folders = [RunFolder(name) for name in dict.fromkeys(runs)]
     for folder in folders:
         folder.results()  # says how to go on with one that is not finished
-    table = Table(title=f"milliseconds an image, {batch_size} at once")
-    table.add_column("run")
     try:
         with interruptible():
-            found = {folder: _measure(folder, batch_size, repeats, threads, device) for folder in folders}
+            asked = {"batch_size": batch_size, "repeats": repeats, "threads": threads, "boundary": boundary}
+            found = _measure(folders, budgets, device, asked)
     except KeyboardInterrupt:
         raise Interrupted("stopped; nothing was written") from None
-    for number in range(1, max(map(len, found.values())) + 1):
-        table.add_column(f"exit {number}", justify="right")
     for folder, facts in found.items():
-        _write(folder, facts)
-        table.add_row(folder.path.name, *(f"{value:.3g}" for value in facts["milliseconds"]))
-    Console().print(table)
+        _write(folder, {"mode": mode} | facts)
+    if as_json:
+        click.echo(json.dumps({folder.path.name: facts for folder, facts in found.items()}, indent=2))
+    else:
+        _print(found, batch_size, boundary)
 
 
-def _measure(run: RunFolder, batch_size: int, repeats: int, threads: int, device: str) -> dict[str, Any]:
+def _check(mode: str, boundary: str, batch_size: int | None) -> int:
+    if mode not in MODES:
+        raise unknown("mode", mode, MODES)
+    if boundary not in BOUNDARIES:
+        raise unknown("boundary", boundary, BOUNDARIES)
+    return MODES[mode] if batch_size is None else batch_size
+
+
+def _measure(
+    folders: Sequence[RunFolder], budgets: Sequence[str], device: str, asked: Mapping[str, Any]
+) -> dict[RunFolder, dict[str, Any]]:
     import torch
 
+    from exitkit.benchmarks.stopwatch import time_all
     from exitkit.engine import Engine, choose_device
-    from exitkit.exit_outputs import load_data, load_network
 
     engine = Engine(choose_device(device))
+    subjects = {folder: _subject(folder, budgets, engine) for folder in folders}
+    first, *others = subjects
+    for folder in others:
+        if not torch.equal(subjects[first].data.split.test, subjects[folder].data.split.test) or (
+            first.recipe.dataset != folder.recipe.dataset
+        ):
+            raise UserError(f"{first.path} and {folder.path} have other test images; expected runs of one data set")
+    before = torch.get_num_threads()
+    torch.set_num_threads(asked["threads"])
+    try:
+        boundary = cast("Boundary", asked["boundary"])
+        time_all(list(subjects.values()), asked["batch_size"], asked["repeats"], boundary)
+    finally:
+        torch.set_num_threads(before)
+    gpu = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else None
+    where = {"device": str(engine.device), "gpu": gpu, "torch": torch.__version__}
+    return {folder: _facts(subject, asked) | asked | where for folder, subject in subjects.items()}
+
+
+def _subject(run: RunFolder, budgets: Sequence[str], engine: Any) -> Subject:
+    from exitkit.benchmarks.stopwatch import Subject
+    from exitkit.exit_outputs import load_data, load_network
+
     data = load_data(run.recipe, run.path / "split.safetensors")
     network = load_network(run, data)
     engine.place(network)
-    count = len(data.labels("test"))
-    positions = [torch.arange(batch_size) % count for _ in range(1)]
-    (batch,) = data.batches("test", positions, augment=False, seed=0)
-    images = engine.images(batch.images)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        times = []
-        with torch.inference_mode():
-            for _ in range(repeats + 3):
-                began, answers = time.perf_counter(), []
-                for _ in network.iterate(images):
-                    if engine.device.type == "cuda":
-                        torch.cuda.synchronize()
-                    answers.append(1000 * (time.perf_counter() - began) / batch_size)
-                times.append(answers)
-    finally:
-        torch.set_num_threads(before)
-    medians = [statistics.median(column) for column in zip(*times[3:], strict=True)]  # the first are warm-up
-    gpu = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else None
-    facts = {"milliseconds": medians, "batch_size": batch_size, "repeats": repeats, "threads": threads}
-    return facts | {"device": str(engine.device), "gpu": gpu, "torch": torch.__version__}
+    return Subject(network, data, engine, _points(run, budgets))
+
+
+def _points(run: RunFolder, budgets: Sequence[str]) -> list[Point]:
+    """Return a run's operating points, each with the first exit that is as accurate on validation."""
+    import numpy as np
+
+    from exitkit.benchmarks.stopwatch import Point
+    from exitkit.evaluation import correct, leave_at
+    from exitkit.exit_rules import scores
+    from exitkit.inference.rule import ExitRule
+
+    rules = {f"budget {budget}": ExitRule.from_run(run, budget=budget) for budget in budgets} or {
+        f"q = {share:g}": ExitRule.from_run(run, share=share) for share in SHARES
+    }
+    validation = run.outputs("validation")
+    hits, sure = correct(validation["logits"], validation["labels"]), scores(validation["logits"], "confidence")
+    points = []
+    for name, rule in rules.items():
+        accuracy = hits[np.arange(len(hits)), leave_at(sure, [rule.thresholds])[0]].mean()
+        enough = np.append(hits.mean(axis=0)[:-1] >= accuracy, True)
+        points.append(Point(name, rule, int(enough.argmax()) + 1))
+    return points
+
+
+def _facts(subject: Subject, asked: Mapping[str, Any]) -> dict[str, Any]:
+    import numpy as np
+
+    from exitkit.benchmarks.stopwatch import cut_name, summary
+
+    size, repeats = asked["batch_size"], asked["repeats"]
+
+    def told(name: str) -> dict[str, Any]:
+        used = subject.joules.get(name)
+        joules = None if used is None else used / (size * repeats)
+        return {"name": name, **summary(subject.seconds[name], size), "joules_per_image": joules}
+
+    exits = [summary(column, size) for column in np.transpose(subject.exits)]
+    points = [
+        told(point.name)
+        | {"rule": json.loads(point.rule.to_json()), "static": told(cut_name(point.matched)) | {"exit": point.matched}}
+        for point in subject.points
+    ]
+    return {"milliseconds": [row["p50"] for row in exits], "exits": exits, "points": points}
+
+
+def _print(found: Mapping[RunFolder, Mapping[str, Any]], batch_size: int, boundary: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    for folder, facts in found.items():
+        table = Table(title=f"{folder.path.name}: milliseconds an image, {batch_size} at once, {boundary}")
+        for name in ("", "p50", "p95", "p99", "images/s", "J/image", "as accurate, cut", "its p50"):
+            table.add_column(name, justify="left" if not name else "right")
+        for number, row in enumerate(facts["exits"], start=1):
+            table.add_row(f"exit {number}", *_numbers(row))
+        for point in facts["points"]:
+            static = point["static"]
+            table.add_row(point["name"], *_numbers(point), f"at exit {static['exit']}", f"{static['p50']:.3g}")
+        console.print(table)
+    if all(point["joules_per_image"] is None for facts in found.values() for point in facts["points"]):
+        console.print("energy: this machine does not tell it")
+
+
+def _numbers(row: Mapping[str, Any]) -> list[str]:
+    numbers = [f"{row[key]:.3g}" for key in ("p50", "p95", "p99", "images_per_second")]
+    joules = row.get("joules_per_image")
+    return [*numbers, "" if joules is None else f"{joules:.3g}"]
 
 
 def _write(run: RunFolder, facts: dict[str, Any]) -> None:

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import exitkit
-from exitkit.benchmarks import bench
+from exitkit.benchmarks import bench, stopwatch
+from exitkit.benchmarks.energy import energy_meter
 from exitkit.cli import main
 from exitkit.runs import RunFolder
 
@@ -63,50 +64,82 @@ def refused(ended, *says):
 
 
 class Clock:
-    """A clock, read as a repeat begins and once an exit: warm-up is slow, and so is one repeat of five."""
+    """A clock that goes on by a quarter of a second whenever it is read."""
 
-    def __init__(self, exits):
-        self.now, self.reads, self.exits = 0.0, 0, exits
+    def __init__(self):
+        self.now = 0.0
 
     def __call__(self):
-        repeat, place = divmod(self.reads, self.exits + 1)
-        self.reads += 1
-        self.now += 100.0 if repeat < 3 else 50.0 if repeat % 5 == 0 else 0.25 + 0.25 * (place == 4)
+        self.now += 0.25
         return self.now
 
 
-def test_the_median_after_a_warm_up_is_kept_with_the_facts_and_printed(cli, runs, monkeypatch):
-    clock = Clock(exits=4)
-    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=clock))
+def test_what_was_measured_is_kept_with_the_facts_and_printed(cli, runs, monkeypatch):
+    points = ("--budget", "60K", "--budget", "100K")
     before, threads = files(), torch.get_num_threads()
-    code, printed, _ = cli("bench", runs[0], "--batch-size", "2", "--repeats", "3", "--device", "cpu")
-    assert code == 0
-    # 0.25 s an exit, the last one takes twice as long; two images at once.
-    milliseconds = [125.0, 250.0, 375.0, 625.0]
-    facts = {"batch_size": 2, "repeats": 3, "threads": 1, "device": "cpu", "gpu": None, "torch": torch.__version__}
-    assert json.loads((runs[0] / "latency.json").read_text()) == facts | {"milliseconds": milliseconds}
-    assert clock.reads == 6 * 5
+    monkeypatch.setattr(stopwatch, "time", SimpleNamespace(perf_counter=Clock()))
+    code, printed, errors = cli("bench", runs[0], "--batch-size", "2", "--repeats", "3", "--device", "cpu", *points)
+    assert code == 0, errors
+    facts = json.loads((runs[0] / "latency.json").read_text())
+    # Two images at once: an exit each quarter of a second, and a quarter for whatever is run whole.
+    assert facts["milliseconds"] == [125.0, 250.0, 375.0, 500.0]
+    assert [point["name"] for point in facts["points"]] == ["budget 60K", "budget 100K"]
+    for point in facts["points"]:
+        assert point["p50"] == point["static"]["p50"] == 125.0 and point["images_per_second"] == 8.0
+    known = {"batch_size": 2, "repeats": 3, "threads": 1, "device": "cpu", "gpu": None, "torch": torch.__version__}
+    assert known.items() <= facts.items() and facts["mode"] == "latency" and facts["boundary"] == "model"
     assert files().keys() - before.keys() == {runs[0] / "latency.json"}
     assert all(files()[path] == content for path, content in before.items())
     assert torch.get_num_threads() == threads
-    assert "milliseconds an image, 2 at once" in printed
-    (row,) = [line for line in printed.splitlines() if runs[0].name in line]
-    assert re.findall(r"[\d.]+", row.partition(runs[0].name)[2]) == ["125", "250", "375", "625"]
+    assert "milliseconds an image, 2 at once, model" in printed
+    assert re.findall(r"│ (exit \d) ", printed)[:4] == ["exit 1", "exit 2", "exit 3", "exit 4"]
 
 
-@pytest.mark.xfail(strict=True, reason="bench.py: the columns are counted by the facts (seven), not by the exits")
-def test_the_table_has_a_column_for_every_exit_of_the_network_and_no_more(cli, runs):
-    _, printed, _ = cli("bench", runs[0], "--repeats", "1", "--device", "cpu")
-    assert re.findall(r"exit \d+", printed) == ["exit 1", "exit 2", "exit 3", "exit 4"]
+def test_a_summary_is_of_one_image():
+    found = stopwatch.summary([0.2, 0.4, 0.6], batch_size=4)
+    assert found == pytest.approx({"p50": 100.0, "p95": 145.0, "p99": 149.0, "images_per_second": 10.0})
 
 
-def test_a_measurement_is_one_positive_number_an_exit_and_never_falls(cli, runs):
-    code, printed, _ = cli("bench", *runs, "--repeats", "2", "--batch-size", "600", "--device", "cpu")
-    assert code == 0 and all(run.name in printed for run in runs)
+def test_rounds_take_turns_on_the_same_images_and_warm_up_does_not_count(monkeypatch):
+    asked = []
+    for name in "ab":
+        subject = SimpleNamespace(
+            ways=lambda name=name: {name: None}, engine=SimpleNamespace(device=torch.device("cpu"))
+        )
+        asked.append(subject)
+    seen = []
+    monkeypatch.setattr(stopwatch, "_round", lambda subject, ways, number, *rest: seen.append((number, *ways)))
+    stopwatch.time_all(asked, batch_size=1, repeats=2, boundary="model")
+    assert [number for number, _ in seen] == [number for number in range(-3, 2) for _ in range(2)]
+    assert [name for number, name in seen if number >= 0] == ["b", "a", "a", "b"]
+
+
+def test_a_measurement_is_one_positive_number_an_exit_and_all_is_there_as_json(cli, runs):
+    options = ("--repeats", "2", "--mode", "throughput", "--batch-size", "600", "--boundary", "end-to-end")
+    code, printed, errors = cli("bench", *runs, *options, "--device", "cpu", "--json")
+    assert code == 0, errors
+    found = json.loads(printed)
     for run in runs:
-        found = RunFolder(run).latency()
-        assert len(found) == 4 and found[0] > 0 and found == sorted(found)
-        assert json.loads((run / "latency.json").read_text())["batch_size"] == 600
+        facts = found[run.name]
+        assert RunFolder(run).latency() == facts["milliseconds"] and min(facts["milliseconds"]) > 0
+        assert len(facts["points"]) == len(bench.SHARES) and facts["batch_size"] == 600
+        results = RunFolder(run).results()["validation"]
+        for point in facts["points"]:
+            assert 1 <= point["static"]["exit"] <= len(results) and point["p50"] <= point["p95"] <= point["p99"]
+            assert len(point["rule"]["thresholds"]) == 4
+
+
+@pytest.mark.parametrize(("readings", "used"), [((5, 9), 4e-6), ((98, 3), 5e-6)])
+def test_energy_is_read_from_the_counters_of_linux_which_begin_anew(tmp_path, readings, used):
+    package = tmp_path / "intel-rapl:0"
+    package.mkdir()
+    (package / "max_energy_range_uj").write_text("100")
+    (package / "energy_uj").write_text(str(readings[0]))
+    read = energy_meter("cpu", tmp_path)
+    (package / "energy_uj").write_text(str(readings[1]))
+    assert read() == pytest.approx(used)
+    assert energy_meter("cuda", tmp_path) is None
+    assert energy_meter("cpu", tmp_path / "nowhere") is None
 
 
 def test_it_may_be_measured_again(cli, runs):
@@ -121,6 +154,9 @@ def test_it_may_be_measured_again(cli, runs):
         ("--repeats 0", "--repeats is 0; expected at least 1"),
         ("--batch-size 0", "--batch-size is 0; expected at least 1"),
         ("--threads -1", "--threads is -1; expected at least 1"),
+        ("--mode fast", "unknown mode 'fast'; there is latency, throughput"),
+        ("--boundary all", "unknown boundary 'all'"),
+        ("--budget 1", "budget 1 is below what the first exit costs"),
         ("--repeats many", "'many' is not a valid integer"),
         ("--device gpu", "device is 'gpu'; expected auto, cpu, cuda"),
     ],

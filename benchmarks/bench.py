@@ -129,7 +129,7 @@ def _measure(
         torch.set_num_threads(before)
     gpu = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else None
     where = {"device": str(engine.device), "gpu": gpu, "torch": torch.__version__}
-    return {folder: _facts(subject, asked) | asked | where for folder, subject in subjects.items()}
+    return {folder: _facts(subject, asked) | dict(asked) | where for folder, subject in subjects.items()}
 
 
 def _subject(run: RunFolder, budgets: Sequence[str], engine: Any) -> Subject:

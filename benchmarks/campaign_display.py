@@ -118,7 +118,7 @@ def announce(recipes: Sequence[Recipe], seconds: Mapping[str, float], jobs: int,
             table.add_column(head, justify="left" if words else "right", overflow="fold", no_wrap=not words)
         lines: dict[tuple[str, str, str], list[Recipe]] = {}
         for names, recipe in zip(name_runs([flat_identity(recipe) for recipe in recipes]), recipes, strict=True):
-            lines.setdefault(tuple(names), []).append(recipe)
+            lines.setdefault((names.method, names.backbone, names.dataset), []).append(recipe)
         for line, same in lines.items():
             left = [seconds[recipe.id] for recipe in same if recipe.id in seconds]
             cells = [str(same[0].epochs), ",".join(str(r.seed) for r in same), str(len(same) - len(left))]

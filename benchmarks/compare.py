@@ -134,7 +134,7 @@ def _values(
         for key, more in (("set", sets), ("sweep", sweeps)):
             if more and (keep or key in table):
                 earlier = table.get(key, {})
-                merged[key] = (dict(earlier) if isinstance(earlier, Mapping) else {}) | more
+                merged[key] = {**(earlier if isinstance(earlier, Mapping) else {}), **more}
         return merged
 
     merged = over(values, keep=True)

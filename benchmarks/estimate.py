@@ -89,7 +89,7 @@ def _timed(recipe: Recipe) -> tuple[int, int, float]:
             with engine.autocast():
                 outputs = network(engine.images(images)).logits
             losses = [torch.nn.functional.cross_entropy(o.float(), engine.labels(labels)) for o in outputs]
-            sum(losses, torch.zeros((), device=engine.device)).backward()  # type: ignore[no-untyped-call]
+            sum(losses, torch.zeros((), device=engine.device)).backward()
             if engine.device.type == "cuda":
                 torch.cuda.synchronize()
             best = min(best, time.perf_counter() - began)

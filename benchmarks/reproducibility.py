@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from exitkit.runs import RunFolder
 
 CONFIDENCE = 0.95
-_HEADS = ("method", "network", "data", "epochs", "n", "ours (mean)", "ours (last exit)", "published (mean, last)")
-_HEADS += ("against the paper", "against the baseline", "training")
+_HEADS = [
+    *("method", "network", "data", "epochs", "n", "ours (mean)", "ours (last exit)", "published (mean, last)"),
+    *("against the paper", "against the baseline", "training"),
+]
 _MARK = "<!-- made by `exitkit reproducibility` -->"
 _LEGEND = f"""\
 # Reproducibility

@@ -108,7 +108,7 @@ def labels(runs: Sequence[Watched]) -> list[str]:
 
 
 def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in recipe.items():
         if isinstance(value, Mapping):
             flat |= {f"{key}.{name}": _plain(item) for name, item in value.items()}

@@ -32,7 +32,7 @@ def compile_parts(network: MultiExitNetwork) -> None:
     # Compiled code may reuse saved tensors as scratch; several backwards through one graph (aggregators) need them.
     functorch.donated_buffer = False
     for part in _parts(network):
-        part.compile()  # type: ignore[no-untyped-call]
+        part.compile()
 
 
 def _parts(network: MultiExitNetwork) -> list[nn.Module]:

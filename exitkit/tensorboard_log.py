@@ -49,13 +49,13 @@ class TensorBoardLog:
                 from torch.utils.tensorboard import SummaryWriter
 
                 shutil.rmtree(self._folder, ignore_errors=True)
-                self._writer = SummaryWriter(str(self._folder))  # type: ignore[no-untyped-call]
+                self._writer = SummaryWriter(str(self._folder))
             for step, row in enumerate(rows[self._written :], self._written + 1):
                 for name, value in row.items():
                     if name not in ("phase", "epoch"):
                         tag = re.sub(r"_(\d+)$", r"/exit \1", name)
-                        self._writer.add_scalar(tag, value, step)  # type: ignore[no-untyped-call]
-            self._writer.flush()  # type: ignore[no-untyped-call]
+                        self._writer.add_scalar(tag, value, step)
+            self._writer.flush()
         except OSError as error:
             raise disk_error(self._folder, error) from None
         self._written = len(rows)
@@ -63,4 +63,4 @@ class TensorBoardLog:
     def close(self) -> None:
         """Let the file go."""
         if self._writer is not None:
-            self._writer.close()  # type: ignore[no-untyped-call]
+            self._writer.close()

@@ -295,9 +295,9 @@ def _missing(named: Sequence[_Named], absent: list[tuple[Any, ...]]) -> pd.DataF
     have: dict[tuple[str, ...], dict[int, None]] = {}
     for run, names in named:
         have.setdefault(tuple(names), {})[run.recipe.seed] = None
-    for names, seeds in have.items():
-        wanted = sorted({seed for other, theirs in have.items() if other[1:] == names[1:] for seed in theirs})
-        gaps = [(*names, seed) for seed in wanted if seed not in seeds]
+    for called, seeds in have.items():
+        wanted = sorted({seed for other, theirs in have.items() if other[1:] == called[1:] for seed in theirs})
+        gaps = [(*called, seed) for seed in wanted if seed not in seeds]
         rows += [(*gap, "not there") for gap in gaps if gap not in known]
     return pd.concat([found, pd.DataFrame(rows, columns=found.columns)], ignore_index=True) if rows else found
 

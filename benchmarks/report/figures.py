@@ -131,7 +131,7 @@ def sweep_figure(sweep: pd.DataFrame) -> Figure:
                     **_look(place),
                 )
             axes.set_title(textwrap.fill(f"{names[0]}, {names[2]} on {names[3]}", _LETTERS))
-            axes.set_xlabel(names[1].replace("_", " "))
+            axes.set_xlabel(str(names[1]).replace("_", " "))
             axes.grid(axis="y")
         figure.axes[0].set_ylabel("accuracy (%)")
         _legend(figure, [f"exit {number}" for number in exits])

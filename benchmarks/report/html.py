@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 
@@ -50,7 +50,12 @@ def html_report(comparison: Comparison, learning: pd.DataFrame, swept: pd.DataFr
 def _of(frame: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of a frame that are of the same backbone and data set as `rows`."""
     backbone, dataset = rows["backbone"].iloc[0], rows["dataset"].iloc[0]
-    return frame[(frame["backbone"] == backbone) & (frame["dataset"] == dataset)]
+    same: pd.DataFrame = frame[(frame["backbone"] == backbone) & (frame["dataset"] == dataset)]
+    return same
+
+
+def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    return cast("list[dict[str, Any]]", frame.to_dict("records"))
 
 
 def _wide(table: Wide) -> page.Table:
@@ -80,7 +85,7 @@ def _anytime(comparison: Comparison, rows: pd.DataFrame, places: Mapping[str, in
     series = []
     for method, mine in rows.groupby("method", sort=False):
         points = []
-        for row in mine.to_dict("records"):
+        for row in _records(mine):
             facts = [("method", str(method)), ("exit", str(row["exit"])), *_amounts(comparison, row, row[column])]
             points.append(_point(row[column] / size, row, facts))
         series.append(page.Series(str(method), points, places[str(method)]))
@@ -90,7 +95,7 @@ def _anytime(comparison: Comparison, rows: pd.DataFrame, places: Mapping[str, in
 def _static(comparison: Comparison, rows: pd.DataFrame, size: float) -> list[page.Series]:
     mine = _of(comparison.static, rows)
     points = []
-    for row in mine.to_dict("records"):
+    for row in _records(mine):
         facts = [("network of its own, up to exit", str(row["exit"])), *_amounts(comparison, row, row["cost_mean"])]
         points.append(_point(row["cost_mean"] / size, row, facts))
     return [page.Series(STATIC, points, 6, joined=False)] if points else []
@@ -102,7 +107,7 @@ def _budgeted(comparison: Comparison, rows: pd.DataFrame, places: Mapping[str, i
     series = []
     for method, mine in rows.groupby("method", sort=False):
         points = []
-        for row in mine.to_dict("records"):
+        for row in _records(mine):
             seen = detail.loc[(method, row["point"])]
             exits = [name.removeprefix("share_") for name in detail.columns if name.startswith("share_")]
             exits = [k for k in exits if not pd.isna(seen[f"share_{k}"])]
@@ -124,7 +129,7 @@ def _stitched(comparison: Comparison, rows: pd.DataFrame, places: Mapping[str, i
     for method, mine in rows.groupby("method", sort=False):
         points = [
             _point(r["cost_mean"] / size, r, [("method", str(method)), *_amounts(comparison, r, r["cost_mean"])])
-            for r in mine.to_dict("records")
+            for r in _records(mine)
         ]
         series.append(page.Series(str(method), points, places[str(method)]))
     return page.Chart("Several sizes as one curve", label, _ACCURACY, series, FIGURES["stitched"])
@@ -135,7 +140,7 @@ def _learning(rows: pd.DataFrame, places: Mapping[str, int]) -> page.Chart:
     series = []
     for method, mine in rows[rows["exit"] == last].groupby("method", sort=False):
         points = []
-        for row in mine.to_dict("records"):
+        for row in _records(mine):
             facts = [("method", str(method)), ("phase", row["phase"]), ("epoch", str(row["epoch"]))]
             facts += [(name.replace("_", " ").removesuffix(" mean"), f"{row[name]:.2f}") for name in _MEASURED]
             points.append(page.Point(row["epoch"], row["validation_accuracy_mean"], None, None, facts))
@@ -151,7 +156,7 @@ def _sweep(names: Any, rows: pd.DataFrame) -> page.Chart:
     series = []
     for place, (number, mine) in enumerate(rows.groupby("exit")):
         points = []
-        for row in mine.sort_values("value").to_dict("records"):
+        for row in _records(mine.sort_values("value")):
             facts = [(field, f"{row['value']:g}"), ("exit", str(number)), ("accuracy", f"{row['accuracy_mean']:.2f} %")]
             points.append(_point(row["value"], row, facts))
         series.append(page.Series(f"exit {number}", points, place))

@@ -38,7 +38,8 @@ def learning_curves(runs: Iterable[Any], names: Mapping[str, Any]) -> pd.DataFra
     if not parts:
         return pd.DataFrame(columns=["method", *GROUP, "phase", "epoch", "exit"])
     rows = pd.concat(parts, ignore_index=True)
-    return rows.groupby(["method", *GROUP, "phase", "epoch", "exit"], sort=False).mean().reset_index()
+    means: pd.DataFrame = rows.groupby(["method", *GROUP, "phase", "epoch", "exit"], sort=False).mean().reset_index()
+    return means
 
 
 def sweeps(anytime: pd.DataFrame, runs: Iterable[Any], names: Mapping[str, Any]) -> pd.DataFrame:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -106,7 +106,7 @@ class RunMeasures:
         """The columns that are the same in every row."""
         return {"method": self.names.method, "seed": self.run.recipe.seed, **self.names._asdict()}
 
-    def points(self, q: Sequence[Any]) -> Points:
+    def points(self, q: Iterable[Any]) -> Points:
         """Return the operating points of shares q; under the rule of patience those of 1 to K agreeing exits."""
         samples, exits = self.scores_val.shape
         if self.options.rule == "patience":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import groupby
@@ -91,7 +91,7 @@ class Section:
     """A part of the page, which the contents link to."""
 
     title: str
-    blocks: list[Chart | Table | Text]
+    blocks: Sequence[Chart | Table | Text]
 
 
 def html_page(title: str, lead: list[str], sections: list[Section]) -> str:

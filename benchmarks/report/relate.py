@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pandas as pd
@@ -140,7 +140,7 @@ def published_beside(named: Iterable[Any], ours: pd.DataFrame, context: Context)
     found = [pd.DataFrame(columns=columns)]
     for run, names in {names: (run, names) for run, names in named}.values():
         theirs = published.published_for(run.identity, context.stands_for.get(run.path.name, {}), context.published)
-        rows = theirs.to_dict("records")
+        rows = cast("list[dict[str, Any]]", theirs.to_dict("records"))
         theirs = theirs.assign(unlike=[published.unlike(run.identity, row, run.recipe) for row in rows])
         theirs = theirs.rename(columns={"accuracy": "published"})
         theirs = theirs.rename(columns={c: f"published_{c}" for c in ("epochs", "batch_size", "backbone", "dataset")})

@@ -14,7 +14,7 @@ from exitkit.benchmarks.speed.timing import paired_ratios
 from exitkit.benchmarks.speed.work import Work
 from exitkit.compilation import compile_parts
 from exitkit.data.augment import crops_and_flips
-from exitkit.data.base import TensorData
+from exitkit.data.base import Batch, TensorData
 from exitkit.engine import Engine
 
 _BATCH, _BATCHES, _WORKERS = 64, 50, 4
@@ -48,7 +48,7 @@ def prepared(work: Work) -> Callable[[], None]:
     def epoch() -> None:
         order = torch.randperm(work.batch * _BATCHES).split(work.batch)
         for batch in data.batches("train", order, augment=True, seed=0):
-            run.strategy.train_step(run, (engine.images(batch.images), batch.labels))
+            run.strategy.train_step(run, Batch(engine.images(batch.images), batch.labels))
 
     return epoch
 
@@ -68,7 +68,7 @@ def eager(work: Work) -> Callable[[], None]:
 
     def epoch() -> None:
         for batch in loader:
-            run.strategy.train_step(run, tuple(part.to(work.device, non_blocking=True) for part in batch))
+            run.strategy.train_step(run, Batch(*(part.to(work.device, non_blocking=True) for part in batch)))
 
     return epoch
 

@@ -46,8 +46,8 @@ def saved(work: Work) -> Ratio:
     adaptive = AdaptiveInference(network, rule)
     operations = 1 - costs[adaptive(images).exits.cpu()].mean() / costs[-1]
     ratio = paired_ratios(lambda: adaptive(images), lambda: _full(network, images), work.rounds)
-    shares = [(1 - part) / operations for part in (ratio.median, ratio.high, ratio.low)]
-    return Ratio(*shares, ratio.seconds)
+    median, low, high = (float((1 - part) / operations) for part in (ratio.median, ratio.high, ratio.low))
+    return Ratio(median, low, high, ratio.seconds)
 
 
 def single(work: Work) -> Ratio:

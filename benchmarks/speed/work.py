@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from exitkit.build import build_network, build_strategy
+from exitkit.data.base import Batch
 from exitkit.engine import Precision
 from exitkit.run import Run
 
@@ -35,12 +36,12 @@ class Work:
         network = build_network(self.network, num_classes=self.classes, input_shape=self.shape)
         return network.to(self.device).train()
 
-    def data(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def data(self) -> Batch:
         """Return one batch of noise."""
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(self.batch, *self.shape, generator=generator)
         labels = torch.randint(self.classes, (self.batch,), generator=generator)
-        return images.to(self.device), labels.to(self.device)
+        return Batch(images.to(self.device), labels.to(self.device))
 
     def run(self, method: str, *, precision: Precision = "fp32", **settings: Any) -> Run:
         """Return a run of a method in memory."""
@@ -68,6 +69,6 @@ def bare(work: Work) -> Step:
     def step() -> None:
         network.zero_grad(set_to_none=True)
         losses = [torch.nn.functional.cross_entropy(logits, labels) for logits in network(images).logits]
-        torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+        torch.stack(losses).sum().backward()
 
     return step

@@ -145,13 +145,13 @@ def _extras() -> Iterator[Finding]:
             wanted.setdefault(extra[1], []).append(name[0])
             # What an extra takes of another package's extras can only be seen where that is asked for.
             wanted[extra[1]] += [_hidden[each] for each in re.findall(r"[\w-]+", text) if each in _hidden]
-    for extra, names in wanted.items():
+    for group, names in wanted.items():
         missing = sorted({name for name in names if not _is_installed(name)})
         if missing:
-            hint = f"pip install 'exitkit[{extra}]'"
-            yield Finding(f"[{extra}]", "ok", f"optional, not installed: {', '.join(missing)}", hint)
+            hint = f"pip install 'exitkit[{group}]'"
+            yield Finding(f"[{group}]", "ok", f"optional, not installed: {', '.join(missing)}", hint)
         else:
-            yield Finding(f"[{extra}]", "ok", "installed")
+            yield Finding(f"[{group}]", "ok", "installed")
 
 
 _hidden = {"nash-mtl": "cvxpy"}

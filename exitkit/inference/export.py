@@ -91,7 +91,9 @@ def _write(
     _export(all_exits(network, images[:2]), folder / f"all-exits{ending}", form)
     shutil.copyfile(str(runner.__file__), folder / "run.py")
     facts = {"format": form, "programs": programs, "all_exits": f"all-exits{ending}"}
-    policy = json.loads(rule.to_json()) | facts | {"input_shape": list(network.input_shape)} | dict(about)
+    policy: dict[str, Any] = (
+        json.loads(rule.to_json()) | facts | {"input_shape": list(network.input_shape)} | dict(about)
+    )
     write_json(folder / "policy.json", policy)
     return policy
 

@@ -140,13 +140,13 @@ def _extras() -> Iterator[Finding]:
     """Which optional parts are installed, from the package's own metadata."""
     wanted: dict[str, list[str]] = {}
     for text in requires("exitkit") or ():
-        name, extra = re.match(r"[\w.-]+", text), re.search(r"extra\s*==\s*['\"]([^'\"]+)", text)
-        if name and extra:
-            wanted.setdefault(extra[1], []).append(name[0])
+        package, of = re.match(r"[\w.-]+", text), re.search(r"extra\s*==\s*['\"]([^'\"]+)", text)
+        if package and of:
+            wanted.setdefault(of[1], []).append(package[0])
             # What an extra takes of another package's extras can only be seen where that is asked for.
-            wanted[extra[1]] += [_hidden[each] for each in re.findall(r"[\w-]+", text) if each in _hidden]
+            wanted[of[1]] += [_hidden[each] for each in re.findall(r"[\w-]+", text) if each in _hidden]
     for group, names in wanted.items():
-        missing = sorted({name for name in names if not _is_installed(name)})
+        missing = sorted({needed for needed in names if not _is_installed(needed)})
         if missing:
             hint = f"pip install 'exitkit[{group}]'"
             yield Finding(f"[{group}]", "ok", f"optional, not installed: {', '.join(missing)}", hint)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,11 +46,13 @@ def read_plan(out: Path) -> tuple[Context, dict[str, Any], list[str]]:
         return Context(), {}, []
     plan = read_json(out / PLAN)
     try:
+        if not isinstance(plan["report"], dict) or not all(isinstance(plan[key], str) for key in ("title", "note")):
+            raise TypeError("report, title or note is of the wrong kind")
         recipes = [Recipe.make(**each["recipe"]) for each in plan["runs"]]
         stands_for = {recipe.id: each["stands_for"] for recipe, each in zip(recipes, plan["runs"], strict=True)}
         report: dict[str, Any] = plan["report"]
         context = Context(plan["title"], plan["note"], plan["published"], stands_for, missing(out, recipes))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{out / PLAN} is damaged ({error}); delete it, or compare again") from None
     return context, report, [recipe.id for recipe in recipes]
 
@@ -59,8 +61,9 @@ def command(out: Path) -> str:
     """Return the command line that made the runs of a folder."""
     if not exists(out / PLAN):
         return f"exitkit train --recipe RUN/recipe.json --out {out.name}"
-    line: str = read_json(out / PLAN).get("command", "exitkit compare")
-    return line
+    plan = read_json(out / PLAN)
+    line = plan.get("command") if isinstance(plan, dict) else None
+    return line if isinstance(line, str) else "exitkit compare"
 
 
 def missing(out: Path, recipes: Sequence[Recipe]) -> list[Missing]:
@@ -90,5 +93,6 @@ def failure(out: Path, name: str) -> str:
     path = out / FAILURES / f"{name}.json"
     if not exists(path):
         return ""
-    content: Mapping[str, Any] = read_json(path)
-    return f"failed: {content.get('reason', 'no reason is left')}"
+    content = read_json(path)
+    reason = content.get("reason") if isinstance(content, dict) else None
+    return f"failed: {reason or 'no reason is left'}"

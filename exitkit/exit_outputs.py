@@ -15,6 +15,7 @@ from exitkit.costs import cost
 from exitkit.data.base import Split
 from exitkit.data.thinning import thin
 from exitkit.engine import Engine, choose_device
+from exitkit.errors import UserError
 from exitkit.files import load_tensors, save_tensors, write_json
 from exitkit.network import MultiExitNetwork
 from exitkit.randomness import derive
@@ -37,7 +38,12 @@ def load_data(recipe: Recipe, split: Path | None = None) -> Data:
     dataset = build_dataset(recipe.dataset, recipe.dataset_settings)
     loaded = dataset.load(Path(recipe.data_dir) if recipe.data_dir else None, recipe.download)
     data = thin(loaded, dataset.per_class, dataset.imbalance)
-    return data if split is None else data.with_split(Split.load(split))
+    if split is None:
+        return data
+    try:
+        return data.with_split(Split.load(split))
+    except UserError as error:
+        raise error if str(split) in str(error) else UserError(f"{split}: {error}") from None
 
 
 def make_network(recipe: Recipe, input_shape: tuple[int, int, int], num_classes: int) -> MultiExitNetwork:
@@ -53,8 +59,6 @@ def load_network(run: RunFolder, data: Data) -> MultiExitNetwork:
     Raises:
         UserError: weights that are missing, damaged or of another network.
     """
-    from exitkit.errors import UserError
-
     recipe = run.recipe
     network = make_network(recipe, data.input_shape, data.num_classes)
     assert recipe.epochs is not None
@@ -62,12 +66,16 @@ def load_network(run: RunFolder, data: Data) -> MultiExitNetwork:
     for phase in strategy.phases(recipe.epochs, network.num_exits):
         phase.strategy.adapt(network)
     path = run.path / "weights.safetensors"
+    tensors = load_tensors(path)
     try:
-        network.load_state_dict(load_tensors(path))
+        network.load_state_dict(tensors)
     except RuntimeError as error:
         raise UserError(
             f"{path} holds another network than its recipe: {str(error).splitlines()[-1].strip()}"
         ) from None
+    for name, tensor in network.state_dict().items():
+        if tensors[name].dtype != tensor.dtype or not tensor.isfinite().all():
+            raise UserError(f"{path} is damaged: {name} is not finite, or of another type")
     return network.eval()
 
 

@@ -134,7 +134,10 @@ class RunFolder:
         values = read_json(self.path / "recipe.json")
         if not isinstance(values, dict):
             raise UserError(f"{self.path / 'recipe.json'} is damaged; expected a table of keys")
-        return Recipe.make(**values)
+        try:
+            return Recipe.make(**values)
+        except (UserError, TypeError) as error:
+            raise UserError(f"{self.path / 'recipe.json'} is damaged: {error}") from None
 
     @property
     def identity(self) -> dict[str, str]:
@@ -159,11 +162,18 @@ class RunFolder:
     def epochs_done(self) -> int:
         """How many epochs, over all phases, have been trained."""
         metrics = self.path / "metrics.csv"
-        return max(len(metrics.read_text(encoding="utf-8").splitlines()) - 1, 0) if metrics.exists() else 0
+        if not metrics.exists():
+            return 0
+        try:
+            return max(len(metrics.read_text(encoding="utf-8", errors="replace").splitlines()) - 1, 0)
+        except OSError as error:
+            raise UserError(f"{metrics} can't be read: {error.strerror}") from None
 
     def environment(self) -> dict[str, Any]:
         """Return the versions and the device that the run began with."""
-        environment: dict[str, Any] = read_json(self.path / "environment.json")
+        from exitkit.run_files import Environment, read_checked
+
+        environment: dict[str, Any] = read_checked(self.path / "environment.json", Environment)
         return environment
 
     def results(self) -> dict[str, Any]:
@@ -173,19 +183,30 @@ class RunFolder:
                 f"run {self.path} is not finished; go on with: exitkit train --recipe "
                 f"{self.path / 'recipe.json'} --out {self.path.parent} --resume"
             )
-        results: dict[str, Any] = read_json(self.path / RESULTS)
+        from exitkit.run_files import Results, read_checked
+
+        results: dict[str, Any] = read_checked(self.path / RESULTS, Results)
+        exits = len(self.costs())
+        if any(len(results[part]) != exits for part in ("validation", "test")):
+            raise UserError(
+                f"{self.path / RESULTS} is of another number of exits than cost.json; evaluate the run again"
+            )
         return results
 
     def costs(self) -> list[dict[str, int]]:
         """Return one dict an exit: exit (from 1), papers, macs (multiply-adds of one image), params."""
-        costs: list[dict[str, int]] = read_json(self.path / "cost.json")
-        return costs
+        from exitkit.run_files import read_costs
+
+        return read_costs(self.path / "cost.json")
 
     def metrics(self) -> pd.DataFrame:
         """Return one row an epoch: phase, epoch (within it), lr, losses and accuracies (percent) of every exit."""
-        import pandas as pd
+        from exitkit.run_files import read_table
 
-        return pd.read_csv(self.path / "metrics.csv")
+        metrics = read_table(self.path / "metrics.csv", ["phase"], ["epoch", "lr"])
+        if metrics.empty:
+            raise UserError(f"{self.path / 'metrics.csv'} is damaged (it has no epoch)")
+        return metrics
 
     def latency(self) -> list[float]:
         """Return the milliseconds until each exit answers, as `exitkit bench` measured them.
@@ -196,38 +217,48 @@ class RunFolder:
         path = self.path / LATENCY
         if not path.exists():
             raise UserError(f"run {self.path} has no measured latency; measure it with: exitkit bench {self.path}")
-        milliseconds: list[float] = read_json(path)["milliseconds"]
+        from exitkit.run_files import Latency, read_checked
+
+        milliseconds: list[float] = read_checked(path, Latency)["milliseconds"]
+        if len(milliseconds) != len(self.costs()):
+            raise UserError(f"{path} is of another number of exits than cost.json; measure the run again")
         return milliseconds
 
     def learned(self) -> list[dict[str, Any]]:
         """Return what the method learned besides the network: tables of a phase, title, rows, columns and values."""
         path = self.path / LEARNED
-        tables: list[dict[str, Any]] = read_json(path) if path.exists() else []
-        return tables
+        from exitkit.run_files import read_learned
+
+        return read_learned(path) if path.exists() else []
 
     def training_cost(self) -> dict[str, float]:
         """Return the seconds that training took over all epochs, and its peak memory in MiB (see `exitkit.memory`)."""
-        import pandas as pd
+        from exitkit.run_files import read_table
 
-        timing = pd.read_csv(self.path / "timing.csv")
+        timing = read_table(self.path / "timing.csv", ["phase"], ["seconds", "peak_mib"])
         # An epoch after which the process was killed may be missing: then it counts as the others of its phase do.
         mean = timing.groupby("phase").seconds.mean()
-        epochs = pd.read_csv(self.path / "metrics.csv").groupby("phase").size()
+        epochs = self.metrics().groupby("phase").size()
         return {"seconds": float((mean * epochs).sum()), "memory_mib": float(timing.peak_mib.max())}
 
     def probes(self) -> dict[str, np.ndarray]:
         """Return what `exitkit.probe.probe` saw, each stacked over time, with `epoch` [T]; empty without probes."""
         path = self.path / PROBES
-        return load_arrays(path) if path.exists() else {}
+        if not path.exists():
+            return {}
+        from exitkit.run_files import check_probes
+
+        arrays = load_arrays(path)
+        check_probes(path, arrays, self.epochs_done())
+        return arrays
 
     def outputs(self, part: str) -> dict[str, np.ndarray]:
         """Return what every exit said: logits [N, K, C], labels [N], indices [N] of part `validation` or `test`."""
-        arrays = load_arrays(self.path / f"outputs-{part}.safetensors")
-        missing = {"logits", "labels", "indices"} - arrays.keys()
-        if missing:
-            raise UserError(
-                f"outputs-{part}.safetensors of {self.path} is damaged: it lacks {', '.join(sorted(missing))}"
-            )
+        from exitkit.run_files import check_outputs
+
+        path = self.path / f"outputs-{part}.safetensors"
+        arrays = load_arrays(path)
+        check_outputs(path, arrays, self.results()[part])
         return arrays
 
 

@@ -25,7 +25,7 @@ from exitkit.engine import Engine
 from exitkit.errors import NonFiniteError, UserError
 from exitkit.exit_outputs import load_data, make_network
 from exitkit.feed import Progress, check_batches
-from exitkit.files import exists, read_json, save_checkpoint, save_tensors, write_json, write_text
+from exitkit.files import exists, save_checkpoint, save_tensors, write_json, write_text
 from exitkit.ingredients import check_unseen, load_initial, load_teachers
 from exitkit.network import MultiExitNetwork
 from exitkit.probe import probe, probe_batch, stacked
@@ -78,7 +78,8 @@ class Session:
             if self.probes:
                 save_tensors(self.folder.path / PROBES, stacked(self.probes))
             save_checkpoint(
-                self.folder.path / "checkpoint.pt", state | {"metrics": self.metrics, "probes": self.probes}
+                self.folder.path / "checkpoint.pt",
+                state | {"run": self.recipe.id, "metrics": self.metrics, "probes": self.probes},
             )
         self.engine.barrier()
 
@@ -97,7 +98,7 @@ def keep_learned(session: Session, run: Run, phase: Phase) -> None:
     if tables and session.engine.is_main:
         assert session.folder is not None
         path = session.folder.path / LEARNED
-        earlier = [table for table in (read_json(path) if exists(path) else []) if table["phase"] != phase.name]
+        earlier = [table for table in session.folder.learned() if table["phase"] != phase.name]
         write_json(path, earlier + [{"phase": phase.name, **table._asdict()} for table in tables])
 
 

@@ -111,6 +111,8 @@ def _train_phases(session: Session) -> None:
     assert session.folder is not None
     saved = session.folder.path / "checkpoint.pt"
     state = load_checkpoint(saved, CHECKPOINT_KEYS) if exists(saved) else None
+    if state:
+        _check_belongs(state, session, saved)
     session.metrics = list(state["metrics"]) if state else []
     session.probes = list(state["probes"]) if state else []
     first = state["position"][0] if state else session.first
@@ -131,6 +133,20 @@ def _train_phases(session: Session) -> None:
             phase.strategy.train_epoch(run, batches)
             _end_epoch(session, run, phase, batches, time.perf_counter() - began)
         keep_learned(session, run, phase)
+
+
+def _check_belongs(state: Mapping[str, Any], session: Session, path: Path) -> None:
+    """Refuse a checkpoint of another run: its weights may fit, and what came of it would be of neither run."""
+    position, metrics = state["position"], state["metrics"]
+    phases = range(len(session.phases))
+    whole = isinstance(position, list | tuple) and len(position) > 1 and position[0] in phases
+    whole = whole and all(
+        isinstance(rows, list) and all(isinstance(r, dict) for r in rows) for rows in (metrics, state["probes"])
+    )
+    if not whole:
+        raise UserError(f"{path} is damaged; delete it to start the run anew")
+    if state.get("run", session.recipe.id) != session.recipe.id:
+        raise UserError(f"{path} is of another run, {state['run']}; delete it to start this one anew")
 
 
 def _restore(run: Run, state: Mapping[str, Any], path: Path) -> None:

@@ -1,0 +1,118 @@
+"""Every reader of a run folder, on every file of it, wrong in every way: one line that names the file, exit code 2."""
+
+import shutil
+
+import pytest
+
+import exitkit
+from exitkit.files import write_json
+from robustness import damage
+
+RECIPE = {
+    "method": "metagf",
+    "epochs": 1,
+    "batch_size": 32,
+    "dataset_settings": {"per_class": 4, "validation": 40},
+    "probe_every": 1,
+}
+KINDS = {".json": damage.JSON, ".safetensors": damage.TENSORS, ".csv": damage.CSV}
+READERS = {
+    "show": ("show RUN", "show RUN --json"),
+    "evaluate": ("evaluate RUN",),
+    "report": ("report RUNS --format csv",),
+    "latency": ("report RUNS --format csv --cost latency",),
+    "reproducibility": ("reproducibility RUNS",),
+    "diagnose": ("diagnose RUN",),
+    "bench": ("bench RUN --repeats 1",),
+    "train": ("train --recipe RUN --out RUNS --resume",),
+}
+FILES = {  # whose readers have to notice, whatever is wrong with it
+    "recipe.json": ("show", "evaluate", "report", "reproducibility", "diagnose", "bench"),
+    "results.json": ("show", "report", "reproducibility"),
+    "cost.json": ("show", "report", "reproducibility"),
+    "environment.json": ("show", "reproducibility"),
+    "metrics.csv": ("report", "reproducibility"),
+    "timing.csv": ("report", "reproducibility"),
+    "latency.json": ("latency",),
+    "outputs-test.safetensors": ("report", "reproducibility", "diagnose"),
+    "outputs-validation.safetensors": ("report", "reproducibility"),
+    "split.safetensors": ("evaluate", "diagnose", "bench"),
+    "weights.safetensors": ("evaluate", "diagnose", "bench"),
+    "learned.json": ("show",),
+    "probes.safetensors": ("diagnose",),
+    "../comparison.json": ("report", "reproducibility"),
+}
+MAY_BE_GONE = ("results.json", "latency.json", "learned.json", "probes.safetensors", "../comparison.json")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A folder with a finished, measured run and a plan."""
+    from exitkit.benchmarks.plan import Plan
+    from exitkit.benchmarks.record import write_plan
+
+    out = tmp_path_factory.mktemp("whole") / "runs"
+    run = exitkit.train(RECIPE, out)
+    write_json(run.path / "latency.json", {"milliseconds": [1.0, 2.0, 3.0, 4.0]})
+    plan = {key: value for key, value in RECIPE.items() if key not in ("method", "dataset_settings")}
+    plan = Plan.make(plan | {"methods": "metagf", "baseline": "metagf", "seeds": 1, "set": RECIPE["dataset_settings"]})
+    write_plan(out, plan, plan.runs(), "exitkit compare")
+    return out
+
+
+@pytest.fixture
+def copied(whole, tmp_path):
+    """Copy the runs; returns (the folder, the run)."""
+    out = tmp_path / "runs"
+    shutil.copytree(whole, out)
+    (run,) = (path.parent for path in out.glob("*/recipe.json"))
+    return out, run
+
+
+def cases():
+    for name, readers in FILES.items():
+        kinds = KINDS["." + name.rpartition(".")[2]]
+        for number, how in enumerate(kinds):
+            if (name, how) == ("learned.json", "a list"):
+                continue  # it learned nothing: that is no damage
+            # Each way of being wrong with one of the readers, and all of them in the full run.
+            for place, reader in enumerate(readers):
+                marks = [pytest.mark.full] * (place != number % len(readers))
+                yield pytest.param(name, kinds[how], reader, marks=marks, id=f"{reader}: {name} {how}")
+
+
+@pytest.mark.parametrize(("name", "damaged", "reader"), cases())
+def test_a_damaged_file_is_named_in_one_line(name, damaged, reader, copied, cli, request):
+    out, run = copied
+    damaged(run / name)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for command in READERS[reader]:
+        result = cli(*(str({"RUN": run, "RUNS": out}.get(word, word)) for word in command.split()))
+        if name in MAY_BE_GONE and "gone" in request.node.name:
+            assert result.code in (0, 2) and "Traceback" not in result.errors
+            continue
+        result.refused(name.removeprefix("../"))
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_files_of_another_run_are_not_taken_for_this_ones(copied, cli, tmp_path):
+    out, run = copied
+    other = exitkit.train(RECIPE | {"seed": 1}, tmp_path / "other").path
+    for name in ("outputs-test.safetensors", "outputs-validation.safetensors"):
+        kept = (run / name).read_bytes()
+        shutil.copy(other / name, run / name)
+        cli("report", str(out), "--format", "csv").refused(name, "not of one evaluation")
+        (run / name).write_bytes(kept)
+    shutil.copy(other / "checkpoint.pt", run / "checkpoint.pt")
+    (run / "results.json").unlink()
+    cli("train", "--recipe", str(run), "--out", str(out), "--resume").refused(
+        "checkpoint.pt", f"of another run, {other.name}"
+    )
+
+
+def test_a_checkpoint_that_would_do_something_is_not_run(copied, cli, tmp_path):
+    out, run = copied
+    (run / "results.json").unlink()
+    damage.pickled(run / "checkpoint.pt")
+    cli("train", "--recipe", str(run), "--out", str(out), "--resume").refused("checkpoint.pt", "nothing in it was run")
+    assert not list(tmp_path.rglob("touched"))

@@ -144,12 +144,11 @@ def _values(
 
 
 def _instead(names: list[str], before: Any) -> list[Any]:
-    """Return names that take the place of those before; each stands for the same of a paper's as the one before it."""
+    """Return names that take the place of those before, in order; each stands for what the one before it stood for."""
     entries = before if isinstance(before, list) else [before]
-    if len(entries) != len(names):
-        return list(names)
     there = [entry.get("stands_for") if isinstance(entry, Mapping) else None for entry in entries]
-    return [{"name": n, "stands_for": s} if s else n for n, s in zip(names, there, strict=True)]
+    there += [None] * (len(names) - len(there))
+    return [{"name": n, "stands_for": s} if s else n for n, s in zip(names, there, strict=False)]
 
 
 def parse_sweeps(sweeps: Sequence[str]) -> dict[str, list[str]]:

@@ -347,3 +347,11 @@ def test_an_estimate_is_of_timed_steps_or_of_runs_that_are_there(tmp_path, monke
 def test_the_plan_of_a_recipe_without_runs_draws_nothing(cli, tmp_path):
     code, printed, _ = cli("compare", "--plan", "--recipe", "metagf-fig1-quick", "--out", "study")
     assert code == 0 and printed.startswith("plan: ") and not list(tmp_path.iterdir())
+
+
+def test_one_name_in_the_place_of_several_stands_for_the_first_of_them():
+    entries = [{"name": "digits", "stands_for": name} for name in ("cifar10", "cifar100")]
+    found = _values({"dataset": entries}, {"dataset": "fashion-mnist"}, {}, {})["dataset"]
+    assert found == [{"name": "fashion-mnist", "stands_for": "cifar10"}]
+    more = _values({"dataset": entries[:1]}, {"dataset": "fashion-mnist,cifar100"}, {}, {})["dataset"]
+    assert more == [{"name": "fashion-mnist", "stands_for": "cifar10"}, "cifar100"]

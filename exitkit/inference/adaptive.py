@@ -158,7 +158,10 @@ class AdaptiveInference:
         output, state, carry = self.network.step(index, state, carry)
         logits = output.logits[:count]
         leaves, memory = self.rule.leaving(index, logits, memory)
-        if len(output.logits) == count and not leaves.any():
+        leaving = int(leaves.sum())
+        if leaving == count:  # so that a single image pays for no bookkeeping
+            return _Waiting(waiting.rows, logits), _Waiting(waiting.rows[:0], None)
+        if len(output.logits) == count and not leaving:
             # Nothing has to be copied.
             return _Waiting(waiting.rows[:0], logits[:0]), _Waiting(waiting.rows, (state, carry, memory))
         gone, stay = (mask.nonzero().squeeze(1).to(logits.device) for mask in (leaves, ~leaves))

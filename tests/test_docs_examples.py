@@ -34,7 +34,7 @@ def at_home(packages, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(packages))
     monkeypatch.setitem(digits.Digits.house, "epochs", 1)
-    monkeypatch.setattr(digits, "_TEST", 1300)
+    monkeypatch.setattr(digits, "_TEST", 1450)
     monkeypatch.setattr(figures, "save_figure", lambda figure, path, kind: path.touch())  # drawn in test_report.py
     monkeypatch.setattr(exit_outputs, "cost", counted_once)
     _forget()

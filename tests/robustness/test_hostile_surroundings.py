@@ -1,0 +1,107 @@
+"""A full disk, folders that can't be written, clocks that jump."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import exitkit
+
+SMALL = ["--epochs", "1", "--batch-size", "32", "--set", "per_class=4", "--set", "validation=40"]
+RECIPE = {"epochs": 1, "batch_size": 32, "dataset_settings": {"per_class": 4, "validation": 40}}
+TRAIN = [sys.executable, "-m", "exitkit", "train", *SMALL]
+# Files beyond this size can't be written: a disk that is full at this moment, for those who may not mount one.
+LIMITED = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+from exitkit.cli import main
+main(sys.argv[1:])
+"""
+
+
+def run(*command, **options):
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, **options)
+
+
+def refused(done, *says):
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    for words in says:
+        assert words in done.stderr, done.stderr
+
+
+def bits(out):
+    (folder,) = (path for path in out.iterdir() if (path / "recipe.json").exists())
+    names = ("weights.safetensors", "outputs-test.safetensors", "metrics.csv", "results.json")
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+@pytest.fixture
+def tmpfs(tmp_path):
+    """A disk of 150 kB: room for a run's folder, and for no checkpoint beside what is there."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = shutil.which("mount")
+    if mount is None or run(mount, "-t", "tmpfs", "-o", "size=150k", "tmpfs", str(place)).returncode:
+        pytest.skip("no tmpfs can be mounted here (it takes root)")
+    yield place
+    run("umount", str(place))
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_space(tmpfs, tmp_path):
+    out = tmpfs / "runs"
+    refused(run(*TRAIN, "--out", str(out)), "can't be written: the disk is full")
+    assert not list(out.rglob("*.part"))
+    assert run("mount", "-o", "remount,size=4m", str(tmpfs)).returncode == 0
+    again = run(*TRAIN, "--out", str(out), "--resume")
+    assert again.returncode == 0, again.stderr
+    exitkit.train(RECIPE, tmp_path / "reference")
+    assert bits(out) == bits(tmp_path / "reference")
+
+
+def test_a_write_that_the_system_cuts_off_is_one_line(tmp_path):
+    done = run(sys.executable, "-c", LIMITED, "train", *SMALL, "--out", str(tmp_path))
+    refused(done, "checkpoint.pt can't be written")
+    assert not list(tmp_path.rglob("*.part")) and not list(tmp_path.rglob("checkpoint.pt"))
+
+
+def as_somebody():
+    """Return what goes before a command so that modes of files count: nothing, but for root."""
+    if os.geteuid():
+        return []
+    if shutil.which("setpriv") is None:
+        pytest.skip("root passes over the modes of files, and there is no setpriv to become somebody else")
+    return ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+
+
+def test_a_folder_that_may_not_be_written_is_one_line(tmp_path):
+    prefix = as_somebody()
+    if prefix and run(*prefix, sys.executable, "-c", "import exitkit").returncode:
+        pytest.skip("nobody else may read this Python's packages")
+    out = tmp_path / "out"
+    out.mkdir(mode=0o555)
+    for parent in [tmp_path, *tmp_path.parents][:3]:
+        if parent.stat().st_uid == os.geteuid():
+            parent.chmod(parent.stat().st_mode | 0o111)
+    done = run(*prefix, *TRAIN, "--out", str(out), cwd="/", env=os.environ | {"HOME": "/nonexistent"})
+    refused(done, "can't be written: no permission; choose another --out")
+    assert not list(out.iterdir())
+
+
+def test_a_clock_that_jumps_changes_nothing(tmp_path, monkeypatch):
+    exitkit.train(RECIPE, tmp_path / "reference")
+    hours = iter(range(10**9, 0, -3600))
+    for name in ("time", "perf_counter"):
+        monkeypatch.setattr(time, name, lambda: float(next(hours)))
+    exitkit.train(RECIPE, tmp_path / "jumping")
+    monkeypatch.undo()
+    assert bits(tmp_path / "jumping") == bits(tmp_path / "reference")
+    for path in tmp_path.rglob("*"):
+        os.utime(path, (0, 0))
+    done = exitkit.train(RECIPE, tmp_path / "jumping")
+    assert done.finished and Path(done.path / "results.json").stat().st_mtime == 0  # left alone

@@ -71,7 +71,7 @@ def same(one, other, tolerance=1e-12):
     return all(torch.allclose(one[name], value, rtol=tolerance, atol=tolerance) for name, value in other.items())
 
 
-@pytest.mark.parametrize(("name", "nesterov"), zip(NETWORKS, [False, True, False, True], strict=True))
+@pytest.mark.parametrize(("name", "nesterov"), list(zip(NETWORKS, [False, True, False, True], strict=True)))
 def test_replicas_are_the_passes_one_after_the_other(name, nesterov):
     def fresh():
         network = build(name)

@@ -83,7 +83,7 @@ def cases():
                 yield pytest.param(name, kinds[how], reader, marks=marks, id=f"{reader}: {name} {how}")
 
 
-@pytest.mark.parametrize(("name", "damaged", "reader"), cases())
+@pytest.mark.parametrize(("name", "damaged", "reader"), list(cases()))
 def test_a_damaged_file_is_named_in_one_line(name, damaged, reader, copied, cli, request):
     out, run = copied
     damaged(run / name)

@@ -139,7 +139,8 @@ def _values(
 
     merged = over(values, keep=True)
     if isinstance(values.get("parts"), list):
-        merged["parts"] = [over(part, keep=False) for part in values["parts"] if isinstance(part, Mapping)]
+        parts = values["parts"]
+        merged["parts"] = [over(part, keep=False) if isinstance(part, Mapping) else part for part in parts]
     return merged
 
 

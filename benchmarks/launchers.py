@@ -8,6 +8,7 @@ import os
 import queue
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -235,13 +236,15 @@ class Submitit:
         except ImportError:
             raise UserError("--launcher slurm needs submitit; install it with: pip install 'exitkit[slurm]'") from None
         self.slots = slots
-        self._executor = submitit.AutoExecutor(folder=out / "slurm" / "%j", cluster=cluster)
         known = {"timeout_min": 240, "slurm_array_parallelism": slots, "cpus_per_task": 1}
-        values = known | {key: int(text) if text.isdigit() else text for key, text in parameters.items()}
+        values = known | {key: _number(text) for key, text in parameters.items()}
         try:
-            self._executor.update_parameters(**values)
-        except (NameError, TypeError, ValueError) as error:
-            raise UserError(f"--slurm: {' '.join(str(error).split())}") from None
+            with tempfile.TemporaryDirectory() as folder:  # an executor makes its folder before it is told anything
+                submitit.AutoExecutor(folder=folder, cluster=cluster).update_parameters(**values)
+            self._executor = submitit.AutoExecutor(folder=out / "slurm" / "%j", cluster=cluster)
+        except (NameError, TypeError, ValueError, AssertionError, RuntimeError) as error:
+            raise UserError(f"--launcher {cluster}: {' '.join(str(error).split())}") from None
+        self._executor.update_parameters(**values)
         self._waiting: list[tuple[int, dict[str, Any]]] = []
         self._jobs: dict[int, Any] = {}
 
@@ -268,6 +271,14 @@ class Submitit:
         """See `Launcher`."""
         for job in self._jobs.values():
             job.cancel()
+
+
+def _number(text: str) -> int | float | str:
+    """Read a number where it is one."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def _train_there(request: dict[str, Any]) -> list[Any]:

@@ -99,16 +99,8 @@ class Plan:
             backbones=backbones or [None],
             datasets=datasets or [None],
             base=Recipe.make(**run),
-            seeds=check_value("seeds", int, own.get("seeds", 2)),
             baseline=baseline,
-            sets=check_value("set", dict[str, Any], own.get("set", {})),
-            sweep=check_value("sweep", dict[str, list[Any]], own.get("sweep", {})),
-            static=check_value("static", bool, own.get("static", False)),
-            published=_texts("published", own.get("published", [])),
-            figures=_texts("figures", own.get("figures", [])),
-            report=check_value("report", dict[str, Any], own.get("report", {})),
-            title=check_value("title", str, own.get("title", "")),
-            note=check_value("note", str, own.get("note", "")),
+            **_checked(own),
             parts=[cls.make(values | part) for part in parts],
         )
         plan._check()
@@ -137,34 +129,46 @@ class Plan:
         Raises:
             UserError: anything wrong with any of them, or a field that nothing here has.
         """
-        if self.parts:
-            return list({each.recipe.id: each for part in self.parts for each in part.runs()}.values())
         used: set[str] = set()
         known: set[str] = set()
-        found: dict[str, Planned] = {}
+        parts = self.parts or [self]
+        found = [each for part in parts for each in part._planned(used, known)]
+        for part in parts:
+            for key in (*part.sets, *part.sweep):
+                if key not in used:
+                    names = ", ".join(dict.fromkeys(method.name for method in part.methods))
+                    raise unknown(f"field of {names} or their network and data", key, known)
+        once: dict[str, Planned] = {}
+        for each in found:
+            once.setdefault(each.recipe.id, each)
+        return list(once.values())
+
+    def _planned(self, used: set[str], known: set[str]) -> Iterator[Planned]:
+        """Yield the runs of a plan without parts, and put down which of its set and swept keys mean a field."""
         for dataset, backbone in itertools.product(self.datasets, self.backbones):
             own = [(entry, kind) for entry, kind in ((dataset, "dataset"), (backbone, "backbone")) if entry]
             stands_for = {kind: entry.stands_for for entry, kind in own if entry.stands_for}
             base = self.base.with_values(**{kind: entry.name for entry, kind in own})
             for entry, kind in own:
                 base = _with_fields(base, {_own(key, kind): value for key, value in entry.fields.items()})
-            for method in [*self.methods, *(_static_entries(base) if self.static else [])]:
-                named = base.with_values(method=method.name)
-                recipe = _with_fields(named, {_own(key, "method"): value for key, value in method.fields.items()})
-                settable = recipe.settable() | _VALUES
-                known |= settable | {f"{method.name}.{key}" for key in settable}
-                for point in self._points(method.name, settable):
-                    chosen = _having(self.sets, method.name, settable) | point
-                    used |= {key for key in (*self.sets, *self.sweep) if _field(key, method.name, settable) in chosen}
-                    varied = _with_fields(recipe, chosen)
-                    for seed in range(self.base.seed, self.base.seed + self.seeds):
-                        resolved = varied.with_values(seed=seed).resolve()
-                        found.setdefault(resolved.id, Planned(resolved, stands_for))
-        for key in (*self.sets, *self.sweep):
-            if key not in used:
-                names = ", ".join(dict.fromkeys(method.name for method in self.methods))
-                raise unknown(f"field of {names} or their network and data", key, known)
-        return list(found.values())
+            recipes = [each for method in self.methods for each in self._varied(base, method, used, known)]
+            if self.static:
+                varied = self._varied(base, Entry(BASELINE), used, known)
+                recipes += [each for recipe in varied for each in _each_exit_alone(recipe)]
+            for recipe in recipes:
+                for seed in range(self.base.seed, self.base.seed + self.seeds):
+                    yield Planned(recipe.with_values(seed=seed).resolve(), stands_for)
+
+    def _varied(self, base: Recipe, method: Entry, used: set[str], known: set[str]) -> Iterator[Recipe]:
+        """Yield a method's recipe with what is set, once for every combination of what is swept."""
+        named = base.with_values(method=method.name)
+        recipe = _with_fields(named, {_own(key, "method"): value for key, value in method.fields.items()})
+        settable = recipe.settable() | _VALUES
+        known |= settable | {f"{method.name}.{key}" for key in settable}
+        for point in self._points(method.name, settable):
+            chosen = _having(self.sets, method.name, settable) | point
+            used |= {key for key in (*self.sets, *self.sweep) if _field(key, method.name, settable) in chosen}
+            yield _with_fields(recipe, chosen)
 
     def _points(self, method: str, settable: set[str]) -> Iterator[dict[str, Any]]:
         """Yield every combination of those swept values that this method has fields for; without any, one empty one."""
@@ -172,6 +176,39 @@ class Plan:
         fields.pop("", None)
         for values in itertools.product(*fields.values()):
             yield dict(zip(fields, values, strict=True))
+
+
+_TYPES: dict[str, tuple[str, Any]] = {
+    "seeds": ("seeds", int),
+    "set": ("sets", dict[str, Any]),
+    "sweep": ("sweep", dict[str, list[Any]]),
+    "static": ("static", bool),
+    "published": ("published", list[str]),
+    "figures": ("figures", list[str]),
+    "report": ("report", dict[str, Any]),
+    "title": ("title", str),
+    "note": ("note", str),
+}
+"""What the plan calls a key of a comparison's recipe, and its type."""
+
+
+def _checked(own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of `_TYPES` that are given, by the plan's names.
+
+    Raises:
+        UserError: values of another type, all in one line.
+    """
+    found, wrong = {}, []
+    for key, (name, kind) in _TYPES.items():
+        if key in own:
+            value = [own[key]] if kind == list[str] and isinstance(own[key], str) else own[key]
+            try:
+                found[name] = check_value(key, kind, value)
+            except UserError as error:
+                wrong.append(str(error))
+    if wrong:
+        raise UserError("; ".join(wrong))
+    return found
 
 
 _VALUES = {"epochs", "batch_size", "lr", "schedule", "decay", "momentum", "weight_decay", "precision", "milestones"}
@@ -228,24 +265,20 @@ def _with_baseline(entries: list[Entry], baseline: str) -> list[Entry]:
     return unique
 
 
-def _texts(label: str, value: Any) -> list[str]:
-    texts: list[str] = check_value(label, list[str], [value] if isinstance(value, str) else value)
-    return texts
-
-
 def _own(key: str, kind: str) -> str:
     """Return an entry's own field by its full name, one of the recipe's by its own."""
     return key if key in _VALUES or key.startswith(f"{kind}.") else f"{kind}.{key}"
 
 
-def _static_entries(base: Recipe) -> list[Entry]:
-    """Return joint training with the weight on a single exit, for every exit of the network."""
+def _each_exit_alone(recipe: Recipe) -> Iterator[Recipe]:
+    """Yield joint training of a recipe's network with the weight on a single exit, for every exit."""
     from exitkit.build import build_network
 
-    house = base.resolve()
+    house = recipe.resolve()
     assert house.backbone is not None
     exits = build_network(house.backbone, **house.backbone_settings).num_exits
-    return [Entry(BASELINE, {"weights": [float(k == own) for k in range(exits)]}) for own in range(exits)]
+    for own in range(exits):
+        yield recipe.with_settings({"method.weights": [float(k == own) for k in range(exits)]})
 
 
 def _field(key: str, method: str, settable: set[str]) -> str:
@@ -258,7 +291,7 @@ def _field(key: str, method: str, settable: set[str]) -> str:
 
 def _having(sets: Mapping[str, Any], method: str, settable: set[str]) -> dict[str, Any]:
     # `boostnet.temperature` says which method is meant, and goes before `temperature`.
-    ordered = sorted(sets, key=lambda key: key not in settable)
+    ordered = sorted(sets, key=lambda key: "." in key)
     found = {_field(key, method, settable): sets[key] for key in ordered}
     found.pop("", None)
     return found

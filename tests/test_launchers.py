@@ -320,7 +320,6 @@ def test_without_submitit_it_says_how_to_install_it(tmp_path, monkeypatch):
         make_launcher("slurm", 1, resolved(), tmp_path, {})
 
 
-@pytest.mark.xfail(strict=True, reason="launchers.py: submitit's RuntimeError about srun is not caught")
 def test_where_there_is_no_slurm_it_is_said(tmp_path, monkeypatch):
     pytest.importorskip("submitit")
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -328,20 +327,17 @@ def test_where_there_is_no_slurm_it_is_said(tmp_path, monkeypatch):
         make_launcher("slurm", 1, resolved(), tmp_path / "out", {})
 
 
-@pytest.mark.xfail(strict=True, reason="launchers.py: submitit's AssertionError about a value's type is not caught")
 def test_a_parameter_that_is_no_number_is_refused(tmp_path):
     pytest.importorskip("submitit")
     with pytest.raises(UserError, match="timeout_min"):
         make_launcher("submitit-local", 1, resolved(), tmp_path, {"timeout_min": "soon"})
 
 
-@pytest.mark.xfail(strict=True, reason="launchers.py: only whole numbers are read; 1.5 stays text and is an error")
 def test_a_parameter_may_be_a_fraction(tmp_path):
     pytest.importorskip("submitit")
     make_launcher("submitit-local", 1, resolved(), tmp_path, {"mem_gb": "1.5"})
 
 
-@pytest.mark.xfail(strict=True, reason="launchers.py: the executor makes OUT/slurm before its parameters are checked")
 def test_what_is_refused_leaves_no_folder_behind(tmp_path):
     pytest.importorskip("submitit")
     with pytest.raises(UserError):

@@ -122,7 +122,6 @@ def test_set_is_for_every_method_with_such_a_field_and_more_so_for_the_one_that_
     assert have(planned(set={"ge.epochs": 3, "epochs": 2}), "method", "epochs") == [("joint", 2), ("ge", 3)]
 
 
-@pytest.mark.xfail(strict=True, reason="plan.py, _having: `boostnet.temperature` is itself settable, so order decides")
 def test_the_named_method_goes_before_in_any_order():
     runs = planned(methods="boostnet", set={"boostnet.temperature": 0.3, "temperature": 0.7})
     assert have(runs, "method.temperature") == [None, 0.3]
@@ -168,13 +167,11 @@ def test_static_adds_each_exit_trained_for_itself_alone():
     assert len({run.id for run in runs}) == 10
 
 
-@pytest.mark.xfail(strict=True, reason="plan.py, runs: a set or swept `weights` overwrites the static runs' own")
 @pytest.mark.parametrize("given", [{"set": {"weights": [1, 1, 2, 2]}}, {"sweep": {"weights": [[1, 1, 2, 2]]}}])
 def test_static_runs_keep_their_weights(given):
     assert [0.0, 0.0, 1.0, 0.0] in have(planned(static=True, **given), "method.weights")
 
 
-@pytest.mark.xfail(strict=True, reason="plan.py, _static_entries: counts the exits before the sweep changes them")
 def test_static_runs_fit_the_network_that_a_sweep_makes():
     for run in planned(static=True, sweep={"blocks": [2, 4]}):
         weights = run.method_settings.get("weights")
@@ -189,7 +186,6 @@ def test_parts_are_taken_together_each_over_what_stands_above():
     assert have(runs, "method", "epochs", "batch_size") == expected
 
 
-@pytest.mark.xfail(strict=True, reason="plan.py, runs: each part refuses a field above it that only another part has")
 def test_set_above_the_parts_is_for_those_that_have_the_field():
     runs = planned(parts=[{"methods": "boostnet"}, {"methods": "ge"}], set={"temperature": 0.25})
     assert have(runs, "method.temperature") == [None, 0.25, None]
@@ -213,7 +209,6 @@ def test_a_zero_on_the_command_line_is_not_taken_for_nothing():
     assert _values({"lr": 0.1}, {"lr": 0.0, "seeds": 0, "epochs": None}, {}, {}) == {"lr": 0.0, "seeds": 0}
 
 
-@pytest.mark.xfail(strict=True, reason="compare.py, _values: parts that are no tables are dropped without a word")
 def test_a_part_that_is_no_table_is_refused_on_the_command_line_too():
     with pytest.raises(UserError, match="parts"):
         Plan.make(_values({"parts": ["ge"]}, {}, {}, {}))
@@ -278,7 +273,6 @@ def test_a_bad_value_is_one_line_that_names_it(mistake):
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.xfail(strict=True, reason="plan.py, make: of several bad values of a comparison's own, one is told")
 def test_all_bad_values_are_told_at_once():
     with pytest.raises(UserError, match=r"seeds is 'two'.*title is 3"):
         Plan.make(PLAIN | {"seeds": "two", "title": 3})

@@ -87,9 +87,9 @@ class Plan:
             raise UserError("a part has parts; expected them side by side")
         own = {key: value for key, value in values.items() if key in COMPARISON_KEYS}
         run = {key: value for key, value in values.items() if key not in COMPARISON_KEYS}
-        bad = [key for key in run if key not in Recipe.model_fields]
+        known = {*COMPARISON_KEYS, *Recipe.model_fields}
+        bad = dict.fromkeys(key for table in (values, *parts) for key in table if key not in known)
         if bad:
-            known = {*COMPARISON_KEYS, *Recipe.model_fields}
             raise UserError("; ".join(str(unknown("key of a recipe", key, known)) for key in bad))
         backbones = _entries("backbone", run.pop("backbone", None))
         datasets = _entries("dataset", run.pop("dataset", None))
@@ -101,7 +101,7 @@ class Plan:
             base=Recipe.make(**run),
             baseline=baseline,
             **_checked(own),
-            parts=[cls.make(values | part) for part in parts],
+            parts=_made([values | part for part in parts]),
         )
         plan._check()
         return plan
@@ -176,6 +176,19 @@ class Plan:
         fields.pop("", None)
         for values in itertools.product(*fields.values()):
             yield dict(zip(fields, values, strict=True))
+
+
+def _made(parts: Sequence[Mapping[str, Any]]) -> list[Plan]:
+    """Make all parts, or say in one line what is wrong with any."""
+    made, wrong = [], []
+    for part in parts:
+        try:
+            made.append(Plan.make(part))
+        except UserError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise UserError("; ".join(dict.fromkeys(wrong)))
+    return made
 
 
 _TYPES: dict[str, tuple[str, Any]] = {

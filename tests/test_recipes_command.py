@@ -132,7 +132,6 @@ def test_validate_names_every_bad_key_in_one_line(cli):
     refused(cli("recipes", "validate", "bad.toml"), *says)
 
 
-@pytest.mark.xfail(strict=True, reason="plan.py, make: one part after the other is checked, and the first fails alone")
 def test_validate_names_every_bad_key_of_every_part_in_one_line(cli):
     Path("bad.toml").write_text("tilte = 'x'\n[[parts]]\nepoch = 1\n[[parts]]\nbacth_size = 3\n")
     refused(cli("recipes", "validate", "bad.toml"), "'tilte'", "'epoch'", "'bacth_size'")

@@ -1,5 +1,6 @@
 """The loop: schedules, order, phases, what is written down."""
 
+import json
 import math
 from dataclasses import dataclass
 
@@ -225,6 +226,9 @@ def test_thresholds_never_see_test_labels(tmp_path):
     arrays = load_file(path)
     arrays["labels"] = (arrays["labels"] + 1) % 10
     save_file(arrays, path)
+    hits = arrays["logits"].argmax(2) == arrays["labels"][:, None]  # results and outputs have to be of one evaluation
+    results = run.results() | {"test": (100 * hits.mean(0)).tolist()}
+    (run.path / "results.json").write_text(json.dumps(results))
     after = collect([run])
     assert list(after.curve.cost_mean) == list(before.curve.cost_mean)
     assert list(after.curve.accuracy_mean) != list(before.curve.accuracy_mean)

@@ -189,7 +189,7 @@ def test_where_there_is_no_terminal_each_change_is_a_line_and_the_end_is_the_end
 def test_a_folder_that_is_none_is_said_and_an_empty_one_may_fill_up(cli, tmp_path):
     code, _, errors = cli("watch", "nowhere")
     assert code == 2 and errors == "exitkit: folder nowhere does not exist; expected one of runs\n"
-    assert cli("watch", tmp_path, "--once")[1].strip() == f"no runs in {tmp_path} yet"
+    assert "".join(cli("watch", tmp_path, "--once")[1].split()) == f"norunsin{tmp_path}yet"  # long paths are wrapped
 
 
 def test_ctrl_c_ends_it_with_one_line_and_torch_is_never_loaded(campaign, tmp_path):

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from exitkit.cli.completion import folders, names, one_of
-from exitkit.cli.options import json_option
-from exitkit.errors import UserError, unknown
+from exitkit.cli.options import json_option, some_of
 
 if TYPE_CHECKING:
     from exitkit.benchmarks.report import Comparison
@@ -106,10 +105,4 @@ def split_formats(formats: str | None) -> tuple[str, ...]:
     """
     if formats is None:
         return FORMATS
-    names = tuple(name.strip() for name in formats.split(",") if name.strip())
-    if not names:
-        raise UserError(f"--format is empty; expected some of {', '.join(FORMATS)}")
-    for name in names:
-        if name not in FORMATS:
-            raise unknown("format", name, FORMATS)
-    return names
+    return some_of("--format", "format", formats, FORMATS)

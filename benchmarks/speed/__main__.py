@@ -19,7 +19,8 @@ from exitkit.benchmarks.speed.table import print_facts, print_rows
 from exitkit.benchmarks.speed.training import Measured, l2w_rows, metagf_rows, step_rows
 from exitkit.benchmarks.speed.work import Work
 from exitkit.cli import main
-from exitkit.errors import UserError, unknown
+from exitkit.cli.options import some_of
+from exitkit.errors import UserError
 
 PARTS: dict[str, Callable[[Work], Iterable[Row | Measured]]] = {
     "steps": step_rows,
@@ -48,7 +49,7 @@ def speed(only: str | None, rounds: int, network: str, batch: int, as_json: bool
       python -m exitkit.benchmarks.speed --only steps,l2w --rounds 15
       python -m exitkit.benchmarks.speed --json > speed.json
     """
-    parts = _parts(only)
+    parts = list(PARTS) if only is None else some_of("--only", "part", only, PARTS)
     for name, value, least in (("--rounds", rounds, 1), ("--batch", batch, 8)):
         if value < least:
             raise UserError(f"{name} is {value}; expected at least {least}")
@@ -70,18 +71,6 @@ def speed(only: str | None, rounds: int, network: str, batch: int, as_json: bool
         share = 100 * loading_share(work)
         print_facts(facts, f"{network}, {batch} images a step, one thread; {share:.1f} % of joint training is loading")
     print_rows(rows)
-
-
-def _parts(only: str | None) -> list[str]:
-    if only is None:
-        return list(PARTS)
-    names = [name.strip() for name in only.split(",") if name.strip()]
-    if not names:
-        raise UserError(f"--only is empty; expected some of {', '.join(PARTS)}")
-    for name in names:
-        if name not in PARTS:
-            raise unknown("part", name, PARTS)
-    return names
 
 
 if __name__ == "__main__":

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from exitkit.cli.completion import folders, names, one_of, recipes, runs
-from exitkit.errors import UserError
+from exitkit.errors import UserError, unknown
 
 if TYPE_CHECKING:
     from exitkit.recipe import Recipe
@@ -124,6 +124,21 @@ def make_recipe(values: Mapping[str, Any], given: Mapping[str, Any]) -> Recipe:
     from exitkit.recipe import Recipe
 
     return Recipe.make(**(dict(values) | {key: value for key, value in given.items() if value is not None}))
+
+
+def some_of(option: str, word: str, text: str, known: Collection[str]) -> tuple[str, ...]:
+    """Read an option's names, with commas between them.
+
+    Raises:
+        UserError: an unknown one (a `word` is what it would be), or none.
+    """
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise UserError(f"{option} is empty; expected some of {', '.join(known)}")
+    for name in names:
+        if name not in known:
+            raise unknown(word, name, known)
+    return names
 
 
 def parse_sets(sets: tuple[str, ...], option: str = "--set") -> dict[str, str]:

@@ -9,6 +9,8 @@ import signal
 import pytest
 import torch
 
+from exitkit.cli import main
+
 torch.set_num_threads(1)
 
 # A script's background processes are started with SIGINT ignored, and so would be all that the tests start and stop.
@@ -31,3 +33,17 @@ def _stoppable():
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     yield
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@pytest.fixture
+def cli(capsys, tmp_path, monkeypatch):
+    """A command line in an empty folder; gives (exit code, what it printed, what it complained of)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words):
+        with pytest.raises(SystemExit) as end:
+            main([str(word) for word in words])
+        printed = capsys.readouterr()
+        return end.value.code, printed.out, printed.err
+
+    return call

@@ -14,7 +14,6 @@ import torch
 import exitkit
 from exitkit.benchmarks import bench, stopwatch
 from exitkit.benchmarks.energy import energy_meter
-from exitkit.cli import main
 from exitkit.runs import RunFolder
 
 
@@ -38,16 +37,8 @@ def runs(trained, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def cli(runs, capsys):
-    """A command line; gives (exit code, what it printed, what it complained of)."""
-
-    def call(*words):
-        with pytest.raises(SystemExit) as end:
-            main([str(word) for word in words])
-        printed = capsys.readouterr()
-        return end.value.code, printed.out, printed.err
-
-    return call
+def cli(cli, runs):
+    return cli
 
 
 def files():

@@ -8,19 +8,17 @@ import sys
 import pytest
 
 import exitkit
-from exitkit.cli import main
 
 
 @pytest.fixture
-def cli(capsys, monkeypatch):
+def cli(cli, monkeypatch):
+    """A command line that has to work; gives what it printed."""
     monkeypatch.setenv("COLUMNS", "100")
 
     def run(*arguments):
-        with pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        assert end.value.code == 0, captured.err
-        return captured.out
+        code, printed, errors = cli(*arguments)
+        assert code == 0, errors
+        return printed
 
     return run
 

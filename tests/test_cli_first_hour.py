@@ -12,7 +12,7 @@ import pytest
 
 from exitkit.catalogue import entries, outline
 from exitkit.cli import cli as root
-from exitkit.cli import doctor_checks, main
+from exitkit.cli import doctor_checks
 from exitkit.cli.completion import SHELLS, names
 from exitkit.cli.completion import runs as complete_runs
 
@@ -22,17 +22,9 @@ HEAVY |= {"tensorboard", "safetensors", "jinja2", "PIL", "asyncio", "multiproces
 
 
 @pytest.fixture
-def cli(capsys, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
+def cli(cli, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return end.value.code, captured.out, captured.err
-
-    return run
+    return cli
 
 
 def commands(group=root, path=()):

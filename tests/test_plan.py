@@ -12,7 +12,6 @@ from exitkit.benchmarks.compare import _values
 from exitkit.benchmarks.estimate import Estimate, in_words, wall_time
 from exitkit.benchmarks.plan import Plan
 from exitkit.build import build_network
-from exitkit.cli import main
 from exitkit.errors import UserError
 from exitkit.plugins import configure
 from exitkit.recipe import Recipe
@@ -34,20 +33,6 @@ def have(recipes, *names):
             row.append(getattr(recipe, f"{kind}_settings").get(field) if dot else getattr(recipe, name))
         found.append(tuple(row) if len(row) > 1 else row[0])
     return found
-
-
-@pytest.fixture
-def cli(capsys, tmp_path, monkeypatch):
-    """A command line in an empty folder; gives (exit code, what it printed, what it complained of)."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words):
-        with pytest.raises(SystemExit) as end:
-            main([str(word) for word in words])
-        printed = capsys.readouterr()
-        return end.value.code, printed.out, printed.err
-
-    return call
 
 
 def test_lists_of_data_networks_methods_and_seeds_multiply_in_this_order():

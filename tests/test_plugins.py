@@ -14,7 +14,6 @@ from typing import Literal
 import pytest
 
 from exitkit.catalogue import entries
-from exitkit.cli import main
 from exitkit.errors import UserError
 from exitkit.plugins import (
     check_value,
@@ -168,17 +167,6 @@ def visible(monkeypatch, tmp_path):
 
     yield look
     look()
-
-
-@pytest.fixture
-def cli(capsys):
-    def run(*arguments):
-        with pytest.raises(SystemExit) as end:
-            main(list(arguments))
-        captured = capsys.readouterr()
-        return end.value.code, captured.out, captured.err
-
-    return run
 
 
 def test_an_installed_package_is_listed_and_trains_by_name(someones, tmp_path):

@@ -6,24 +6,14 @@ from pathlib import Path
 import pytest
 
 from exitkit.benchmarks import recipes as shipped
-from exitkit.cli import main
 
 FILES = {path.stem: path for folder in shipped.__path__ for path in Path(folder).glob("*.toml")}
 
 
 @pytest.fixture
-def cli(capsys, tmp_path, monkeypatch):
-    """A command line in an empty folder, on a wide screen; gives (exit code, what it printed, its complaints)."""
-    monkeypatch.chdir(tmp_path)
+def cli(cli, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
-
-    def call(*words):
-        with pytest.raises(SystemExit) as end:
-            main([str(word) for word in words])
-        printed = capsys.readouterr()
-        return end.value.code, printed.out, printed.err
-
-    return call
+    return cli
 
 
 def files():

@@ -13,7 +13,6 @@ from filelock import FileLock
 import exitkit
 from exitkit.benchmarks import watch_command
 from exitkit.benchmarks.watching import Watched, labels, look, seconds_left
-from exitkit.cli import main
 from exitkit.heartbeat import Heartbeat
 
 RECIPE = {"method": "ge", "backbone": "msdnet-tiny", "dataset": "digits", "seed": 0, "epochs": 4}
@@ -133,17 +132,9 @@ def test_runs_are_named_by_what_tells_them_apart():
 
 
 @pytest.fixture
-def cli(capsys, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
+def cli(cli, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return end.value.code, captured.out, captured.err
-
-    return run
+    return cli
 
 
 def test_it_is_printed_once_for_people_and_for_scripts(cli, campaign, tmp_path):

@@ -23,7 +23,7 @@ from exitkit.benchmarks.report import (
     print_report,
     write_report,
 )
-from exitkit.benchmarks.report.sheets import number
+from exitkit.benchmarks.report.sheets import number, sheets
 from exitkit.errors import UserError
 from exitkit.evaluation import budgeted, confidence, correct, exit_counts, share_for_budget
 
@@ -410,3 +410,19 @@ def test_a_title_stays_over_its_own_panel():
     figure.draw_without_rendering()
     left, right = (axes.title.get_window_extent() for axes in figure.axes)
     assert left.x1 < right.x0 and left.x0 >= 0 and right.x1 <= figure.bbox.x1
+
+
+def test_static_networks_stand_beside_the_best_method_at_their_exit(tmp_path):
+    alone = {k: json.dumps([float(k == one) for one in range(4)]) for k in (0, 2)}
+    given = [*runs(), *(FakeRun("alone", seed, **{"method.weights": alone[k]}) for seed in (0, 1) for k in alone)]
+    found = collect(given)
+    assert "alone" not in set(found.anytime["method"]) and found.static["exit"].tolist() == [1, 3]
+    (sheet,) = [sheet for sheet in sheets(found) if sheet.kind == "static"]
+    for row, exit in zip(sheet.rows, (1, 3), strict=True):
+        rows = found.anytime[found.anytime["exit"] == exit].sort_values("accuracy_mean")
+        mine = np.mean([accuracy(run)[exit - 1] for run in given if run.label == "alone"])
+        best = rows.iloc[-1]
+        assert row[0].mean == f"exit {exit}" and row[2].mean == f"{mine:.2f}"
+        assert [row[3].mean, row[4].mean, row[5].mean] == [best["method"], f"{best['accuracy_mean']:.2f}", "2"]
+    write_report(found, tmp_path, formats=["md", "csv", "latex"])
+    assert "trained for it alone" in (tmp_path / "report.md").read_text() and (tmp_path / "static.csv").exists()

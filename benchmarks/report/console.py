@@ -16,7 +16,7 @@ from exitkit.benchmarks.report.sheets import Sheet, sheets
 
 TITLES = {"anytime": "Anytime accuracy (%)", "budgeted": "Budgeted-batch accuracy (%)"}
 ACROSS = {"anytime": "exit and its", "budgeted": "average budget in"}
-PRINTED = ("verdicts", "differences", "published", "risk", "training", "missing")
+PRINTED = ("verdicts", "differences", "static", "published", "risk", "training", "missing")
 BEST, SPREAD = "bold green", "not bold dim default"
 
 

@@ -41,6 +41,7 @@ def sheets(comparison: Comparison) -> list[Sheet]:
     makers: list[tuple[pd.DataFrame, Callable[[Comparison, pd.DataFrame], Sheet]]] = [
         (comparison.verdicts, _verdicts),
         (comparison.differences, _differences),
+        (comparison.static, _static),
         (comparison.published, _published),
         (comparison.risk, _risk),
         (comparison.calibration, _calibration),
@@ -118,6 +119,23 @@ def _differences(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
         "of the budgeted curve"
     )
     return Sheet("differences", "Differences", group_name(rows), caption, ["method", *measures, "n"], table)
+
+
+def _static(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
+    best = comparison.anytime.merge(rows[GROUP].drop_duplicates(), on=GROUP)
+    best = best.loc[best.groupby("exit")["accuracy_mean"].idxmax()].set_index("exit")
+    table = []
+    for row in rows.sort_values("exit").to_dict("records"):
+        exit, accuracy = row["exit"], row["accuracy_mean"]
+        cells = [plain(cost_text(comparison, row["cost_mean"])), _spread(accuracy, row["accuracy_sd"])]
+        beside = [plain(best["method"].get(exit, MISSING)), plain(number(best["accuracy_mean"].get(exit), 2))]
+        table.append([plain(f"exit {exit}"), *cells, *beside, plain(row["n"])])
+    caption = (
+        "Static networks: the same network cut at one exit and trained for it alone, beside the method that is most "
+        "accurate at that exit"
+    )
+    heads = ["static network", "cost", "accuracy", "best method", "its accuracy", "n"]
+    return Sheet("static", "Static networks", group_name(rows), caption, heads, table)
 
 
 def _published(comparison: Comparison, rows: pd.DataFrame) -> Sheet:

@@ -97,12 +97,14 @@ class AdaptiveInference:
     def __call__(self, images: Tensor) -> Answers:
         """Answer images [N, *input_shape]; nothing is computed for a stage that no image reaches."""
         answers = self._blank(images)
-        waiting = _Waiting(torch.arange(len(images), device=images.device), (images, None, None))
-        for index in range(self.network.num_exits):
-            if not len(waiting.rows):
+        waiting: _Waiting | None = _Waiting(torch.arange(len(images), device=images.device), (images, None, None))
+        for index in range(self.network.num_exits if len(images) else 0):
+            if waiting is None:
                 break
             left, waiting = self._step(index, waiting)
-            if len(left.rows):
+            if left is not None and len(left.rows) == len(images):  # so that a single image pays for no bookkeeping
+                return Answers(left.tensors, answers.exits.fill_(index))
+            if left is not None:
                 answers.logits[left.rows], answers.exits[left.rows] = left.tensors, index
         return answers
 
@@ -140,30 +142,30 @@ class AdaptiveInference:
                 together = _together(queue)
                 queue[:] = [together.at(slice(size, None))] if len(together.rows) > size else []
                 left, rest = self._step(index, together.at(slice(size)))
-                for number in left.rows[:, 0].unique().tolist():
+                for number in [] if left is None else left.rows[:, 0].unique().tolist():
                     mine = left.rows[:, 0] == number
                     pending[number].fill(left.rows[mine, 1], left.tensors[mine], index)
-                if len(rest.rows):
+                if rest is not None:
                     queues[index + 1].append(rest)
 
     def _blank(self, images: Tensor) -> Answers:
         logits = images.new_empty(len(images), self.network.num_classes)
         return Answers(logits, torch.zeros(len(images), dtype=torch.int64, device=images.device))
 
-    def _step(self, index: int, waiting: _Waiting) -> tuple[_Waiting, _Waiting]:
-        """Return who leaves at an exit, with their logits, and who goes on."""
+    def _step(self, index: int, waiting: _Waiting) -> tuple[_Waiting | None, _Waiting | None]:
+        """Return who leaves at an exit, with their logits, and who goes on; None for nobody."""
         count = len(waiting.rows)
         state, carry, memory = waiting.tensors
-        state, carry = self._filled((state, carry), count)
+        if self._buckets:
+            state, carry = self._filled((state, carry), count)
         output, state, carry = self.network.step(index, state, carry)
-        logits = output.logits[:count]
+        logits = output.logits[:count] if self._buckets else output.logits
         leaves, memory = self.rule.leaving(index, logits, memory)
         leaving = int(leaves.sum())
-        if leaving == count:  # so that a single image pays for no bookkeeping
-            return _Waiting(waiting.rows, logits), _Waiting(waiting.rows[:0], None)
-        if len(output.logits) == count and not leaving:
-            # Nothing has to be copied.
-            return _Waiting(waiting.rows[:0], logits[:0]), _Waiting(waiting.rows, (state, carry, memory))
+        if leaving == count:
+            return _Waiting(waiting.rows, logits), None
+        if len(output.logits) == count and not leaving:  # nothing has to be copied
+            return None, _Waiting(waiting.rows, (state, carry, memory))
         gone, stay = (mask.nonzero().squeeze(1).to(logits.device) for mask in (leaves, ~leaves))
         on = map_tensors(lambda tensor: tensor.index_select(0, stay), (state, carry, memory))
         return _Waiting(waiting.rows[gone], logits[gone]), _Waiting(waiting.rows[stay], on)

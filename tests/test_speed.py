@@ -13,6 +13,7 @@ from exitkit.benchmarks.speed.gpu import eager, prepared
 from exitkit.benchmarks.speed.inference import saved, single
 from exitkit.benchmarks.speed.loading import loading_share, noise_images
 from exitkit.benchmarks.speed.row import judged, not_run
+from exitkit.benchmarks.speed.stages import stage_shares, stages
 from exitkit.benchmarks.speed.timing import Ratio, median_interval, paired_ratios
 from exitkit.benchmarks.speed.training import AGGREGATORS, LIMITS, l2w_rows, metagf_rows, methods, step_rows
 from exitkit.benchmarks.speed.work import Work
@@ -95,6 +96,18 @@ def test_images_read_one_by_one_are_those_read_in_batches():
 def test_early_exit_is_measured_where_half_of_the_operations_are_saved():
     work = replace(TINY, batch=64, rounds=1)
     assert saved(work).seconds > 0 and single(replace(work, batch=1)).seconds > 0
+
+
+def test_stages_share_the_work_and_half_of_it_is_saved(capsys):
+    shares = stage_shares(TINY)
+    assert shares.operations.sum() == pytest.approx(1) and shares.time.sum() == pytest.approx(1)
+    assert shares.reach[0] == 1 and (shares.reach[:-1] >= shares.reach[1:]).all()
+    assert shares.reach @ shares.operations == pytest.approx(0.5, abs=0.1)  # 16 images: shares are rounded
+    even = shares._replace(time=shares.operations, left=shares.reach)
+    assert even.best == even.found == pytest.approx(1)
+    with pytest.raises(SystemExit, match="0"):
+        main(["--network", "msdnet-tiny", "--batch", "8", "--rounds", "1"], command=stages)
+    assert "time saved per multiply-adds saved" in capsys.readouterr().out
 
 
 def test_json_is_a_list_of_targets_and_nothing_else(capsys):

@@ -74,7 +74,8 @@ class ExitRule:
         """
         temperature = 1.0 if self.temperatures is None else self.temperatures[index]
         # Half precision is widened before numpy sees it, which does not know all of torch's formats.
-        outputs = logits.detach() if logits.dtype in (torch.float32, torch.float64) else logits.detach().float()
+        outputs = logits.detach() if logits.requires_grad else logits
+        outputs = outputs if outputs.dtype in (torch.float32, torch.float64) else outputs.float()
         if index == len(self.thresholds) - 1:  # it takes all, however sure it is
             if not outputs.amax(1).isfinite().all():
                 raise self._not_finite(index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -128,7 +129,7 @@ def _static(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
     for row in rows.sort_values("exit").to_dict("records"):
         exit, accuracy = row["exit"], row["accuracy_mean"]
         cells = [plain(cost_text(comparison, row["cost_mean"])), _spread(accuracy, row["accuracy_sd"])]
-        beside = [plain(best["method"].get(exit, MISSING)), plain(number(best["accuracy_mean"].get(exit), 2))]
+        beside = [plain(best["method"].get(exit, MISSING)), plain(number(best["accuracy_mean"].get(exit, math.nan), 2))]
         table.append([plain(f"exit {exit}"), *cells, *beside, plain(row["n"])])
     caption = (
         "Static networks: the same network cut at one exit and trained for it alone, beside the method that is most "

@@ -143,9 +143,10 @@ class AdaptiveInference:
                 together = _together(queue)
                 queue[:] = [together.at(slice(size, None))] if len(together.rows) > size else []
                 left, rest = self._step(index, together.at(slice(size)))
-                for number in [] if left is None else left.rows[:, 0].unique().tolist():
-                    mine = left.rows[:, 0] == number
-                    pending[number].fill(left.rows[mine, 1], left.tensors[mine], index)
+                if left is not None:
+                    for number in left.rows[:, 0].unique().tolist():
+                        mine = left.rows[:, 0] == number
+                        pending[number].fill(left.rows[mine, 1], left.tensors[mine], index)
                 if rest is not None:
                     queues[index + 1].append(rest)
 

@@ -145,7 +145,10 @@ def readers(network):
     return {name: found.get(name, ()) for name, _ in network.named_parameters()}
 
 
-@pytest.mark.parametrize(("method", "family"), CASES)
+@pytest.mark.parametrize(
+    ("method", "family"),
+    [pytest.param(*case.values, marks=[pytest.mark.full] * (case.values[1] != "msdnet")) for case in CASES],
+)
 def test_half_precision_trains(method, family):
     for run, *_ in trained(method, family, precision="bf16"):
         for tensor in run.network.state_dict().values():

@@ -132,6 +132,8 @@ def sweep_figure(sweep: pd.DataFrame) -> Figure:
                 )
             axes.set_title(textwrap.fill(f"{names[0]}, {names[2]} on {names[3]}", _LETTERS))
             axes.set_xlabel(str(names[1]).replace("_", " "))
+            if (rows["value"] % 1 == 0).all():  # there are no 4.5 blocks
+                axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.grid(axis="y")
         figure.axes[0].set_ylabel("accuracy (%)")
         _legend(figure, [f"exit {number}" for number in exits])

@@ -16,6 +16,7 @@ from exitkit.evaluation import exit_counts, share_for_budget, thresholds
 from exitkit.exit_rules import scores
 from exitkit.inference.adaptive import AdaptiveInference
 from exitkit.inference.rule import ExitRule
+from exitkit.network import MultiExitNetwork
 
 _BATCH = 256
 
@@ -34,13 +35,18 @@ def inference_rows(work: Work) -> Iterator[Row]:
         yield judged(alone, 1.05, single(replace(work, batch=1, device=device, rounds=max(10 * work.rounds, 1))))
 
 
+def halved(network: MultiExitNetwork) -> tuple[np.ndarray, float]:
+    """Return the multiply-adds up to each exit [K], and the papers' q whose operating point saves half of them."""
+    costs = np.array([row.macs for row in cost(network)], dtype=np.float64)
+    return costs, float(share_for_budget(costs, [costs[-1] / 2])[0])
+
+
 def saved(work: Work) -> Ratio:
     """Return the share of time saved over the share of multiply-adds saved, where half of these are."""
     network, images = work.build().eval(), work.data()[0]
-    costs = np.array([row.macs for row in cost(network)], dtype=np.float64)
+    costs, q = halved(network)
     with torch.inference_mode():
         logits = torch.stack(network(images).logits, 1).float().cpu().numpy()
-    q = float(share_for_budget(costs, [costs[-1] / 2])[0])
     sure = scores(logits, "confidence")
     rule = ExitRule("confidence", tuple(thresholds(sure, exit_counts(len(sure), len(costs), [q]))[0]))
     adaptive = AdaptiveInference(network, rule)

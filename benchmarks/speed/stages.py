@@ -9,10 +9,10 @@ import click
 import numpy as np
 import torch
 
+from exitkit.benchmarks.speed.inference import halved
 from exitkit.benchmarks.speed.work import Work
 from exitkit.cli import main
-from exitkit.costs import cost
-from exitkit.evaluation import exit_counts, share_for_budget
+from exitkit.evaluation import exit_counts
 from exitkit.network import map_tensors
 
 
@@ -39,8 +39,8 @@ class Shares(NamedTuple):
 def stage_shares(work: Work) -> Shares:
     """Time each stage with its head on the whole batch, and on those who reach it where half of all work is saved."""
     network, images = work.build().eval(), work.data()[0]
-    macs = np.array([row.macs for row in cost(network)], dtype=np.float64)
-    counts = exit_counts(len(images), len(macs), [float(share_for_budget(macs, [macs[-1] / 2])[0])])[0]
+    macs, q = halved(network)
+    counts = exit_counts(len(images), len(macs), [q])[0]
     reach = len(images) - np.concatenate([[0], np.cumsum(counts)])[: len(macs)]
     seconds = np.empty((work.rounds, 2, len(macs)))
     for taken in seconds:
@@ -59,8 +59,8 @@ def stage_shares(work: Work) -> Shares:
 
 @click.command()
 @click.option("--network", metavar="NAME", default="msdnet-cifar-lg5", show_default=True, help="What is run.")
-@click.option("--batch", default=256, show_default=True, help="Images at once.")
-@click.option("--rounds", default=7, show_default=True, help="How often the clock is read.")
+@click.option("--batch", type=click.IntRange(min=1), default=256, show_default=True, help="Images at once.")
+@click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True, help="How often the clock is read.")
 def stages(network: str, batch: int, rounds: int) -> None:
     """Show each stage's share of multiply-adds and time, and what early exit can make of it."""
     torch.set_num_threads(1)

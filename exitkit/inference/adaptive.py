@@ -96,18 +96,17 @@ class AdaptiveInference:
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Answers:
         """Answer images [N, *input_shape]; nothing is computed for a stage that no image reaches."""
-        answers = None
+        answers = self._blank(images)
         waiting: _Waiting | None = _Waiting(torch.arange(len(images), device=images.device), (images, None, None))
         for index in range(self.network.num_exits if len(images) else 0):
             if waiting is None:
                 break
             left, waiting = self._step(index, waiting)
             if left is not None and len(left.rows) == len(images):  # so that a single image pays for no bookkeeping
-                return Answers(left.tensors, torch.full_like(left.rows, index))
+                return Answers(left.tensors, answers.exits.fill_(index))
             if left is not None:
-                answers = answers or self._blank(images)
                 answers.logits[left.rows], answers.exits[left.rows] = left.tensors, index
-        return answers or self._blank(images)
+        return answers
 
     @torch.inference_mode()
     def stream(self, batches: Iterable[Tensor], size: int) -> Iterator[Answers]:
@@ -163,7 +162,7 @@ class AdaptiveInference:
         output, state, carry = self.network.step(index, state, carry)
         logits = output.logits[:count] if self._buckets else output.logits
         leaves, memory = self.rule.leaving(index, logits, memory)
-        leaving = count if index == self.network.num_exits - 1 else int(leaves.sum())
+        leaving = int(leaves.sum())
         if leaving == count:
             return _Waiting(waiting.rows, logits), None
         if len(output.logits) == count and not leaving:  # nothing has to be copied

@@ -134,9 +134,9 @@ def _measure(
 
 def _subject(run: RunFolder, budgets: Sequence[str], engine: Any) -> Subject:
     from exitkit.benchmarks.stopwatch import Subject
-    from exitkit.exit_outputs import load_data, load_network
+    from exitkit.exit_outputs import load_network, load_run_data
 
-    data = load_data(run.recipe, run.path / "split.safetensors")
+    data = load_run_data(run)
     network = load_network(run, data)
     engine.place(network)
     return Subject(network, data, engine, _points(run, budgets))

@@ -19,7 +19,7 @@ from exitkit.errors import UserError
 from exitkit.files import load_tensors, save_tensors, write_json
 from exitkit.network import MultiExitNetwork
 from exitkit.randomness import derive
-from exitkit.runs import RESULTS, RunFolder, table_of
+from exitkit.runs import RESULTS, SPLIT, WEIGHTS, RunFolder, table_of
 from exitkit.strategy import at_least_float32
 
 if TYPE_CHECKING:
@@ -46,6 +46,11 @@ def load_data(recipe: Recipe, split: Path | None = None) -> Data:
         raise error if str(split) in str(error) else UserError(f"{split}: {error}") from None
 
 
+def load_run_data(run: RunFolder) -> Data:
+    """Load the images of a run as it split them."""
+    return load_data(run.recipe, run.path / SPLIT)
+
+
 def make_network(recipe: Recipe, input_shape: tuple[int, int, int], num_classes: int) -> MultiExitNetwork:
     """Build a recipe's network with the weights that its seed gives, not yet adapted."""
     assert recipe.backbone is not None
@@ -65,7 +70,7 @@ def load_network(run: RunFolder, data: Data) -> MultiExitNetwork:
     strategy = build_strategy(recipe.method, **recipe.method_settings)
     for phase in strategy.phases(recipe.epochs, network.num_exits):
         phase.strategy.adapt(network)
-    path = run.path / "weights.safetensors"
+    path = run.own(WEIGHTS)
     tensors = load_tensors(path)
     try:
         network.load_state_dict(tensors)
@@ -107,7 +112,7 @@ def evaluate_held(run: RunFolder, device: str, tell: Callable[[float], None] = l
     torch.set_num_threads(recipe.threads)
     engine = Engine(choose_device(device))
     engine.set_arithmetic()
-    data = load_data(recipe, run.path / "split.safetensors").on(engine.device)
+    data = load_run_data(run).on(engine.device)
     network = load_network(run, data)
     # While the new outputs appear one by one, the run is not finished.
     (run.path / RESULTS).unlink(missing_ok=True)
@@ -123,7 +128,7 @@ def evaluate_held(run: RunFolder, device: str, tell: Callable[[float], None] = l
             tell((before + done) / sum(counts.values()))
 
         outputs = collect_outputs(network, data, part, engine, augment_validation(recipe, part), told)
-        save_tensors(run.path / f"outputs-{part}.safetensors", outputs)
+        save_tensors(run.path / f"outputs-{part}.safetensors", outputs, run.name)
         hits = outputs["logits"].argmax(2) == outputs["labels"][:, None]
         results[part] = (100 * hits.double().mean(0)).tolist()
     write_json(run.path / RESULTS, results)

@@ -164,13 +164,30 @@ def load_checkpoint(path: Path, keys: set[str]) -> dict[str, Any]:
     return state
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors by name, whole (safetensors)."""
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], run: str | None = None) -> None:
+    """Write tensors by name, whole (safetensors), and the name of the run that they belong to, if to any."""
     from safetensors.torch import save
 
-    content = save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    content = save(plain, {"run": run} if run else None)
     with written_whole(path) as temporary:
         temporary.write_bytes(content)
+
+
+def owner(path: Path) -> str | None:
+    """Return the name of the run that tensors were written for; None for a file that names none, or is not there.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    from safetensors import safe_open
+
+    def read(path: Path) -> str | None:
+        with safe_open(path, "numpy") as file:
+            return (file.metadata() or {}).get("run")
+
+    found: str | None = _safetensors(path, read) if exists(path) else None
+    return found
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

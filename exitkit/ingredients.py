@@ -13,14 +13,12 @@ from exitkit.build import build_strategy, method_parts
 from exitkit.data.base import Split
 from exitkit.errors import UserError
 from exitkit.files import disk_error, load_checkpoint, load_tensors
-from exitkit.runs import RunFolder
+from exitkit.runs import SPLIT, WEIGHTS, RunFolder
 
 if TYPE_CHECKING:
     from exitkit.data.base import Data
     from exitkit.network import MultiExitNetwork
     from exitkit.recipe import Recipe
-
-_WEIGHTS = "weights.safetensors"
 
 
 def weights_file(init_from: str) -> Path:
@@ -33,7 +31,7 @@ def weights_file(init_from: str) -> Path:
     if path.is_dir():
         run = RunFolder(path)
         run.results()  # says how to go on with one that is not finished
-        return run.path / _WEIGHTS
+        return run.own(WEIGHTS)
     if not path.is_file():
         raise UserError(f"init_from is {init_from}; expected the folder of a finished run, or a .safetensors file")
     return path
@@ -74,7 +72,7 @@ def check_unseen(folder: Path, recipe: Recipe, data: Data) -> None:
     run = RunFolder(folder)
     if run.recipe.dataset != recipe.dataset:
         return
-    theirs = Split.load(run.path / "split.safetensors")
+    theirs = Split.load(run.path / SPLIT)
     seen = int(torch.isin(data.split.validation, theirs.train).sum())
     if seen:
         raise UserError(

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from exitkit.errors import HeldError, UserError
-from exitkit.files import beside, disk_error, exists, load_arrays, make_folder, read_json, write_json
+from exitkit.files import beside, disk_error, exists, load_arrays, make_folder, owner, read_json, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from exitkit.recipe import Recipe
 
 RESULTS = "results.json"
+WEIGHTS = "weights.safetensors"
+SPLIT = "split.safetensors"
 PROBES = "probes.safetensors"
 LEARNED = "learned.json"
 LATENCY = "latency.json"
@@ -159,6 +161,25 @@ class RunFolder:
         """Whether it was trained and evaluated to the end."""
         return self.is_finished(self.path)
 
+    @property
+    def name(self) -> str | None:
+        """What the run was called when it began; its split says so, and every file of tensors after it."""
+        return owner(self.path / SPLIT)
+
+    def own(self, file: str) -> Path:
+        """Return the path of one of the run's files of tensors.
+
+        One that names no run may be anybody's: whoever edits weights by hand knows what they do.
+
+        Raises:
+            UserError: it was copied here from another run, or is damaged.
+        """
+        path = self.path / file
+        ours, theirs = self.name, owner(path)
+        if ours and theirs and ours != theirs:
+            raise UserError(f"{path} is of run {theirs}, and {SPLIT} of run {ours}; put the run's own file back")
+        return path
+
     def epochs_done(self) -> int:
         """How many epochs, over all phases, have been trained."""
         metrics = self.path / "metrics.csv"
@@ -243,7 +264,7 @@ class RunFolder:
 
     def probes(self) -> dict[str, np.ndarray]:
         """Return what `exitkit.probe.probe` saw, each stacked over time, with `epoch` [T]; empty without probes."""
-        path = self.path / PROBES
+        path = self.own(PROBES)
         if not path.exists():
             return {}
         from exitkit.run_files import check_probes
@@ -256,7 +277,7 @@ class RunFolder:
         """Return what every exit said: logits [N, K, C], labels [N], indices [N] of part `validation` or `test`."""
         from exitkit.run_files import check_outputs
 
-        path = self.path / f"outputs-{part}.safetensors"
+        path = self.own(f"outputs-{part}.safetensors")
         arrays = load_arrays(path)
         check_outputs(path, arrays, self.results()[part])
         return arrays

@@ -10,6 +10,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from exitkit.probe import probe, probe_batch, stacked
 from exitkit.randomness import derive
 from exitkit.recipe import Recipe
 from exitkit.run import Position, Run
-from exitkit.runs import LEARNED, PROBES, RunFolder
+from exitkit.runs import LEARNED, PROBES, SPLIT, RunFolder
 from exitkit.strategy import Phase
 from exitkit.tensorboard_log import TensorBoardLog
 
@@ -76,7 +77,7 @@ class Session:
             # The metrics first: killed between the two, the epoch is trained again and they are written again.
             write_text(self.folder.path / "metrics.csv", _csv(self.metrics))
             if self.probes:
-                save_tensors(self.folder.path / PROBES, stacked(self.probes))
+                save_tensors(self.folder.path / PROBES, stacked(self.probes), self.folder.name)
             save_checkpoint(
                 self.folder.path / "checkpoint.pt",
                 state | {"run": self.recipe.id, "metrics": self.metrics, "probes": self.probes},
@@ -104,7 +105,7 @@ def keep_learned(session: Session, run: Run, phase: Phase) -> None:
 
 def prepare(recipe: Recipe, engine: Engine, path: Path, report: Report) -> Session:
     """Make data, network and phases, and try everything that can fail before a folder is made."""
-    stored = path / "split.safetensors"
+    stored = path / SPLIT
     data = load_data(recipe, stored if exists(stored) else None).on(engine.device)
     check_batches(recipe, data, engine.world)
     network = make_network(recipe, data.input_shape, data.num_classes)
@@ -142,7 +143,7 @@ def open_folder(session: Session, path: Path) -> RunFolder:
             session.recipe,
             {
                 "environment.json": lambda target: write_json(target, environment),
-                "split.safetensors": session.data.split.save,
+                SPLIT: partial(session.data.split.save, run=session.recipe.id),
                 "timing.csv": lambda target: write_text(target, "phase,epoch,seconds,peak_mib\n"),
             },
         )

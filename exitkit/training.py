@@ -24,7 +24,7 @@ from exitkit.memory import begin_peak, give_back_freed, peak_mib
 from exitkit.meter import split_totals
 from exitkit.recipe import Recipe
 from exitkit.run import Run
-from exitkit.runs import RunFolder, unfinished_twin
+from exitkit.runs import WEIGHTS, RunFolder, unfinished_twin
 from exitkit.schedule import learning_rate
 from exitkit.session import Report, Session, begin_phase, keep_learned, look, open_folder, prepare
 from exitkit.strategy import Phase
@@ -77,7 +77,7 @@ def train(
             if not finished:
                 _train_phases(session)
                 if engine.is_main:
-                    save_tensors(path / "weights.safetensors", session.network.state_dict())
+                    save_tensors(path / WEIGHTS, session.network.state_dict(), session.folder.name)
                     evaluate_held(session.folder, str(engine.device))
                     heartbeat.stop()
                     if session.log:

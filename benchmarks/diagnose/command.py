@@ -123,10 +123,10 @@ def _probed(run: RunFolder) -> Drawn:
 def _finished(run: RunFolder, share: float) -> Drawn:
     from exitkit.benchmarks.diagnose import figures
     from exitkit.diagnostics import pruning_damage, rank_consistency
-    from exitkit.exit_outputs import load_data, load_network
+    from exitkit.exit_outputs import load_network, load_run_data
 
     ranks = rank_consistency(run.outputs("test")["logits"])
-    data = load_data(run.recipe, run.path / "split.safetensors")
+    data = load_run_data(run)
     damage = pruning_damage(
         load_network(run, data), *_images(data, "validation", 512), *_images(data, "test", 2000), share
     )

@@ -63,7 +63,7 @@ def export(
 
     with loading("torch"):
         import torch
-    from exitkit.exit_outputs import load_data, load_network
+    from exitkit.exit_outputs import load_network, load_run_data
     from exitkit.inference.export import ENDINGS
     from exitkit.inference.export import export as write
     from exitkit.inference.rule import ExitRule
@@ -75,7 +75,7 @@ def export(
     rule = ExitRule.from_run(folder, budget=budget, score=score, calibrated=calibrated)
     target = Path(out) if out else Path(f"{folder.path.name}-{form}")
     torch.set_num_threads(folder.recipe.threads)
-    data = load_data(folder.recipe, folder.path / "split.safetensors")
+    data = load_run_data(folder)
     network = load_network(folder, data)
     count = min(_CHECKED, len(data.labels("test")))
     (batch,) = data.batches("test", [torch.arange(count)], augment=False, seed=0)

@@ -21,9 +21,9 @@ class Split:
     validation: Tensor
     test: Tensor
 
-    def save(self, path: Path) -> None:
-        """Write it (safetensors)."""
-        save_tensors(path, {"train": self.train, "validation": self.validation, "test": self.test})
+    def save(self, path: Path, run: str | None = None) -> None:
+        """Write it (safetensors), as that of a run by name."""
+        save_tensors(path, {"train": self.train, "validation": self.validation, "test": self.test}, run)
 
     @classmethod
     def load(cls, path: Path) -> Split:

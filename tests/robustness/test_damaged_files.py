@@ -1,5 +1,6 @@
 """Every reader of a run folder, on every file of it, wrong in every way: one line that names the file, exit code 2."""
 
+import json
 import shutil
 
 import pytest
@@ -62,6 +63,12 @@ def whole(tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def sibling(tmp_path_factory):
+    """A run that differs in its seed alone."""
+    return exitkit.train(RECIPE | {"seed": 1}, tmp_path_factory.mktemp("sibling")).path
+
+
 @pytest.fixture
 def copied(whole, tmp_path):
     """Copy the runs; returns (the folder, the run)."""
@@ -106,13 +113,33 @@ def test_outputs_of_another_network_are_not_taken_for_this_ones(copied, cli):
     cli("report", str(out), "--format", "csv").refused(path.name, "not of one evaluation")
 
 
-def test_a_checkpoint_of_another_run_is_not_gone_on_with(copied, cli, tmp_path):
+@pytest.mark.parametrize("file", ["weights", "outputs-test", "outputs-validation", "probes", "split"])
+def test_tensors_of_another_run_are_not_taken_for_this_ones(file, copied, sibling, cli):
+    """Of the same network, data and shapes, so that nothing but the name that they bear can tell."""
     out, run = copied
-    other = exitkit.train(RECIPE | {"seed": 1}, tmp_path / "other").path
-    shutil.copy(other / "checkpoint.pt", run / "checkpoint.pt")
+    name = f"{file}.safetensors"
+    shutil.copy(sibling / name, run / name)
+    readers = {"outputs-test": "report", "outputs-validation": "report", "probes": "diagnose"}
+    (command,) = READERS[readers.get(file, "evaluate")]
+    result = cli(*(str({"RUN": run, "RUNS": out}.get(word, word)) for word in command.split()))
+    result.refused(name, f"of run {sibling.name}", f"of run {run.name}", "put the run's own file back")
+
+
+def test_weights_that_name_no_run_are_taken(copied, cli):
+    _, run = copied
+    path = run / "weights.safetensors"
+    zeros = {name: value * 0 for name, value in load_file(path).items()}  # every image is of the first class then
+    save_file(zeros, path)
+    assert cli("evaluate", str(run)).code == 0
+    assert json.loads((run / "results.json").read_text())["test"] == [pytest.approx(10, abs=1)] * 4
+
+
+def test_a_checkpoint_of_another_run_is_not_gone_on_with(copied, sibling, cli):
+    out, run = copied
+    shutil.copy(sibling / "checkpoint.pt", run / "checkpoint.pt")
     (run / "results.json").unlink()
     result = cli("train", "--recipe", str(run), "--out", str(out), "--resume")
-    result.refused("checkpoint.pt", f"of another run, {other.name}")
+    result.refused("checkpoint.pt", f"of another run, {sibling.name}")
 
 
 def test_a_checkpoint_that_would_do_something_is_not_run(copied, cli, tmp_path):

@@ -64,6 +64,8 @@ def reproducibility(folders: tuple[str, ...], out: str) -> None:
       exitkit reproducibility studies/* --out docs/REPRODUCIBILITY.md
     """
     target = Path(out)
+    if target.is_dir():
+        raise UserError(f"--out {target} is a folder; expected a file")
     if exists(target) and _MARK not in target.read_text(encoding="utf-8", errors="replace"):
         raise UserError(f"{target} was not made by this command; name another file with --out")
     sections = [section(Path(folder)) for folder in folders]

@@ -111,8 +111,11 @@ def _family(kind: str, plugin: type) -> str:
     return ""
 
 
-def _fingerprint() -> str:
-    """Return what changes whenever the answer might: versions, and age and size of every file that gives it."""
+def _fingerprint(whole: dict[str, list[Entry]]) -> str:
+    """Return what changes whenever the answer might, or is no longer the one that was written down.
+
+    Versions, age and size of every file that gives it, and the answer itself.
+    """
     parts: list[str] = [__version__, sys.version, sys.prefix]
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         parts.append(_age(path))
@@ -122,6 +125,7 @@ def _fingerprint() -> str:
             with contextlib.suppress(ImportError, ValueError):
                 spec = find_spec(point.module)
             parts += [name, point.value, _age(Path(spec.origin)) if spec and spec.origin else "gone"]
+    parts.append(json.dumps(whole))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -140,8 +144,8 @@ def _remembered() -> dict[str, list[Entry]] | None:
     try:
         stored = json.loads(store().read_text(encoding="utf-8"))
         whole: dict[str, list[Entry]] = stored["catalogue"]
-        return whole if stored["fingerprint"] == _fingerprint() else None
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError):  # RuntimeError: there is no home
+        return whole if stored["fingerprint"] == _fingerprint(whole) else None
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError):  # RuntimeError: no home, or nested too deeply
         return None
 
 
@@ -151,7 +155,7 @@ def _remember(whole: dict[str, list[Entry]]) -> None:
     # Only ever a convenience: a cache that can't be written is asked for again next time.
     with contextlib.suppress(OSError, UserError, RuntimeError):
         store().parent.mkdir(parents=True, exist_ok=True)
-        write_json(store(), {"fingerprint": _fingerprint(), "catalogue": whole})
+        write_json(store(), {"fingerprint": _fingerprint(whole), "catalogue": whole})
 
 
 def settings_of(entry: Entry) -> Iterator[tuple[str, str, str, str]]:

@@ -5,6 +5,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import signal
+import warnings
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -35,15 +37,31 @@ def _stoppable():
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+class Result(NamedTuple):
+    """What a command line ended with."""
+
+    code: int
+    out: str
+    errors: str
+
+    def refused(self, *says):
+        """Check that it was refused in one line that has these words."""
+        lines = self.errors.strip().splitlines()
+        assert self.code == 2, (self.code, self.errors)
+        assert len(lines) == 1 and lines[0].startswith("exitkit: "), self.errors
+        for words in says:
+            assert words in lines[0], lines[0]
+
+
 @pytest.fixture
 def cli(capsys, tmp_path, monkeypatch):
-    """A command line in an empty folder; gives (exit code, what it printed, what it complained of)."""
+    """A command line in an empty folder, in this process; gives a `Result`. Only an orderly end will do."""
     monkeypatch.chdir(tmp_path)
 
     def call(*words):
-        with pytest.raises(SystemExit) as end:
+        with pytest.raises(SystemExit) as end, warnings.catch_warnings():
             main([str(word) for word in words])
         printed = capsys.readouterr()
-        return end.value.code, printed.out, printed.err
+        return Result(end.value.code, printed.out, printed.err)
 
     return call

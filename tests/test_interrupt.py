@@ -135,3 +135,23 @@ def test_under_torchrun_all_ranks_end_and_the_run_goes_on_to_the_same_bits(tmp_p
     one, two = (pd.read_csv(path / "metrics.csv") for path in (alone.path, next(whole.iterdir())))
     losses = [name for name in one if "loss" in name]
     assert two[losses].to_numpy() == pytest.approx(one[losses].to_numpy(), rel=1e-3)
+
+
+def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on_to_the_same_bits(tmp_path):
+    command = ["-m", "exitkit", "train", "--method", "ge", "--epochs", "4", "--batch-size", "512"]
+    whole, out = tmp_path / "whole", tmp_path / "died"
+    done = subprocess.run([*TORCHRUN, *command, "--out", str(whole)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+    process = start(*TORCHRUN, *command, "--out", str(out))
+    wait_for(out, "*/checkpoint.pt")
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    died = time.monotonic()
+    process.communicate(timeout=60)
+    assert process.returncode != 0 and time.monotonic() - died < 60
+    wait_until(lambda: group_is_gone(process))
+    again = [*TORCHRUN, *command, "--resume", "--out", str(out)]
+    done = subprocess.run(again, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert bits(out) == bits(whole)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 import sys
 import warnings
@@ -106,6 +107,9 @@ def main(arguments: list[str] | None = None, command: click.Command = cli) -> No
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     warnings.formatwarning = _format_warning
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name need not be text
     try:
         with stopping_at_once():
             code = command.main(args=arguments, prog_name="exitkit", standalone_mode=False)
@@ -119,6 +123,11 @@ def main(arguments: list[str] | None = None, command: click.Command = cli) -> No
         _fail(_one_line(error.format_message()), 2)
     except UserError as error:
         _fail(_one_line(str(error)), 2)
+    except OSError as error:
+        if not error.filename:
+            raise
+        # What was named can't be a file, or is not one: a name too long, a folder, one without permission.
+        _fail(_one_line(f"{error.filename}: {(error.strerror or str(error)).lower()}"), 2)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -148,3 +148,20 @@ def test_a_checkpoint_that_would_do_something_is_not_run(copied, cli, tmp_path):
     damage.pickled(run / "checkpoint.pt")
     cli("train", "--recipe", str(run), "--out", str(out), "--resume").refused("checkpoint.pt", "nothing in it was run")
     assert not list(tmp_path.rglob("touched"))
+
+
+def test_a_damaged_catalogue_is_asked_for_again(cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = tmp_path / "exitkit" / "catalogue.json"
+    whole = cli("list", "methods", "--json").out
+    stored = path.read_bytes()
+
+    def without_methods(path):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"catalogue": {"methods": []}}))
+
+    for damaged in (*damage.JSON.values(), without_methods):
+        path.write_bytes(stored)
+        damaged(path)
+        assert cli("list", "methods", "--json") == (0, whole, "")
+        if path.is_dir():
+            path.rmdir()

@@ -7,7 +7,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import exitkit
 
@@ -79,18 +81,51 @@ def as_somebody():
     return ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
 
 
-def test_a_folder_that_may_not_be_written_is_one_line(tmp_path):
+@pytest.fixture
+def somebody(tmp_path):
+    """What goes before a command so that the modes of files in `tmp_path` count."""
     prefix = as_somebody()
     if prefix and run(*prefix, sys.executable, "-c", "import exitkit.cli, torch", cwd="/").returncode:
         pytest.skip("nobody else may read this Python's packages")
-    out = tmp_path / "out"
-    out.mkdir(mode=0o555)
     for parent in [tmp_path, *tmp_path.parents][:3]:
         if parent.stat().st_uid == os.geteuid():
             parent.chmod(parent.stat().st_mode | 0o111)
-    done = run(*prefix, *TRAIN, "--out", str(out), cwd="/", env=os.environ | {"HOME": "/nonexistent"})
+    return prefix
+
+
+NOWHERE = os.environ | {"HOME": "/nonexistent"}
+
+
+def test_a_folder_that_may_not_be_written_is_one_line(somebody, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir(mode=0o555)
+    done = run(*somebody, *TRAIN, "--out", str(out), cwd="/", env=NOWHERE)
     refused(done, "can't be written: no permission; choose another --out")
     assert not list(out.iterdir())
+
+
+def test_images_that_may_only_be_read_are_enough(somebody, tmp_path):
+    data, out = tmp_path / "data", tmp_path / "out"
+    noise = np.random.default_rng(0)
+    for name in ("ant", "bee"):
+        (data / name).mkdir(parents=True)
+        for number in range(12):
+            Image.fromarray(noise.integers(0, 256, (16, 16, 3)).astype(np.uint8)).save(data / name / f"{number}.png")
+    out.mkdir()
+    out.chmod(0o777)
+    before = {path: path.stat().st_mtime_ns for path in data.rglob("*")}
+    for path in (data, *before):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    fields = ["--set", "image_size=16", "--set", "validation=4", "--set", "workers=0", "--backbone", "msdnet-tiny"]
+    words = ["train", "--dataset", "folder", "--data-dir", str(data), *fields, "--epochs", "1", "--batch-size", "8"]
+    try:
+        done = run(*somebody, sys.executable, "-m", "exitkit", *words, "--out", str(out), cwd="/", env=NOWHERE)
+    finally:
+        for path in (data, *before):
+            path.chmod(0o755)
+    assert done.returncode == 0, done.stderr
+    assert {path: path.stat().st_mtime_ns for path in data.rglob("*")} == before
+    assert list(out.glob("*/results.json"))
 
 
 def test_a_clock_that_jumps_changes_nothing(tmp_path, monkeypatch):

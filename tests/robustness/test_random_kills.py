@@ -47,19 +47,24 @@ def to_the_end(*arguments):
     assert done.returncode == 0, done.stderr
 
 
-def one_run(method, moments, seed, tmp_path):
-    clock, out = random.Random(seed), tmp_path / "killed"
-    reference = tmp_path / "reference"
-    exitkit.train(RECIPE | {"method": method}, reference)
-    command = ["train", "--method", method, *OPTIONS, "--out", str(out), "--resume"]
+def survives(moments, seed, tmp_path, *command):
+    """Run a command to its end at once, and again with that many kills between: the same bits, and nothing else."""
+    clock, reference, out = random.Random(seed), tmp_path / "reference", tmp_path / "killed"
     began = time.monotonic()
-    to_the_end(*command[:-3], "--out", str(tmp_path / "timed"))
+    to_the_end(*command, "--out", str(reference))
     takes = time.monotonic() - began
     for _ in range(moments):
-        killed_after(clock.uniform(0.2 * takes, takes), *command)
-    to_the_end(*command)
+        killed_after(clock.uniform(0.2 * takes, takes), *command, "--resume", "--out", str(out))
+    to_the_end(*command, "--resume", "--out", str(out))
     assert bits(out) == bits(reference)
     assert not list(out.rglob("*.part"))
+    return reference, out
+
+
+def one_run(method, moments, seed, tmp_path):
+    reference, _ = survives(moments, seed, tmp_path, "train", "--method", method, *OPTIONS)
+    exitkit.train(RECIPE | {"method": method}, tmp_path / "called")
+    assert bits(tmp_path / "called") == bits(reference)  # the command line is the function
 
 
 def test_a_few_random_moments_of_one_method(tmp_path):
@@ -71,3 +76,36 @@ def test_a_few_random_moments_of_one_method(tmp_path):
 @pytest.mark.parametrize("number", range(MOMENTS))
 def test_thirty_random_moments_over_all_methods(number, tmp_path):
     one_run(METHODS[number % len(METHODS)], 1, number, tmp_path)
+
+
+COMPARE = ["compare", "--methods", "ge,metagf", "--seeds", "1", *OPTIONS]
+
+
+def tables(out):
+    return {path.name: path.read_bytes() for path in (out / "report").glob("*.csv")}
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("number", range(10))
+def test_random_moments_of_a_comparison(number, tmp_path):
+    """The whole process group dies, and three times in a row, so that also what resumes is killed."""
+    reference, out = survives(3, number, tmp_path, *COMPARE, "--jobs", str(1 + number % 2))
+    theirs, ours = tables(reference), tables(out)
+    assert len(ours) > 10 and ours.keys() == theirs.keys()
+    for name in ours.keys() - {"training.csv"}:  # this one has seconds in it
+        assert ours[name] == theirs[name], name
+
+
+def test_two_comparisons_share_a_folder_and_one_is_killed(tmp_path):
+    to_the_end(*COMPARE, "--out", str(tmp_path / "reference"))
+    out = tmp_path / "shared"
+    with subprocess.Popen(
+        [sys.executable, "-m", "exitkit", *COMPARE, "--jobs", "1", "--out", str(out)], stderr=subprocess.PIPE
+    ) as lasting:
+        killed_after(9.0, *COMPARE, "--jobs", "1", "--out", str(out))
+        _, said = lasting.communicate(timeout=300)
+    assert lasting.returncode == 0, said
+    assert b"Traceback" not in said
+    assert bits(out) == bits(tmp_path / "reference")
+    assert not list(out.rglob("*.part")) and not list(out.glob("failures/*"))

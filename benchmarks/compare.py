@@ -88,6 +88,8 @@ def compare(
         import torch  # noqa: F401
     plan = Plan.make(_values(read_recipe(recipe_file), given, parse_sets(sets), parse_sweeps(sweeps)))
     folder = Path(out)
+    if exists(folder) and not folder.is_dir():
+        raise UserError(f"--out {out} is a file; expected a folder, or a name that is free")
     if "toy" in plan.figures:
         if only_plan:
             click.echo("plan: the problem of two exits; seconds")

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ HOOKS = (
 )
 MEASURED = json.loads(Path(__file__).with_name("measured.json").read_text(encoding="utf-8"))
 """What `measure.py` counted."""
+PERFORMANCE = Path(__file__).parents[1].joinpath("performance.md").read_text(encoding="utf-8")
+EPOCH = r"\| {}: an epoch, in joint epochs[^|]*\|[^|]*\| ([\d.]+) \| ([\d.]+ to [\d.]+) \|"
 
 
 class Table(Directive):
@@ -110,6 +113,8 @@ class Facts(Table):
         yield "**hooks**", ", ".join(f"`{hook}`" for hook in ours) or "none"
         yield "**passes**", _passes(name)
         yield "**at inference**", _inference(name)
+        if told := _training(name):
+            yield "**training, measured**", f"{told} ({{doc}}`how </performance>`)"
 
 
 def _own(method: type) -> list[type]:
@@ -125,6 +130,14 @@ def _passes(name: str) -> str:
     if few == many and len(phases) > 1:
         told += f"; {len(phases)} phases: " + ", ".join(f"{phase.name} ({phase.epochs} of 10)" for phase in phases)
     return told
+
+
+def _training(name: str) -> str:
+    """Say what training costs against joint training, as the page on performance has it from the benchmark."""
+    for unit, line in (("step", rf"\| {name} \| ([\d.]+) \| ([\d.]+ to [\d.]+) \|"), ("epoch", EPOCH.format(name))):
+        if found := re.search(line, PERFORMANCE):
+            return f"{found[1]} times as long as a joint {unit}, 95 % interval {found[2]}"
+    return ""
 
 
 def _inference(name: str) -> str:

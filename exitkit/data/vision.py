@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -76,8 +78,7 @@ class Small(DataSet):
             except Exception:  # not there, not the official files, or half there while another process fetches them
                 if not download:
                     raise
-                folder.mkdir(parents=True, exist_ok=True)
-                with FileLock(folder / ".download.lock"):  # ranks and runs side by side: one fetches, the others wait
+                with _fetching(folder):
                     found = reader(download=True)
             images, labels = torch.as_tensor(np.asarray(found.data)), torch.as_tensor(np.asarray(found.targets)).long()
             if len(images) != len(labels):
@@ -94,6 +95,24 @@ class Small(DataSet):
             f"(looked for {self.layouts}: {reason.rstrip('.')}); say where it lies by --data-dir DIR, "
             "or delete what is damaged there"
         )
+
+
+@contextlib.contextmanager
+def _fetching(folder: Path) -> Iterator[None]:
+    """Let one of several ranks and runs fetch into a folder while the others wait; a failure leaves no empty folder."""
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = folder / ".download.lock"
+    try:
+        with FileLock(lock):
+            yield
+    except Exception:
+        if made:
+            lock.unlink(missing_ok=True)
+            for path in [*sorted(folder.rglob("*/"), reverse=True), folder]:  # a folder after those in it
+                with contextlib.suppress(OSError):  # someone's files are in it
+                    path.rmdir()
+        raise
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ The commands and their options are asked of the program itself. Training, timing
 begin: by then all that can be refused has been.
 """
 
+import urllib.error
 import warnings
 
 import click
@@ -64,6 +65,10 @@ def begin(*arguments, **options):
     raise Began
 
 
+def offline(*arguments, **options):
+    raise urllib.error.URLError("no network")
+
+
 def commands(group=cli, path=()):
     """Every command with its place: {(words): command}."""
     found = {}
@@ -84,7 +89,7 @@ def values_of(parameter):
     elif isinstance(parameter.type, click.types.FloatParamType):
         pool = NUMBERS
     pool = st.sampled_from(pool)
-    return pool | pool | pool | st.sampled_from(JUNK) | st.text(st.characters(exclude_characters="/"), max_size=6)
+    return pool | pool | pool | st.sampled_from(JUNK) | st.text(st.characters(exclude_characters="/\0"), max_size=6)
 
 
 @st.composite
@@ -147,6 +152,7 @@ def harmless(place, monkeypatch):
     monkeypatch.chdir(place)
     monkeypatch.setattr("exitkit.training.open_folder", begin)
     monkeypatch.setattr("exitkit.benchmarks.campaign.Campaign.run", begin)
+    monkeypatch.setattr("urllib.request.urlopen", offline)
     monkeypatch.setattr("exitkit.inference.export.export", begin)
     monkeypatch.setattr("exitkit.benchmarks.stopwatch.time_all", begin)
     monkeypatch.setattr("exitkit.benchmarks.diagnose.figures.ranks_figure", begin)

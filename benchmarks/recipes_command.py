@@ -116,3 +116,5 @@ def _text(name: str) -> str:
         return find_recipe(name).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"recipe {name} can't be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"recipe {name} is no text; expected TOML") from None

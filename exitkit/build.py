@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from exitkit.strategy import TrainingStrategy
 
 
+_TOO_LARGE = ("allocate memory", "Overflow", "out of memory", "Storage size calculation overflowed")
+"""What torch says of sizes that no machine, or not this one, has room for."""
+
+
 def build_network(
     name: str,
     *,
@@ -40,7 +44,14 @@ def build_network(
     classes = home_classes if num_classes is None else num_classes
     if classes < 2:
         raise UserError(f"num_classes is {classes}; expected at least 2")
-    return backbone.build(input_shape or home_shape, classes)
+    try:
+        return backbone.build(input_shape or home_shape, classes)
+    except (MemoryError, RuntimeError, TypeError) as error:
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in _TOO_LARGE):
+            raise
+        raise UserError(
+            f"backbone {name} does not fit into memory with these settings; expected smaller ones"
+        ) from None
 
 
 def build_strategy(name: str, **settings: Any) -> TrainingStrategy:

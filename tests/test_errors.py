@@ -11,16 +11,6 @@ from PIL import Image
 
 import exitkit
 
-
-def refused(result, *says):
-    code, _, errors = result
-    lines = errors.strip().splitlines()
-    assert code == 2, errors
-    assert len(lines) == 1 and lines[0].startswith("exitkit: "), errors
-    for words in says:
-        assert words in lines[0], lines[0]
-
-
 TABLE = {
     # mistake: command line, what the line has to say
     "command": ("trian", "unknown command 'trian'; did you mean train?"),
@@ -38,6 +28,9 @@ TABLE = {
     "set without =": ("train --set temperature", "is not of the form field=value"),
     "set twice": ("train --method boostnet --set temperature=1 --set temperature=2", "twice"),
     "field out of range": ("train --method boostnet --set temperature=-1", "at least 0"),
+    "network too large": ("cost --set channels=10000000000000", "msdnet-tiny does not fit into memory"),
+    "number too large": ("cost --num-classes 1" + 30 * "0", "msdnet-tiny does not fit into memory"),
+    "recipe that is no text": ("recipes copy /bin/sh mine.toml", "recipe /bin/sh is no text; expected TOML"),
     "field of a wrong type": (
         "train --method boostnet --set temperature=warm",
         "temperature is 'warm'; expected number | number, ...",
@@ -139,14 +132,14 @@ def everything(folder):
 def test_a_mistake_is_one_line_and_leaves_nothing_behind(mistake, cli, things, tmp_path):
     before = everything(tmp_path)
     command, says = TABLE[mistake]
-    refused(cli(*command.split()), says)
+    cli(*command.split()).refused(says)
     assert everything(tmp_path) == before
 
 
 def test_ranks_that_torchrun_did_not_start_are_refused(cli, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    refused(
-        cli("train", "--epochs", "1"), "WORLD_SIZE is set but LOCAL_RANK, RANK is not; start several ranks by torchrun"
+    cli("train", "--epochs", "1").refused(
+        "WORLD_SIZE is set but LOCAL_RANK, RANK is not; start several ranks by torchrun"
     )
 
 
@@ -174,14 +167,14 @@ def unfinished(cli, monkeypatch, tmp_path):
 
 def test_an_unfinished_run_is_not_overwritten_and_not_mixed_with_other_settings(cli, unfinished, tmp_path):
     before = everything(tmp_path)
-    refused(cli(*TRAIN), "is there, unfinished; go on with it by --resume")
-    refused(cli(*TRAIN, "--resume", "--lr", "0.2"), "of other settings", "lr=0.1 there, 0.2 here")
-    refused(cli("evaluate", unfinished), "weights.safetensors is missing")
-    refused(cli("report", "runs"), "no finished run")
+    cli(*TRAIN).refused("is there, unfinished; go on with it by --resume")
+    cli(*TRAIN, "--resume", "--lr", "0.2").refused("of other settings", "lr=0.1 there, 0.2 here")
+    cli("evaluate", unfinished).refused("weights.safetensors is missing")
+    cli("report", "runs").refused("no finished run")
     assert everything(tmp_path) == before
     recipe = unfinished / "recipe.json"
     recipe.write_text(json.dumps(json.loads(recipe.read_text()) | {"lr": 0.3}))
-    refused(cli(*TRAIN, "--resume"), "was made by other settings than its name says")
+    cli(*TRAIN, "--resume").refused("was made by other settings than its name says")
 
 
 class Malicious:
@@ -224,7 +217,7 @@ def _of_another_network(path):
 def test_a_foreign_or_damaged_checkpoint_is_refused_and_never_executed(damage, cli, unfinished, tmp_path):
     damage(unfinished / "checkpoint.pt")
     before = everything(tmp_path)
-    refused(cli(*TRAIN, "--resume"), "checkpoint.pt", "delete it to start")
+    cli(*TRAIN, "--resume").refused("checkpoint.pt", "delete it to start")
     assert everything(tmp_path) == before
     assert not Path("touched").exists()
     (unfinished / "checkpoint.pt").unlink()
@@ -240,7 +233,7 @@ def test_a_run_that_diverges_says_where_and_keeps_the_last_good_checkpoint(cli, 
         return [loss * float("nan") if run.position.step == 1 and k == 2 else loss for k, loss in enumerate(losses)]
 
     monkeypatch.setattr(exitkit.TrainingStrategy, "exit_losses", diverging)
-    refused(cli(*TRAIN, "--resume"), "the loss of exit 3 is not finite in epoch 2, step 2")
+    cli(*TRAIN, "--resume").refused("the loss of exit 3 is not finite in epoch 2, step 2")
     assert (unfinished / "checkpoint.pt").read_bytes() == good
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
@@ -248,8 +241,8 @@ def test_a_run_that_diverges_says_where_and_keeps_the_last_good_checkpoint(cli, 
 
 
 def test_a_learning_rate_that_is_too_high_is_seen_at_once(cli):
-    refused(
-        cli("train", "--epochs", "2", "--lr", "1e30"), "the loss of exit", "is not finite in epoch 1, step 2", "--lr"
+    cli("train", "--epochs", "2", "--lr", "1e30").refused(
+        "the loss of exit", "is not finite in epoch 1, step 2", "--lr"
     )
 
 
@@ -257,9 +250,9 @@ def test_a_learning_rate_that_is_too_high_is_seen_at_once(cli):
 def test_damaged_files_of_a_finished_run_are_named(name, cli, tmp_path):
     run = exitkit.train({"epochs": 1, "batch_size": 512}, "runs")
     (run.path / name).write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{}")
-    refused(cli("evaluate", run.path), name)
+    cli("evaluate", run.path).refused(name)
     (run.path / name).unlink()
-    refused(cli("evaluate", run.path), name, "missing")
+    cli("evaluate", run.path).refused(name, "missing")
 
 
 def test_damaged_results_are_named(cli, tmp_path):
@@ -269,5 +262,5 @@ def test_damaged_results_are_named(cli, tmp_path):
     for name, content, command in damages:
         whole = (run.path / name).read_bytes()
         (run.path / name).write_text(content)
-        refused(cli(*command), name)
+        cli(*command).refused(name)
         (run.path / name).write_bytes(whole)

@@ -23,7 +23,7 @@ LEFT_OUT = {"toy"}  # draws for a minute, and has nothing to read
 
 JUNK = ["", " ", "-", "--", "=", "x=", "=x", ",", "a,,b", "nan", "inf", "-1", "0", "1e999", "1.5", "é" * 300, "\udcff"]
 JUNK += ["[" * 2000, "9" * 5000, "none", "true", "..", "/dev/null", "/proc/1/mem", "a+b", "+", "@file", "%s", "{}", "~"]
-INTEGERS = ["1", "2", "0", "-1", "7", "1000000000", str(10**30), "1e3", "1_0", "0x10", "2.0"]
+INTEGERS = ["1", "2", "0", "-1", "7", "100000", str(10**30), "1e3", "1_0", "0x10", "2.0"]
 NUMBERS = ["0.5", "1", "0", "-0.1", "1e-320", "1e308", "nan", "inf", "-inf", "1e999", "0,5"]
 PLACES = ["runs", "RUN", "nowhere", "file.txt", "RUN/recipe.json", "RUN/weights.safetensors", ".", "/dev/full/x"]
 SENSIBLE = {

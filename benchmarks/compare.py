@@ -257,17 +257,10 @@ def publish(out: Path, plan: Plan, recipes: Mapping[str, Recipe], as_json: bool 
     from exitkit.benchmarks.report import ReportOptions, collect, print_report, write_report
     from exitkit.benchmarks.report_command import as_data
     from exitkit.cli.progress import working
-    from exitkit.runs import RESULTS, RunFolder
+    from exitkit.runs import DIAGNOSTICS, RESULTS, RunFolder
 
     context, options, _ = read_plan(out)
     runs = [RunFolder(out / name) for name in recipes if exists(out / name / RESULTS)]
-    with working(f"tables and figures of {len(runs)} runs"):
-        comparison = collect(runs, options=ReportOptions.make(options), context=context)
-        files = write_report(comparison, out / "report", runs=runs)
-    if as_json:
-        click.echo(as_data(comparison, files))
-    else:
-        print_report(comparison, Console())
     if "diagnose" in plan.figures:
         from exitkit.benchmarks.diagnose.command import draw_run
 
@@ -275,5 +268,12 @@ def publish(out: Path, plan: Plan, recipes: Mapping[str, Recipe], as_json: bool 
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
             for run in runs:
                 if run.recipe.seed == plan.base.seed:
-                    draw_run(run, out / "report" / f"diagnose-{run.path.name}")
+                    draw_run(run, run.path / DIAGNOSTICS)
+    with working(f"tables and figures of {len(runs)} runs"):
+        comparison = collect(runs, options=ReportOptions.make(options), context=context)
+        files = write_report(comparison, out / "report", runs=runs)
+    if as_json:
+        click.echo(as_data(comparison, files))
+    else:
+        print_report(comparison, Console())
     click.echo(f"tables and figures: {out / 'report'}", err=as_json)

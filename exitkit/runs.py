@@ -41,6 +41,7 @@ SPLIT = "split.safetensors"
 PROBES = "probes.safetensors"
 LEARNED = "learned.json"
 LATENCY = "latency.json"
+DIAGNOSTICS = "diagnostics"
 _LOCK = "run.lock"
 _LOCK_PATIENCE = 15.0  # seconds; a killed process lets its lock go at once, a dying worker within moments
 

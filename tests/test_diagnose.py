@@ -1,5 +1,7 @@
 """Probes, diagnostics and their figures."""
 
+import base64
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -146,6 +148,19 @@ def test_diagnose_draws_all_and_says_how_to_get_what_it_lacks(tmp_path):
     plain = exitkit.train({"method": "joint", **SHORT}, tmp_path)
     done = CliRunner().invoke(cli, ["diagnose", str(plain.path), "--out", str(tmp_path / "there")])
     assert "--probe-every 1" in done.output and (tmp_path / "there" / "ranks.png").exists()
+
+    done = CliRunner().invoke(cli, ["report", str(tmp_path), "--format", "md,latex,html,pdf,png"])
+    assert done.exit_code == 0, done.output
+    report = tmp_path / "report"
+    markdown, tex, page = ((report / f"report.{kind}").read_text() for kind in ("md", "tex", "html"))
+    for name in names:
+        picture = f"{name}-{run.path.name}"
+        for kind in ("png", "pdf"):
+            copied, drawn = report / f"{picture}.{kind}", run.path / "diagnostics" / f"{name}.{kind}"
+            assert copied.read_bytes() == drawn.read_bytes()
+        assert f"]({picture}.png)" in markdown and f"{{{picture}.pdf}}" in tex
+        assert base64.b64encode((report / f"{picture}.png").read_bytes()).decode() in page
+    assert "joint on msdnet-tiny, digits, seed 0:" not in markdown  # nobody diagnosed it into its own folder
 
 
 def test_what_diagnose_can_not_draw_is_said_in_one_line(tmp_path):

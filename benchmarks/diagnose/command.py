@@ -43,7 +43,7 @@ def diagnose(run: str | None, toy: bool, share: float, out: str | None) -> None:
     if toy:
         draw_toy(Path(out or "toy"))
         return
-    from exitkit.runs import RunFolder
+    from exitkit.runs import DIAGNOSTICS, RunFolder
 
     trained = RunFolder(str(run))
     trained.results()  # says how to go on with one that is not finished
@@ -52,7 +52,7 @@ def diagnose(run: str | None, toy: bool, share: float, out: str | None) -> None:
     with loading("torch"):
         import torch  # noqa: F401
     with working("looking at the exits"):
-        drawn = draw_run(trained, Path(out) if out else trained.path / "diagnostics", share)
+        drawn = draw_run(trained, Path(out) if out else trained.path / DIAGNOSTICS, share)
     if "conflict" not in drawn:
         click.echo(
             "gradient conflict, magnitude and valid images are seen during training only; "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from exitkit.benchmarks.report.collect import Comparison
+from exitkit.benchmarks.report.diagnostics import Picture
 from exitkit.benchmarks.report.tables import FITTED, SPECIAL
 
 FIGURES = {
@@ -59,13 +60,16 @@ def title(comparison: Comparison) -> str:
     return comparison.context.title or "Comparison of training methods"
 
 
-def markdown_document(comparison: Comparison, tables: Mapping[str, str], pictures: Sequence[str]) -> str:
+def markdown_document(
+    comparison: Comparison, tables: Mapping[str, str], pictures: Sequence[str], seen: Sequence[Picture]
+) -> str:
     """Write a report whose pictures lie beside it.
 
     Args:
         comparison: what it is of.
         tables: {kind: Markdown}.
         pictures: names of PNG files.
+        seen: what `exitkit diagnose` drew.
     """
     parts = [f"# {title(comparison)}", *lead(comparison)]
     for kind, text in tables.items():
@@ -73,20 +77,26 @@ def markdown_document(comparison: Comparison, tables: Mapping[str, str], picture
         if kind in pictures:
             parts.append(f"![{FIGURES[kind]}]({kind}.png)")
     parts += [f"## {kind.capitalize()}\n\n![{FIGURES[kind]}]({kind}.png)" for kind in pictures if kind not in tables]
+    parts += ["## Diagnostics"] * bool(seen)
+    parts += [f"![{picture.caption}]({picture.name}.png)\n\n*{picture.caption}*" for picture in seen]
     return "\n\n".join(parts) + "\n"
 
 
-def latex_document(comparison: Comparison, tables: Sequence[str], pictures: Sequence[str]) -> str:
+def latex_document(
+    comparison: Comparison, tables: Sequence[str], pictures: Sequence[str], seen: Sequence[Picture]
+) -> str:
     """Write a document that puts in the tables (.tex) and figures (.pdf) that lie beside it.
 
     Args:
         comparison: what it is of.
         tables: names of .tex files.
         pictures: names of .pdf files.
+        seen: what `exitkit diagnose` drew.
     """
     parts = [_HEAD, f"\\section*{{{title(comparison).translate(SPECIAL)}}}\n"]
     parts += [f"{line.translate(SPECIAL)}\n\n" for line in lead(comparison)]
     for kind in tables:
         parts.append(f"\\input{{{kind}}}\n")
-    parts += [_FIGURE % (_picture(kind), FIGURES[kind].translate(SPECIAL), kind) for kind in pictures]
+    captions = {kind: FIGURES[kind] for kind in pictures} | {picture.name: picture.caption for picture in seen}
+    parts += [_FIGURE % (_picture(name), caption.translate(SPECIAL), name) for name, caption in captions.items()]
     return "".join([*parts, "\\end{document}\n"])

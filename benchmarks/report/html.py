@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import pandas as pd
 
 from exitkit.benchmarks.report import page
 from exitkit.benchmarks.report.collect import GROUP, STATIC, Comparison
+from exitkit.benchmarks.report.diagnostics import Picture
 from exitkit.benchmarks.report.document import FIGURES, lead, title
 from exitkit.benchmarks.report.figures import axis_of
 from exitkit.benchmarks.report.layout import Wide, group_name, wide_tables
@@ -17,12 +18,15 @@ from exitkit.benchmarks.report.sheets import Sheet, cost_text, sheets
 _ACCURACY = "accuracy (%)"
 
 
-def html_report(comparison: Comparison, learning: pd.DataFrame, swept: pd.DataFrame) -> str:
+def html_report(
+    comparison: Comparison, learning: pd.DataFrame, swept: pd.DataFrame, seen: Sequence[Picture] = ()
+) -> str:
     """Return the whole report as one page.
 
     Args:
         comparison: what it is of.
         learning, swept: see `learning`; empty frames draw nothing.
+        seen: what `exitkit diagnose` drew.
     """
     places = {name: place for place, name in enumerate(dict.fromkeys(comparison.anytime["method"]))}
     sections = []
@@ -44,6 +48,9 @@ def html_report(comparison: Comparison, learning: pd.DataFrame, swept: pd.DataFr
     if len(swept):
         charts = [_sweep(names, rows) for names, rows in swept.groupby(["method", "field", *GROUP], sort=False)]
         sections.append(page.Section("Sweeps", charts))
+    if seen:
+        pictures = [page.Image(picture.caption, picture.source.with_suffix(".png").read_bytes()) for picture in seen]
+        sections.append(page.Section("Diagnostics", pictures))
     return page.html_page(title(comparison), lead(comparison), sections)
 
 

@@ -6,6 +6,7 @@ JavaScript too, which only adds hovering, keys and sorting (`page.html`). The sa
 
 from __future__ import annotations
 
+import base64
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -87,11 +88,27 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Image:
+    """A picture that was drawn elsewhere, a PNG file's bytes, with what it shows."""
+
+    title: str
+    content: bytes
+
+    @property
+    def source(self) -> str:
+        """The picture as an address of its own, so that the page stays one file."""
+        return f"data:image/png;base64,{base64.b64encode(self.content).decode()}"
+
+
+Block = Chart | Table | Text | Image
+
+
+@dataclass(frozen=True)
 class Section:
     """A part of the page, which the contents link to."""
 
     title: str
-    blocks: Sequence[Chart | Table | Text]
+    blocks: Sequence[Block]
 
 
 def html_page(title: str, lead: list[str], sections: list[Section]) -> str:
@@ -100,11 +117,13 @@ def html_page(title: str, lead: list[str], sections: list[Section]) -> str:
     template = environment.from_string(files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
     numbers: Counter[str] = Counter()
 
-    def view(block: Chart | Table | Text) -> dict[str, Any]:
+    def view(block: Block) -> dict[str, Any]:
         kind = type(block).__name__
-        numbers[kind] += 1
+        counted = "Chart" if isinstance(block, Image) else kind  # both are figures
+        numbers[counted] += 1
         more = _chart(block) if isinstance(block, Chart) else _table(block) if isinstance(block, Table) else {}
-        return {**vars(block), **more, "kind": kind, "number": numbers[kind]}
+        more |= {"source": block.source} if isinstance(block, Image) else {}
+        return {**vars(block), **more, "kind": kind, "number": numbers[counted]}
 
     views = [{"title": section.title, "blocks": [view(block) for block in section.blocks]} for section in sections]
     return template.render(title=title, lead=lead, sections=views, width=WIDTH, height=HEIGHT, line=LINE) + "\n"

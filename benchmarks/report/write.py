@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 
 from exitkit.benchmarks.report import figures
 from exitkit.benchmarks.report.collect import Comparison
+from exitkit.benchmarks.report.diagnostics import diagnostics
 from exitkit.benchmarks.report.document import latex_document, markdown_document
 from exitkit.benchmarks.report.html import html_report
 from exitkit.benchmarks.report.layout import wide_tables
@@ -41,7 +43,7 @@ def write_report(
     Args:
         comparison: what to write.
         folder: where to.
-        runs: whose learning curves to draw; none: no curves.
+        runs: whose learning curves to draw, and what `exitkit diagnose` drew of them to put in; none: nothing.
         formats: which of the above.
 
     Raises:
@@ -51,6 +53,7 @@ def write_report(
     learning = learning_curves(runs, comparison.names)
     swept = sweeps(comparison.anytime, runs, comparison.names)
     drawn = _figures(comparison, learning, swept)
+    seen = diagnostics(runs, comparison.names)
     writers: dict[str, Writer] = {}
     if "csv" in formats:
         frames = comparison.frames() | {"learning": learning, "sweep": swept}
@@ -63,19 +66,22 @@ def write_report(
         texts = {kind: markdown(tables) for kind, tables in wide.items()}
         texts |= {kind: sheets_markdown(tables) for kind, tables in narrow.items()}
         pictures = list(drawn) if "png" in formats else []
-        texts["report"] = markdown_document(comparison, texts, pictures)
+        texts["report"] = markdown_document(comparison, texts, pictures, seen if "png" in formats else [])
         writers |= {f"{name}.md": partial(_write_text, text) for name, text in texts.items()}
     if "latex" in formats:
         texts = {kind: latex(tables) for kind, tables in wide.items()}
         texts |= {kind: sheets_latex(tables) for kind, tables in narrow.items()}
-        texts["report"] = latex_document(comparison, list(texts), list(drawn) if "pdf" in formats else [])
+        pictures = list(drawn) if "pdf" in formats else []
+        texts["report"] = latex_document(comparison, list(texts), pictures, seen if "pdf" in formats else [])
         writers |= {f"{name}.tex": partial(_write_text, text) for name, text in texts.items()}
     if "html" in formats:
-        writers["report.html"] = partial(_write_text, html_report(comparison, learning, swept))
+        writers["report.html"] = partial(_write_text, html_report(comparison, learning, swept, seen))
     for kind in ("png", "pdf"):
         if kind in formats:
             for name, figure in drawn.items():
                 writers[f"{name}.{kind}"] = partial(figures.save_figure, figure, kind=kind)
+            for picture in seen:
+                writers[f"{picture.name}.{kind}"] = partial(shutil.copyfile, picture.source.with_suffix(f".{kind}"))
     make_folder(folder)
     for name, write in writers.items():
         with written_whole(folder / name) as temporary:

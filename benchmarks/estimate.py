@@ -1,20 +1,23 @@
-"""How long a campaign will take, about: from runs of the same kind that are there, or from a few timed steps."""
+"""How long a campaign will take, about: from runs of the same kind that are there, or from timed steps."""
 
 from __future__ import annotations
 
-import math
+import copy
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from exitkit.errors import UserError
 from exitkit.runs import find_runs
 
 if TYPE_CHECKING:
+    from exitkit.data.base import Batch
     from exitkit.recipe import Recipe
+    from exitkit.run import Run
 
-_LIGHT = 5e9  # multiply-adds that a timed step may have
+_LIGHT = 1e9  # multiply-adds that a timed step may have
+_FEWEST = 8  # images that a timed step has at least: L2W-DEN halves them, and its halves need batch statistics
 
 
 class Estimate:
@@ -26,7 +29,7 @@ class Estimate:
 
     def __init__(self, out: Path) -> None:
         self._known: dict[tuple[str, ...], float] = {}
-        self._steps: dict[tuple[str, ...], tuple[int, int, float]] = {}
+        self._timings: dict[tuple[str, ...], Timing] = {}
         try:
             runs = find_runs(out)
         except UserError:
@@ -34,7 +37,7 @@ class Estimate:
         for run in runs:
             recipe = run.recipe
             assert recipe.epochs is not None
-            self._known[(recipe.method, *_kind(recipe))] = run.training_cost()["seconds"] / recipe.epochs
+            self._known[_kind(recipe)] = run.training_cost()["seconds"] / recipe.epochs
 
     def seconds(self, recipe: Recipe) -> float:
         """Return about how long a resolved recipe's run takes.
@@ -45,57 +48,77 @@ class Estimate:
         from exitkit.build import build_strategy
 
         assert recipe.epochs is not None
-        per_epoch = self._known.get((recipe.method, *_kind(recipe)))
-        if per_epoch is not None:
-            return per_epoch * recipe.epochs
-        images, exits, per_image = self._step(recipe)
-        phases = build_strategy(recipe.method, **recipe.method_settings).phases(recipe.epochs, exits)
-        return sum(phase.epochs * phase.strategy.passes(exits) for phase in phases) * images * per_image
-
-    def _step(self, recipe: Recipe) -> tuple[int, int, float]:
-        """Return the training images of a recipe, its network's exits, and the seconds of one image in a joint step."""
         kind = _kind(recipe)
-        if kind not in self._steps:
-            self._steps[kind] = _timed(recipe)
-        return self._steps[kind]
+        if kind in self._known:
+            return self._known[kind] * recipe.epochs
+        if kind not in self._timings:
+            self._timings[kind] = _timed(recipe)
+        timing = self._timings[kind]
+        phases = build_strategy(recipe.method, **recipe.method_settings).phases(recipe.epochs, timing.exits)
+        # A sweep may change how many phases there are; what it adds is taken to cost what the last one does.
+        per_image = timing.phases + timing.phases[-1:] * len(phases)
+        return sum(phase.epochs * timing.images * each for phase, each in zip(phases, per_image, strict=False))
+
+
+class Timing(NamedTuple):
+    """Training images, the network's exits, and the seconds of one image in an epoch of each phase."""
+
+    images: int
+    exits: int
+    phases: list[float]
 
 
 def _kind(recipe: Recipe) -> tuple[str, ...]:
-    names = ("backbone", "backbone_settings", "dataset", "dataset_settings", "batch_size", "precision")
+    """Return what runs have in common that take equally long, but for their epochs and their method's settings."""
+    names = ("method", "backbone", "backbone_settings", "dataset", "dataset_settings", "batch_size", "precision")
     return tuple(str(getattr(recipe, name)) for name in names)
 
 
-def _timed(recipe: Recipe) -> tuple[int, int, float]:
+def _timed(recipe: Recipe) -> Timing:
+    """Time an epoch of one batch of each of a run's phases, all else as in the run."""
     import torch
 
+    from exitkit.build import build_strategy
     from exitkit.costs import cost
+    from exitkit.data.base import Batch
     from exitkit.engine import Engine, choose_device
     from exitkit.exit_outputs import load_data, make_network
+    from exitkit.run import Run
 
     data = load_data(recipe)
     network = make_network(recipe, data.input_shape, data.num_classes)
     engine = Engine(choose_device(recipe.device), precision=recipe.precision)
-    macs = cost(network)[-1].macs
-    assert recipe.batch_size is not None
-    batch = max(2, min(recipe.batch_size, int(_LIGHT / macs)))
+    assert recipe.batch_size is not None and recipe.epochs is not None
+    size = max(_FEWEST, min(recipe.batch_size, int(_LIGHT / cost(network)[-1].macs)))
+    images = engine.images(torch.randn(size, *data.input_shape))
+    batch = Batch(images, engine.labels(torch.arange(size) % data.num_classes))
+    exits = network.num_exits
     threads = torch.get_num_threads()
     torch.set_num_threads(recipe.threads)
+    engine.place(network)
+    found = []
     try:
-        engine.place(network)
-        images, labels = torch.randn(batch, *data.input_shape), torch.zeros(batch, dtype=torch.int64)
-        best = math.inf
-        for _ in range(3):
-            began = time.perf_counter()
-            with engine.autocast():
-                outputs = network(engine.images(images)).logits
-            losses = [torch.nn.functional.cross_entropy(o.float(), engine.labels(labels)) for o in outputs]
-            sum(losses, torch.zeros((), device=engine.device)).backward()
-            if engine.device.type == "cuda":
-                torch.cuda.synchronize()
-            best = min(best, time.perf_counter() - began)
+        strategy = build_strategy(recipe.method, **recipe.method_settings)
+        teachers = dict.fromkeys(strategy.teachers(), copy.deepcopy(network).eval())
+        for phase in strategy.phases(recipe.epochs, exits):
+            optimizer = torch.optim.SGD(network.parameters(), lr=1e-3)
+            run = Run.local(network, phase.strategy, optimizer, precision=recipe.precision)
+            run.teachers = teachers
+            found.append(min(_seconds(run, batch) for _ in range(2)) / size)
     finally:
         torch.set_num_threads(threads)
-    return len(data.split.train), network.num_exits, best / batch
+    return Timing(len(data.split.train), exits, found)
+
+
+def _seconds(run: Run, batch: Batch) -> float:
+    """Time an epoch of one batch."""
+    import torch
+
+    began = time.perf_counter()
+    run.strategy.train_epoch(run, [batch])
+    if batch.images.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
 
 
 def in_words(seconds: float) -> str:

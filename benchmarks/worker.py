@@ -13,8 +13,11 @@ import queue
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Mapping
 from typing import IO, Any
+
+from exitkit.errors import format_warning
 
 
 def outcome(request: Mapping[str, Any], tell: Callable[..., None]) -> None:
@@ -62,6 +65,7 @@ def main() -> None:
     """Serve on this process's standard streams; whatever else prints goes to standard error."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+    warnings.formatwarning = format_warning
     serve(sys.stdin, answers)
 
 

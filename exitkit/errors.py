@@ -22,6 +22,15 @@ class Note(UserWarning):
     """Something that the user should know and need not mend; the command line prints it as one line."""
 
 
+def format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Write a warning as the command line and its workers do: a `Note` is one line."""
+    if issubclass(category, Note):
+        return f"exitkit: {message}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
+
+
 class Interrupted(Exception):
     """Training was stopped by the user (SIGINT); the message says how to resume."""
 

@@ -167,6 +167,7 @@ def _matrix(
     """Draw a square of numbers, each written into its field."""
     image = axes.imshow(values, cmap="RdBu_r" if limits[0] < 0 else "Blues", vmin=limits[0], vmax=limits[1])
     ticks = range(len(values))
+    size = min(6.5, 45 / len(values))  # points; larger numbers of many exits would run into one another
     axes.set_xticks(ticks, [str(tick + 1) for tick in ticks])
     axes.set_yticks(ticks, [str(tick + 1) for tick in ticks])
     axes.set_xlabel(x)
@@ -181,7 +182,7 @@ def _matrix(
                 dark = shade > 0.6 if limits[0] >= 0 else abs(shade - 0.5) > 0.33
                 colour = "white" if dark else "black"
                 text = form.format(values[row, column])
-                axes.text(column, row, text, ha="center", va="center", fontsize=6.5, color=colour)
+                axes.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
     figure.colorbar(image, ax=axes, shrink=0.85).outline.set_visible(False)
 
 

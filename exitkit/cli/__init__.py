@@ -14,7 +14,7 @@ import click
 
 from exitkit import __version__
 from exitkit.cli.interrupts import stopped_for_good, stopping_at_once
-from exitkit.errors import Interrupted, Note, UserError, unknown
+from exitkit.errors import Interrupted, UserError, format_warning, unknown
 
 COMPLETION = "_EXITKIT_COMPLETE"
 """The variable by which a shell asks for what could stand at the end of a line."""
@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None, command: click.Command = cli) -> No
     A user's mistake is one line on stderr and exit code 2, an interrupt exit code 130.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    warnings.formatwarning = _format_warning
+    warnings.formatwarning = format_warning
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name need not be text
@@ -129,14 +129,6 @@ def main(arguments: list[str] | None = None, command: click.Command = cli) -> No
         # What was named can't be a file, or is not one: a name too long, a folder, one without permission.
         _fail(_one_line(f"{error.filename}: {(error.strerror or str(error)).lower()}"), 2)
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def _format_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-) -> str:
-    if issubclass(category, Note):
-        return f"exitkit: {message}\n"
-    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
 def _one_line(message: str) -> str:

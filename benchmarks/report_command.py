@@ -11,6 +11,7 @@ import click
 
 from exitkit.cli.completion import folders, names, one_of
 from exitkit.cli.options import json_option, some_of
+from exitkit.errors import unknown
 
 if TYPE_CHECKING:
     from exitkit.benchmarks.report import Comparison
@@ -83,12 +84,22 @@ def report(folder: str, out: str | None, formats: str | None, as_json: bool, **g
     target = Path(out) if out else Path(folder) / "report"
     with working(f"tables and figures of {len(runs)} runs"):
         comparison = collect(runs, options=chosen, context=context)
+        if given["baseline"] is not None:  # a plan's own may be of a method that has failed
+            _check_baseline(given["baseline"], comparison)
         files = write_report(comparison, target, runs=runs, formats=wanted)
     if as_json:
         click.echo(as_data(comparison, files))
         return
     print_report(comparison, Console())
     click.echo(f"tables and figures: {target}")
+
+
+def _check_baseline(name: str, comparison: Comparison) -> None:
+    """Refuse a baseline that none of the tables has, with fields or without."""
+    methods = dict.fromkeys(comparison.anytime["method"])
+    known = [*methods, *(method.split(" ")[0] for method in methods)]
+    if name not in known:
+        raise unknown("baseline", name, dict.fromkeys(known))
 
 
 def as_data(comparison: Comparison, files: Sequence[Path]) -> str:

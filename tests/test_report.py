@@ -23,6 +23,7 @@ from exitkit.benchmarks.report import (
     print_report,
     write_report,
 )
+from exitkit.benchmarks.report.layout import unit_for, write_costs
 from exitkit.benchmarks.report.sheets import number, sheets
 from exitkit.errors import UserError
 from exitkit.evaluation import budgeted, confidence, correct, exit_counts, share_for_budget
@@ -426,3 +427,38 @@ def test_static_networks_stand_beside_the_best_method_at_their_exit(tmp_path):
         assert [row[3].mean, row[4].mean, row[5].mean] == [best["method"], f"{best['accuracy_mean']:.2f}", "2"]
     write_report(found, tmp_path, formats=["md", "csv", "latex"])
     assert "trained for it alone" in (tmp_path / "report.md").read_text() and (tmp_path / "static.csv").exists()
+
+
+def test_a_budget_below_every_first_exit_is_refused_and_one_below_some_is_missing_there(tmp_path):
+    small = [FakeRun("ge", seed, backbone="small_net", macs=(1_000, 2_000, 3_000, 4_000)) for seed in (0, 1)]
+    with pytest.raises(UserError, match=r"^budget 1K is below what the cheapest first exit costs, 123456; expected"):
+        collect(runs(), options=ReportOptions(budgets=("200K", "1K")))
+    found = collect([*runs(), *small], options=ReportOptions(budgets=("2K",)))
+    assert set(found.budgeted.dropna()["backbone"]) == {"small_net"}
+    write_report(found, tmp_path, formats=["md"])
+    rows = [line for line in (tmp_path / "budgeted.md").read_text().splitlines() if line.startswith("| joint ")]
+    assert rows and all("–" in row and "**" not in row for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("costs", "unit", "texts"),
+    [
+        ([40e3, 20e6], "M", ["0.04", "20.00"]),
+        ([1e3, 20e6], "M", ["0.001", "20.000"]),
+        ([123_456, 401_777], "M", ["0.12", "0.40"]),
+        ([28e3, 900e3], "K", ["28.0", "900.0"]),
+        ([1e3, 9.5e6], "K", ["1.00", "9500.00"]),
+        ([], "", []),
+    ],
+)
+def test_costs_are_written_in_the_unit_that_suits_least_and_greatest(costs, unit, texts):
+    assert unit_for(costs)[0] == unit and write_costs(costs) == texts
+
+
+def test_a_baseline_that_is_asked_for_has_to_be_there(cli, monkeypatch):
+    written = []
+    monkeypatch.setattr("exitkit.runs.find_runs", lambda folder: runs(("joint", "ge"), seeds=1))
+    monkeypatch.setattr("exitkit.benchmarks.report.write_report", lambda *_, **__: written.append(1) or [])
+    cli("report", "--baseline", "gee").refused("unknown baseline 'gee'; did you mean ge?")
+    assert not written
+    assert "Difference to ge" in cli("report", "--baseline", "ge").out and written

@@ -63,18 +63,22 @@ class Wide:
 
 def unit_for(costs: Iterable[float]) -> tuple[str, float]:
     """Return the unit ("K", "M", "G") in which these multiply-adds read best, and its size."""
-    least = min(costs)
-    return next(((name, size) for name, size in UNITS.items() if least >= size / 10), ("", 1.0))
+    amounts = list(costs)
+    least, most = min(amounts, default=0.0), max(amounts, default=0.0)
+    # The least tells the unit, unless the greatest would have five digits before its point.
+    fit = ((name, size) for name, size in UNITS.items() if least >= size / 10 or most >= size * 10)
+    return next(fit, ("", 1.0))
 
 
 def write_costs(costs: Sequence[float]) -> list[str]:
     """Write multiply-adds in one unit, without it, with just the decimals that tell them apart."""
     _, size = unit_for(costs)
     scaled = [cost / size for cost in costs]
-    decimals = 0 if size == 1 or min(scaled) >= 100 else 1 if min(scaled) >= 10 else 2
+    least = min(scaled, default=0.0)
+    decimals = 0 if size == 1 or least >= 100 else 1 if least >= 10 else 2
     for digits in range(decimals, decimals + 4):
         texts = [f"{value:.{digits}f}" for value in scaled]
-        if len(set(texts)) == len(set(scaled)):
+        if len(set(texts)) == len(set(scaled)) and (not least or float(f"{least:.{digits}f}")):
             break
     return texts
 
@@ -147,7 +151,9 @@ def _cells(means: pd.DataFrame, sds: pd.DataFrame, decimals: int) -> dict[str, l
     for method, mean, sd in zip(means.index, means.to_numpy(), sds.to_numpy(), strict=True):
         shown = [text(value, MISSING) for value in mean]
         spread = [text(value, "") for value in sd]
-        cells[str(method)] = [Cell(m, s, best=m == top) for m, s, top in zip(shown, spread, best, strict=True)]
+        cells[str(method)] = [
+            Cell(m, s, best=m == top != MISSING) for m, s, top in zip(shown, spread, best, strict=True)
+        ]
     return cells
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Self
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -67,7 +68,7 @@ class CampaignDisplay:
         """Show one event."""
         name = self._names[event.index]
         if event.kind == "begun":
-            self._tasks[event.index] = self._bars.add_task(name, total=1.0, note="starting")
+            self._tasks[event.index] = self._bars.add_task(escape(name), total=1.0, note="starting")
         elif event.kind == "progress":
             self._progress(event)
         elif event.kind == "held":
@@ -122,7 +123,7 @@ def announce(recipes: Sequence[Recipe], seconds: Mapping[str, float], jobs: int,
         for line, same in lines.items():
             left = [seconds[recipe.id] for recipe in same if recipe.id in seconds]
             cells = [str(same[0].epochs), ",".join(str(r.seed) for r in same), str(len(same) - len(left))]
-            table.add_row(*line, *cells, in_words(sum(left)) if left else "–")
+            table.add_row(*map(escape, line), *cells, in_words(sum(left)) if left else "–")
         console.print(table)
     at_once = f", {min(jobs, len(seconds))} at a time" if len(seconds) > 1 else ""
     console.print(f"plan: {len(recipes)} runs{finished}; {about}{at_once}", soft_wrap=True)

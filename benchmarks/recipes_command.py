@@ -39,6 +39,7 @@ def list_recipes(as_json: bool) -> None:
       exitkit recipes list
     """
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from exitkit.catalogue import entries
@@ -50,7 +51,7 @@ def list_recipes(as_json: bool) -> None:
     table.add_column(style="bold cyan", no_wrap=True)
     table.add_column()
     for entry in entries("recipes"):
-        table.add_row(entry["name"], entry["summary"])
+        table.add_row(escape(entry["name"]), escape(entry["summary"]))
     Console().print(table)
 
 

@@ -148,7 +148,7 @@ def _view(folder: Path, runs: Sequence[Watched], height: int | None) -> Renderab
         loss, accuracy = _first_and_last(run)
         left = _duration(run.seconds_left) if run.seconds_left is not None else ""
         state = Text("evaluating" if _evaluates(run) else run.state, style=_STYLES[run.state])
-        table.add_row(label, state, _epoch(run), loss, accuracy, left)
+        table.add_row(Text(label), state, Text(_epoch(run)), loss, accuracy, left)
         if run.note:
             notes.setdefault(run.note, []).append(label)
     told = [Text(f"{', '.join(names)}: {note}", style="dim") for note, names in notes.items()]

@@ -45,6 +45,11 @@ def outline(kind: str) -> dict[str, str]:
     return {name: known.get(name, "") for name in plugins.registered(kind.removesuffix("s"))}
 
 
+def kind_of(name: str) -> str:
+    """Return which of `CATALOGUES` has an entry of this name, "" if none has; no plugin is imported."""
+    return next((kind for kind in CATALOGUES if name in outline(kind)), "")
+
+
 def recipe_files() -> dict[str, Path]:
     """Return the shipped recipes {name: TOML file}: those in the packages of the entry points `exitkit.recipes`."""
     found: dict[str, Path] = {}

@@ -197,6 +197,25 @@ def test_doctor_finds_everything_in_place_and_says_what_is_not(cli, tmp_path, mo
     assert not (tmp_path / "runs").exists()
 
 
+def test_names_in_brackets_are_shown_and_an_extra_is_there_only_if_its_method_is(cli, monkeypatch):
+    class Absent:
+        def __init__(self, *_):
+            raise ImportError("no solver")
+
+    monkeypatch.setattr("torchjd.aggregation.NashMTL", Absent)
+    cli("train", "--method", "nashmtl").refused("needs a solver that is not here", "pip install 'exitkit[nashmtl]'")
+    out = cli("doctor").out
+    lines = out.splitlines()
+    (here,) = (number for number, line in enumerate(lines) if line.startswith("ok     [nashmtl]  "))
+    assert "optional, nashmtl needs a solver that is not here" in " ".join(lines[here : here + 3])
+    assert "pip install 'exitkit[nashmtl]'" in " ".join(lines[here : here + 3])
+    assert "ok     [slurm]  " in out and "ok     [onnx]  " in out
+    monkeypatch.setattr("exitkit.catalogue._remembered", lambda: None)
+    monkeypatch.setattr("exitkit.catalogue._remember", lambda whole: None)
+    shown = " ".join(cli("list").out.split())
+    assert "nashmtl not usable: nashmtl needs a solver that is not here; pip install 'exitkit[nashmtl]'" in shown
+
+
 def test_what_breaks_while_it_is_looked_at_is_a_finding_and_stops_no_other_check(cli, monkeypatch):
     def broken():
         raise OSError("libcudart.so.13: cannot open")
@@ -233,3 +252,34 @@ def test_colours_are_off_where_they_are_not_wanted():
 
     assert "\x1b[" not in shown() and "\x1b[" in shown(FORCE_COLOR="1")
     assert "\x1b[3" not in shown(FORCE_COLOR="1", NO_COLOR="1").replace("\x1b[3m", "")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "holds"),
+    [
+        ("methods", "boostnet", ("temperature = 0.5", "Boosted Dynamic Neural Networks")),
+        ("backbones", "msdnet-tiny", ("growth_factors = 1,1,2",)),
+        ("datasets", "digits", ("per_class = ",)),
+        ("recipes", "imta-table2", ("IMTA, table 2",)),
+    ],
+)
+def test_one_entry_is_listed_alone_and_completes(kind, name, holds, cli):
+    out = cli("list", kind, name).out
+    assert out.startswith(f"{name}  ") and all(words in out for words in holds)
+    assert not any(line.startswith(f"{other['name']}  ") for line in out.splitlines()[1:] for other in entries(kind))
+    (entry,) = json.loads(cli("list", kind, name, "--json").out)
+    assert entry == next(each for each in entries(kind) if each["name"] == name)
+    cli("list", kind, name[:-1]).refused("unknown", "did you mean", name)
+    context = click.Context(COMMANDS[("list",)])
+    context.params["what"] = kind
+    (parameter,) = (each for each in COMMANDS[("list",)].params if each.name == "name")
+    assert name in [item.value for item in parameter.shell_complete(context, name[:3])]
+
+
+def test_a_name_that_is_no_run_and_no_kind_is_told_where_it_is_listed(cli, tmp_path):
+    cli("show", "boostnet").refused("run folder boostnet does not exist", "exitkit list methods boostnet")
+    cli("list", "msdnet-tiny").refused("exitkit list backbones msdnet-tiny")
+    cli("list", "metods").refused("did you mean methods")
+    (tmp_path / "boostnet").mkdir()
+    cli("show", "boostnet").refused("holds no run")
+    cli("show", "bostnet").refused("run folder bostnet does not exist")

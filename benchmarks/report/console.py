@@ -63,7 +63,7 @@ def _sheet(sheet: Sheet, columns: range, fold: bool = False) -> Table:
         head = sheet.heads[place]
         words = place < sheet.left
         table.add_column(
-            head, justify="left" if words else "right", style="dim" if head == "n" else "", no_wrap=not fold
+            Text(head), justify="left" if words else "right", style="dim" if head == "n" else "", no_wrap=not fold
         )
     for row in sheet.rows:
         table.add_row(*(_cell(row[place], stacked=True) for place in (*range(sheet.left), *columns)))

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from exitkit.cli.completion import one_of
+from exitkit.cli.completion import names, one_of
 from exitkit.cli.options import json_option
-from exitkit.errors import unknown
+from exitkit.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+    from rich.console import Console
+
+    from exitkit.catalogue import Entry
+
+
+def _complete(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Complete the name of an entry of the kind before it."""
+    from exitkit.catalogue import CATALOGUES
+
+    kind = context.params.get("what")
+    return names(kind)(context, parameter, incomplete) if kind in CATALOGUES else []
 
 
 @click.command("list", short_help="Show methods, backbones, data sets and recipes.")
@@ -19,21 +33,35 @@ from exitkit.errors import unknown
     metavar="[methods|backbones|datasets|recipes]",
     shell_complete=one_of("methods", "backbones", "datasets", "recipes"),
 )
+@click.argument("name", required=False, metavar="[NAME]", shell_complete=_complete)
 @json_option("an array of objects, each with its name")
-def list_command(what: str | None, as_json: bool) -> None:
+def list_command(what: str | None, name: str | None, as_json: bool) -> None:
     """Show what there is, with every field, its default and its meaning; of a preset, what it sets otherwise.
+
+    With a NAME, that one alone, a preset with all its fields.
 
     \b
     Examples:
       exitkit list
       exitkit list methods
+      exitkit list methods boostnet
       exitkit list datasets --json
     """
-    from exitkit.catalogue import CATALOGUES, entries
+    from exitkit.catalogue import CATALOGUES, entries, kind_of
 
     if what is not None and what not in CATALOGUES:
+        if kind := kind_of(what):
+            raise UserError(f"{what} is one of the {kind}; try: exitkit list {kind} {what}")
         raise unknown("list", what, CATALOGUES)
-    if as_json:
+    if what is not None and name is not None:
+        found = {entry["name"]: entry for entry in entries(what)}
+        if name not in found:
+            raise unknown(_WORDS[what], name, found)
+        if as_json:
+            click.echo(json.dumps([found[name]], indent=2))
+        else:
+            _print_entry(what, found[name])
+    elif as_json:
         wanted = {kind: entries(kind) for kind in ([what] if what else CATALOGUES)}
         if what:
             click.echo(json.dumps(wanted[what], indent=2))
@@ -46,8 +74,13 @@ def list_command(what: str | None, as_json: bool) -> None:
         _print_entries(what)
 
 
+_WORDS = {"methods": "method", "backbones": "backbone", "datasets": "data set", "recipes": "recipe"}
+"""What one of each catalogue is called."""
+
+
 def _print_names() -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from exitkit.catalogue import CATALOGUES, entries
@@ -58,10 +91,15 @@ def _print_names() -> None:
         table.add_column(style="bold cyan", no_wrap=True)
         table.add_column()
         for entry in entries(kind):
-            table.add_row(entry["name"], entry["summary"])
+            table.add_row(escape(entry["name"]), escape(entry["summary"]))
         console.print(f"[bold]{kind}[/bold]")
         console.print(table)
-    console.print("`exitkit list methods` (backbones, datasets) shows the fields that --set takes", highlight=False)
+    console.print(
+        "`exitkit list methods` (backbones, datasets) shows the fields that --set takes, `exitkit list methods NAME` "
+        "those of one",
+        highlight=False,
+        markup=False,
+    )
 
 
 def _print_entries(kind: str) -> None:
@@ -76,22 +114,39 @@ def _print_entries(kind: str) -> None:
     for entry in found:
         if entry.get("family"):
             continue  # a preset stands under its family
-        console.print(f"[bold cyan]{entry['name']}[/]  {escape(entry['summary'])}")
-        for line in _facts(kind, entry):
-            console.print(Padding(escape(line), (0, 0, 0, 2)), style="dim")
-        for name, values, default, meaning in settings_of(entry):
-            console.print(f"  [bold]{name}[/] = {escape(default)}  [dim]{escape(values)}[/]")
-            console.print(Padding(escape(meaning), (0, 0, 0, 6)))
+        _print_whole(console, kind, entry)
         usual = {name: default for name, _, default, _ in settings_of(entry)}
         for preset in found:
             if preset.get("family") == entry["name"]:
                 own = ", ".join(f"{name} = {d}" for name, _, d, _ in settings_of(preset) if usual[name] != d)
-                console.print(Padding(f"\n[bold cyan]{preset['name']}[/]  {escape(preset['summary'])}", (0, 0, 0, 2)))
+                title = f"\n[bold cyan]{escape(preset['name'])}[/]  {escape(preset['summary'])}"
+                console.print(Padding(title, (0, 0, 0, 2)))
                 console.print(Padding(escape(own or "the defaults above"), (0, 0, 0, 6)), style="dim")
         console.print()
 
 
-def _facts(kind: str, entry: dict[str, Any]) -> list[str]:
+def _print_entry(kind: str, entry: Entry) -> None:
+    from rich.console import Console
+
+    _print_whole(Console(highlight=False), kind, entry)
+
+
+def _print_whole(console: Console, kind: str, entry: Entry) -> None:
+    """Print one entry with all its fields."""
+    from rich.markup import escape
+    from rich.padding import Padding
+
+    from exitkit.catalogue import settings_of
+
+    console.print(f"[bold cyan]{escape(entry['name'])}[/]  {escape(entry['summary'])}")
+    for line in _facts(kind, entry):
+        console.print(Padding(escape(line), (0, 0, 0, 2)), style="dim")
+    for name, values, default, meaning in settings_of(entry):
+        console.print(f"  [bold]{escape(name)}[/] = {escape(default)}  [dim]{escape(values)}[/]")
+        console.print(Padding(escape(meaning), (0, 0, 0, 6)))
+
+
+def _facts(kind: str, entry: Entry) -> list[str]:
     if kind == "methods":
         return [entry["paper"], f"slots: {', '.join(entry['slots']) or 'none'}"]
     values = {"datasets": "house", "recipes": "values"}.get(kind)

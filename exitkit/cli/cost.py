@@ -61,10 +61,11 @@ def cost(
         click.echo(json.dumps(facts | {"exits": rows}, indent=2))
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     channels, height, width = network.input_shape
-    table = Table(title=f"{backbone}: {network.num_classes} classes, input {channels}×{height}×{width}")
+    table = Table(title=f"{escape(backbone)}: {network.num_classes} classes, input {channels}×{height}×{width}")
     for heading in ("exit", "papers", "macs", "pruned", "parameters"):
         table.add_column(heading, justify="right")
     for row in rows:

@@ -48,7 +48,8 @@ def doctor(data_dir: str | None, out: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([finding._asdict() for finding in found], indent=2))
     else:
-        console.print(f"wrong: {', '.join(wrong)}" if wrong else "everything that is needed is in place")
+        told = f"wrong: {', '.join(wrong)}" if wrong else "everything that is needed is in place"
+        console.print(told, markup=False)
     sys.exit(1 if wrong else 0)
 
 
@@ -62,5 +63,5 @@ def _line(finding: Finding) -> Table:
     table.add_column(width=18, style="bold", overflow="fold")
     table.add_column(overflow="fold")
     hint = [("\n" + finding.hint, "dim")] if finding.hint else []
-    table.add_row(finding.state, finding.check, Text.assemble(finding.detail, *hint))
+    table.add_row(finding.state, Text(finding.check), Text.assemble(finding.detail, *hint))
     return table

@@ -143,19 +143,24 @@ def _extras() -> Iterator[Finding]:
         package, of = re.match(r"[\w.-]+", text), re.search(r"extra\s*==\s*['\"]([^'\"]+)", text)
         if package and of:
             wanted.setdefault(of[1], []).append(package[0])
-            # What an extra takes of another package's extras can only be seen where that is asked for.
-            wanted[of[1]] += [_hidden[each] for each in re.findall(r"[\w-]+", text) if each in _hidden]
     for group, names in wanted.items():
         missing = sorted({needed for needed in names if not _is_installed(needed)})
-        if missing:
-            hint = f"pip install 'exitkit[{group}]'"
-            yield Finding(f"[{group}]", "ok", f"optional, not installed: {', '.join(missing)}", hint)
+        why = f"not installed: {', '.join(missing)}" if missing else _why_unusable(group)
+        if why:
+            yield Finding(f"[{group}]", "ok", f"optional, {why}", f"pip install 'exitkit[{group}]'")
         else:
             yield Finding(f"[{group}]", "ok", "installed")
 
 
-_hidden = {"nash-mtl": "cvxpy"}
-"""What another package's extra stands for."""
+def _why_unusable(group: str) -> str:
+    """Return why the method that an extra is named after can't be had; what it takes itself is known to it alone."""
+    if group not in plugins.registered("method"):
+        return ""
+    try:
+        plugins.configure("method", group, {})
+    except UserError as error:
+        return str(error).partition(";")[0]
+    return ""
 
 
 def _is_installed(name: str) -> bool:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from exitkit.cli.completion import runs
 from exitkit.cli.options import json_option
+from exitkit.errors import UserError
+from exitkit.files import exists
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,8 +32,11 @@ def show(run: str, as_json: bool) -> None:
       exitkit show runs/boostnet-msdnet-tiny-digits-s0-1a2b3c4d
       exitkit show RUN --json
     """
+    from exitkit.catalogue import kind_of
     from exitkit.runs import RunFolder
 
+    if not exists(Path(run)) and (kind := kind_of(run)):
+        raise UserError(f"run folder {run} does not exist; {run} is one of the {kind}: exitkit list {kind} {run}")
     folder = RunFolder(run)
     if as_json:
         click.echo(json.dumps(facts(folder), indent=2))
@@ -60,17 +66,18 @@ def facts(run: RunFolder) -> dict[str, Any]:
 def print_run(run: RunFolder, pictures: bool = True) -> None:
     """Print a run for a person, with pictures of what its method learned besides the network."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(highlight=False)
     told = facts(run)
     recipe = told["recipe"]
     state = "finished" if run.finished else f"unfinished, {told['epochs_done']} epochs done"
-    console.print(f"[bold cyan]{told['name']}[/]  {state}")
+    console.print(f"[bold cyan]{escape(told['name'])}[/]  {state}")
     about = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
     for kind in ("method", "backbone", "dataset"):
         settings = ", ".join(f"{key}={_short(value)}" for key, value in recipe[f"{kind}_settings"].items())
-        about.add_row(kind, f"[bold]{recipe[kind]}[/]  {settings}")
+        about.add_row(kind, f"[bold]{escape(recipe[kind])}[/]  {escape(settings)}")
     about.add_row(
         "training",
         f"{recipe['epochs']} epochs, batch {recipe['batch_size']}, lr {recipe['lr']} ({recipe['schedule']}), "
@@ -94,22 +101,22 @@ def print_run(run: RunFolder, pictures: bool = True) -> None:
 
 def _print_learned(console: Console, learned: Mapping[str, Any]) -> None:
     """Print numbers between 0 and 1 as a picture: the larger, the brighter the field."""
+    from rich.markup import escape
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(
-        box=None, padding=(0, 0), title=f"{learned['title']} (phase {learned['phase']})", title_justify="left"
-    )
+    title = escape(f"{learned['title']} (phase {learned['phase']})")
+    table = Table(box=None, padding=(0, 0), title=title, title_justify="left")
     table.add_column("", style="dim", overflow="ellipsis", no_wrap=True)
     for name in learned["columns"]:
-        table.add_column(f" {name} ", justify="right")
+        table.add_column(escape(f" {name} "), justify="right")
     for name, values in zip(learned["rows"], learned["values"], strict=True):
         fields = []
         for value in values:
             level = 0 if value is None else round(23 * min(max(value, 0.0), 1.0))
             style = "" if value is None else f"{'black' if level > 11 else 'white'} on color({232 + level})"
             fields.append(Text("" if value is None else f" {value:.2f} ", style=style, justify="center"))
-        table.add_row(name, *fields)
+        table.add_row(escape(name), *fields)
     console.print(table)
 
 

@@ -111,7 +111,7 @@ def compare(
     starter = make_launcher(launcher, workers, first, folder, parse_sets(slurm, "--slurm"))
     try:
         with interruptible():
-            todo = _announce(needed, folder, workers, only_plan, as_json)
+            todo = _announce(needed, folder, starter.slots, only_plan, as_json)
             if only_plan:
                 return
             failed = _train(todo, len(needed), folder, starter, plan, runs)
@@ -177,9 +177,11 @@ def _announce(needed: Mapping[str, Recipe], folder: Path, workers: int, whole: b
     from exitkit.benchmarks.campaign_display import announce
     from exitkit.benchmarks.estimate import Estimate, wall_time
     from exitkit.cli.progress import loading
-    from exitkit.runs import RESULTS
+    from exitkit.runs import RESULTS, RunFolder
+    from exitkit.sameness import check_same
 
     todo = [recipe for recipe in needed.values() if not exists(folder / recipe.id / RESULTS)]
+    check_same((RunFolder(folder / name), recipe) for name, recipe in needed.items() if recipe not in todo)
     with loading("the data, and timing a few steps"):
         estimate = Estimate(folder)
         seconds = {recipe.id: estimate.seconds(recipe) for recipe in todo}

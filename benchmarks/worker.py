@@ -10,7 +10,6 @@ import dataclasses
 import json
 import os
 import queue
-import sys
 import threading
 import traceback
 import warnings
@@ -63,10 +62,13 @@ def serve(requests: IO[str], answers: IO[str]) -> None:
 
 def main() -> None:
     """Serve on this process's standard streams; whatever else prints goes to standard error."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    requests, answers = os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+    # The processes that read images close standard input as they start, and would wait for ever for a thread that
+    # reads there.
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     warnings.formatwarning = format_warning
-    serve(sys.stdin, answers)
+    serve(requests, answers)
 
 
 if __name__ == "__main__":

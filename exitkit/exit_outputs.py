@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from exitkit.files import load_tensors, save_tensors, write_json
 from exitkit.network import MultiExitNetwork
 from exitkit.randomness import derive
 from exitkit.runs import RESULTS, SPLIT, WEIGHTS, RunFolder, table_of
+from exitkit.sameness import images_digest
 from exitkit.strategy import at_least_float32
 
 if TYPE_CHECKING:
@@ -46,9 +47,10 @@ def load_data(recipe: Recipe, split: Path | None = None) -> Data:
         raise error if str(split) in str(error) else UserError(f"{split}: {error}") from None
 
 
-def load_run_data(run: RunFolder) -> Data:
-    """Load the images of a run as it split them."""
-    return load_data(run.recipe, run.path / SPLIT)
+def load_run_data(run: RunFolder, data_dir: str | None = None) -> Data:
+    """Load the images of a run as it split them, from another folder if they lie there now."""
+    recipe = run.recipe if data_dir is None else run.recipe.with_values(data_dir=data_dir)
+    return load_data(recipe, run.path / SPLIT)
 
 
 def make_network(recipe: Recipe, input_shape: tuple[int, int, int], num_classes: int) -> MultiExitNetwork:
@@ -85,13 +87,18 @@ def load_network(run: RunFolder, data: Data) -> MultiExitNetwork:
 
 
 def evaluate(
-    run: RunFolder | str | Path, *, device: str | None = None, tell: Callable[[float], None] = lambda share: None
+    run: RunFolder | str | Path,
+    *,
+    device: str | None = None,
+    data_dir: str | None = None,
+    tell: Callable[[float], None] = lambda share: None,
 ) -> pd.DataFrame:
     """Evaluate a trained run (in fp32) and write its outputs, costs and results into its folder.
 
     Args:
         run: a run folder whose training is done.
         device: where to run; by default where the run was trained.
+        data_dir: where the images lie now, if elsewhere than they did.
         tell: called with the share of the images, 0..1, that is done.
 
     Returns:
@@ -102,23 +109,23 @@ def evaluate(
     """
     run = run if isinstance(run, RunFolder) else RunFolder(run)
     with run.held():
-        evaluate_held(run, device or run.recipe.device, tell)
+        given = {"device": device, "data_dir": data_dir}
+        evaluate_held(run, run.recipe.with_values(**{key: value for key, value in given.items() if value}), tell)
     return table_of([run])
 
 
-def evaluate_held(run: RunFolder, device: str, tell: Callable[[float], None] = lambda share: None) -> None:
-    """Do what `evaluate` does for whoever holds the run already."""
-    recipe = run.recipe
+def evaluate_held(run: RunFolder, recipe: Recipe, tell: Callable[[float], None] = lambda share: None) -> None:
+    """Do what `evaluate` does for whoever holds the run already; where it happens is as the recipe says now."""
     torch.set_num_threads(recipe.threads)
-    engine = Engine(choose_device(device))
+    engine = Engine(choose_device(recipe.device))
     engine.set_arithmetic()
-    data = load_run_data(run).on(engine.device)
+    data = load_data(recipe, run.path / SPLIT).on(engine.device)
     network = load_network(run, data)
     # While the new outputs appear one by one, the run is not finished.
     (run.path / RESULTS).unlink(missing_ok=True)
     write_json(run.path / "cost.json", [row._asdict() for row in cost(network)])
     engine.place(network)
-    results = {}
+    results: dict[str, Any] = {}
     parts: tuple[Part, ...] = ("validation", "test")
     counts = {part: len(data.labels(part)) for part in parts}
     for part in parts:
@@ -131,6 +138,8 @@ def evaluate_held(run: RunFolder, device: str, tell: Callable[[float], None] = l
         save_tensors(run.path / f"outputs-{part}.safetensors", outputs, run.name)
         hits = outputs["logits"].argmax(2) == outputs["labels"][:, None]
         results[part] = (100 * hits.double().mean(0)).tolist()
+    if images := images_digest(recipe):
+        results["images"] = images
     write_json(run.path / RESULTS, results)
 
 

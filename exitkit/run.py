@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,20 @@ from exitkit.randomness import derive, generator
 from exitkit.replicas import Replicas
 from exitkit.strategy import TrainingStrategy
 
+if TYPE_CHECKING:
+    from exitkit.local_run import LocalRun
+
 
 @dataclass
 class Position:
-    """Where in the schedule training stands: `step` within a pass, `passes` done in this epoch, both from 0.
+    """Where in the schedule training stands; all count from 0.
 
-    `abreast` is how many passes the one under way stands for: several where replicas train side by side.
+    Attributes:
+        phase: number of the phase.
+        epoch: number of the epoch within it, of `epochs`.
+        passes: passes over the data that are done in this epoch (most methods make one).
+        step: number of the batch within the pass, of `steps`.
+        abreast: how many passes the one under way stands for: several where replicas train side by side.
     """
 
     phase: int = 0
@@ -82,22 +90,24 @@ class Run:
         self._engine = engine
         self._seed = seed
 
-    @classmethod
+    @staticmethod
     def local(
-        cls,
         network: MultiExitNetwork,
         strategy: TrainingStrategy,
         optimizer: torch.optim.Optimizer,
         *,
         seed: int = 0,
+        epochs: int = 1,
         precision: Precision = "fp32",
-    ) -> Run:
-        """Make a run in memory, in one process, on the device where the network is: to drive single steps by hand.
+    ) -> LocalRun:
+        """Make a run in memory, in one process, on the device where the network is: to train in a loop of one's own.
 
         Adapts the network, hands the optimiser the parameters that this added, and prepares the strategy. Then
-        `strategy.train_step(run, (images, labels))` makes a step, and `strategy.train_epoch(run, batches)` an epoch
-        over a list of such pairs.
+        `run.train_step((images, labels))` makes a step, and `run.train_epoch(batches)` an epoch over a list of such
+        pairs; what follows the schedule goes by `epochs`, how many of these there will be.
         """
+        from exitkit.local_run import LocalRun
+
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         before = {id(parameter) for parameter in network.parameters()}
         strategy.adapt(network)
@@ -105,7 +115,8 @@ class Run:
         if added:
             optimizer.add_param_group({"params": added})
         device = next(network.parameters()).device
-        run = cls(network, strategy, optimizer, Engine(device, precision), seed)
+        position = Position(epochs=epochs)
+        run = LocalRun(network, strategy, optimizer, Engine(device, precision), seed, position)
         torch.manual_seed(derive(seed, "prepare", 0))
         strategy.prepare(run)
         return run

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired
 
 from pydantic import FiniteFloat, TypeAdapter, ValidationError
 
@@ -37,6 +37,7 @@ class Results(TypedDict):
 
     validation: list[FiniteFloat]
     test: list[FiniteFloat]
+    images: NotRequired[str]
 
 
 class Environment(TypedDict):
@@ -46,6 +47,7 @@ class Environment(TypedDict):
     torch: str
     device: str
     gpu: str | None
+    code: NotRequired[str]
 
 
 class Learned(TypedDict):

@@ -34,6 +34,7 @@ from exitkit.randomness import derive
 from exitkit.recipe import Recipe
 from exitkit.run import Position, Run
 from exitkit.runs import LEARNED, PROBES, SPLIT, RunFolder
+from exitkit.sameness import code_digest
 from exitkit.strategy import Phase
 from exitkit.tensorboard_log import TensorBoardLog
 
@@ -213,6 +214,7 @@ def _environment(session: Session) -> dict[str, Any]:
         "gpu": gpu,
         "processor": _processor(),
         "ranks": engine.world,
+        "code": code_digest(session.recipe.method),
         "parameters": sum(parameter.numel() for parameter in session.network.parameters()),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }

@@ -25,6 +25,7 @@ from exitkit.meter import split_totals
 from exitkit.recipe import Recipe
 from exitkit.run import Run
 from exitkit.runs import WEIGHTS, RunFolder, unfinished_twin
+from exitkit.sameness import check_same
 from exitkit.schedule import learning_rate
 from exitkit.session import Report, Session, begin_phase, keep_learned, look, open_folder, prepare
 from exitkit.strategy import Phase
@@ -64,6 +65,8 @@ def train(
     with Engine.launch(recipe.device, recipe.precision, recipe.threads) as engine:
         done = _find(path, recipe, resume)
         engine.barrier()  # all ranks have looked before the first makes the folder
+        if done is not None:
+            check_same([(done, recipe)], tell=engine.is_main)
         if done is not None and done.finished:
             return done
         give_back_freed()
@@ -78,7 +81,7 @@ def train(
                 _train_phases(session)
                 if engine.is_main:
                     save_tensors(path / WEIGHTS, session.network.state_dict(), session.folder.name)
-                    evaluate_held(session.folder, str(engine.device))
+                    evaluate_held(session.folder, recipe.with_values(device=str(engine.device)))
                     heartbeat.stop()
                     if session.log:
                         session.log.close()

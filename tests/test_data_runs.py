@@ -90,6 +90,45 @@ def test_a_damaged_image_stops_training_on_one_line_and_mending_it_goes_on(pictu
     assert run(*arguments, "--resume") == 0
 
 
+def test_a_file_that_is_no_image_is_named_before_anything_is_written(pictures, capsys):
+    bad = pictures / "green" / "99.png"
+    bad.write_text("no image")
+    assert run(*command(pictures, "--epochs", "1", settings=("workers=0",))) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if NOTE not in line]
+    assert line.startswith(f"exitkit: image {bad} can't be read: ")
+    assert not (pictures.parent / "runs").exists()
+
+
+def test_other_images_are_not_taken_for_those_of_a_finished_run(pictures, capsys):
+    arguments = command(pictures, "--epochs", "1", settings=("workers=0",))
+    assert run(*arguments) == 0
+    (folder,) = (pictures.parent / "runs").iterdir()
+    before = (folder / "results.json").read_bytes()
+    moved = pictures.rename(pictures.parent / "moved")
+    elsewhere = [str(moved) if word == str(pictures) else word for word in arguments]
+    assert run(*elsewhere) == 0  # the same ones, wherever they are
+    assert run("evaluate", folder) == 2 and "--data-dir" in capsys.readouterr().err
+    assert run("evaluate", folder, "--data-dir", moved) == 0
+    assert (folder / "results.json").read_bytes() == before
+    (moved / "red" / "0.jpg").rename(moved / "red" / "new.jpg")
+    capsys.readouterr()
+    assert run(*elsewhere) == 2
+    compare = ["compare", "--methods", "joint", "--seeds", "1", *elsewhere[1:]]
+    assert run(*compare) == 2
+    for line in [line for line in capsys.readouterr().err.splitlines() if NOTE not in line]:
+        assert line.endswith(f"is finished, on other images than those in {moved} now; choose another --out")
+    assert (folder / "results.json").read_bytes() == before
+
+
+def test_a_comparison_reads_images_in_processes_of_its_worker_processes(pictures):
+    """They are forked while the worker's thread waits for its next order."""
+    words = command(pictures, "--epochs", "1", settings=("workers=2",))[1:]
+    compare = [sys.executable, "-m", "exitkit", "compare", "--methods", "ge", "--seeds", "1", "--jobs", "1", *words]
+    done = subprocess.run(compare, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert len(list((pictures.parent / "runs").glob("*/results.json"))) == 2
+
+
 def test_an_interrupt_ends_training_and_its_workers_and_says_how_to_go_on(pictures):
     arguments = command(pictures, "--epochs", "10000", settings=("workers=2",))
     process = subprocess.Popen(

@@ -132,6 +132,10 @@ def test_a_run_is_exported_by_the_command_line_with_thresholds_from_validation(t
     done = CliRunner().invoke(command, [str(run.path), "--budget", "100K", "--score", "margin"])
     assert done.exit_code == 0, done.output
     assert written["rule"] == ExitRule.from_run(run, budget="100K", score="margin")
+    outputs = {name: torch.from_numpy(value) for name, value in run.outputs("validation").items()}
+    costs = [exit.macs for exit in exitkit.cost(exitkit.build_network("msdnet-tiny"))]
+    wish = {"budget": "100K", "score": "margin"}
+    assert ExitRule.from_outputs(outputs["logits"], outputs["labels"], costs, **wish) == written["rule"]
     assert written["out"] == Path(f"{run.path.name}-onnx") and written["count"] == 64
     assert written["about"]["mean"] == [0.3046] and len(written["about"]["class_names"]) == 10
     assert written["about"]["costs"] == run.costs()

@@ -176,3 +176,35 @@ def test_a_rule_comes_back_from_json(score):
 def test_mistakes_are_one_line(make, told):
     with pytest.raises(UserError, match=told):
         make()
+
+
+def test_a_rule_of_outputs_meets_its_budget_on_them():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(400, 3, 5).mul(3), torch.randint(5, (400,))
+    costs = [10.0, 20.0, 40.0]
+    for budget in (12.0, 25.0, 39.0):
+        rule = exitkit.ExitRule.from_outputs(logits, labels, costs, budget=budget)
+        left, memory = torch.full((400,), 2), None
+        for index in (1, 0):
+            left[rule.leaving(index, logits[:, index], memory)[0]] = index
+        assert torch.tensor(costs)[left].mean().item() == pytest.approx(budget, rel=0.01)
+    same_as = exitkit.ExitRule.from_outputs(logits.double(), labels, costs, share=1.0)
+    assert same_as == exitkit.ExitRule.from_outputs(logits, labels, costs, share=1.0)
+
+
+OUTPUTS = (torch.zeros(4, 3, 5), torch.zeros(4, dtype=torch.int64), [1.0, 2.0, 3.0])
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({0: torch.zeros(4, 5)}, r"logits are of shape \[4, 5\].*expected \[N, K, C\], \[N\] and K"),
+        ({1: torch.zeros(3, dtype=torch.int64)}, r"labels of \[3\]"),
+        ({2: [1.0, 2.0]}, "there are 2 costs"),
+        ({2: [1.0, 3.0, 2.0]}, "costs are .* that grow"),
+        ({2: [1.0, 2.0, math.nan]}, "costs are"),
+    ],
+)
+def test_outputs_that_make_no_rule_are_refused(changed, told):
+    with pytest.raises(UserError, match=told):
+        exitkit.ExitRule.from_outputs(*(changed.get(n, value) for n, value in enumerate(OUTPUTS)))

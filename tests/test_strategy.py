@@ -168,3 +168,47 @@ def test_settings_of_a_composition_go_to_the_part_that_is_meant():
         exitkit.build_strategy("bostnet")
     with pytest.raises(UserError, match="twice"):
         exitkit.build_strategy("ge+ge")
+
+
+class Scheduled(exitkit.TrainingStrategy):
+    """Notes where in the schedule it is asked, over two passes an epoch."""
+
+    slots = frozenset({"update"})
+
+    def __init__(self):
+        self.seen = []
+
+    def passes(self, exits):
+        return 2
+
+    def train_epoch(self, run, batches):
+        for _ in range(2):
+            for batch in batches:
+                at = run.position
+                self.seen.append((at.epoch, at.passes, at.step, at.fraction, batch.labels.tolist()))
+
+
+def test_a_loop_of_ones_own_moves_through_the_schedule():
+    network, strategy = exitkit.build_network("msdnet-tiny"), Scheduled()
+    run = exitkit.Run.local(network, strategy, sgd(network), epochs=2)
+    batches = [(torch.randn(2, 1, 16, 16), torch.tensor([n, n])) for n in range(2)]
+    run.train_epoch(batches)
+    run.train_epoch(batches)
+    first = [(0, p, n, n / 4, [n, n]) for p in range(2) for n in range(2)]
+    assert strategy.seen == first + [(1, p, n, fraction + 0.5, labels) for _, p, n, fraction, labels in first]
+    assert (run.position.epoch, run.position.passes, run.position.step) == (2, 0, 0)
+
+
+@pytest.mark.parametrize("name", ["joint", "boostnet", "metagf"])  # none of these asks where it is
+def test_an_epoch_of_ones_own_is_the_strategys(name):
+    torch.manual_seed(0)
+    batches = [(torch.randn(8, 1, 16, 16), torch.randint(10, (8,))) for _ in range(2)]
+    trained = []
+    for own in (True, False):
+        torch.manual_seed(1)
+        network = exitkit.build_network("msdnet-tiny")
+        run = exitkit.Run.local(network, exitkit.build_strategy(name), sgd(network))
+        torch.manual_seed(2)
+        run.train_epoch(batches) if own else run.strategy.train_epoch(run, batches)
+        trained.append(network.state_dict())
+    assert all(torch.equal(value, trained[1][key]) for key, value in trained[0].items())

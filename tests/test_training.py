@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from dataclasses import dataclass
 
 import pandas as pd
@@ -10,8 +11,9 @@ import torch
 from torch import nn
 
 import exitkit
-from exitkit import plugins
+from exitkit import plugins, sameness
 from exitkit.data.base import TensorData
+from exitkit.errors import Note
 from exitkit.files import load_tensors
 from exitkit.network import LogitLink
 from exitkit.recipe import Recipe
@@ -232,3 +234,18 @@ def test_thresholds_never_see_test_labels(tmp_path):
     after = collect([run])
     assert list(after.curve.cost_mean) == list(before.curve.cost_mean)
     assert list(after.curve.accuracy_mean) != list(before.curve.accuracy_mean)
+
+
+def test_a_run_of_a_method_whose_file_has_changed_since_is_said_to_be_one(tmp_path, monkeypatch):
+    recipe = {"method": "ge+ofa", "epochs": 1, "batch_size": 512}
+    run = exitkit.train(recipe, tmp_path)
+    with warnings.catch_warnings(action="error"):
+        exitkit.train(recipe, tmp_path)
+    monkeypatch.setattr(sameness, "code_digest", lambda method: "edited")
+    with pytest.warns(Note, match=rf"{run.path} was finished before the code of ge\+ofa changed; another --out"):
+        exitkit.train(recipe, tmp_path)
+
+
+def test_the_code_of_a_method_is_that_of_all_its_parts(monkeypatch):
+    codes = {name: sameness.code_digest(name) for name in ("joint", "ge", "ofa", "isc", "ge+ofa", "ofa+ge")}
+    assert len(set(codes.values())) == 5 and codes["ofa"] == codes["isc"]  # these two share a file

@@ -7,14 +7,15 @@ import json
 import click
 
 from exitkit.cli.completion import runs
-from exitkit.cli.options import device_option, json_option
+from exitkit.cli.options import data_dir_option, device_option, json_option
 
 
 @click.command(short_help="Evaluate a trained run again.")
 @click.argument("run", metavar="RUN", shell_complete=runs)
 @device_option("[default: where it was trained]")
+@data_dir_option
 @json_option("what `exitkit show --json` prints")
-def evaluate(run: str, device: str | None, as_json: bool) -> None:
+def evaluate(run: str, device: str | None, data_dir: str | None, as_json: bool) -> None:
     """Evaluate a trained run again, and write its outputs, costs and results anew.
 
     \b
@@ -31,7 +32,7 @@ def evaluate(run: str, device: str | None, as_json: bool) -> None:
     from exitkit.runs import RunFolder
 
     with working("evaluating") as tell:
-        evaluate_run(run, device=device, tell=tell)
+        evaluate_run(run, device=device, data_dir=data_dir, tell=tell)
     if as_json:
         click.echo(json.dumps(facts(RunFolder(run)), indent=2))
     else:

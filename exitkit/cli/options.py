@@ -42,6 +42,11 @@ def json_option(what: str) -> Callable[..., Any]:
     return click.option("--json", "as_json", is_flag=True, help=f"Print JSON: {what}.")
 
 
+data_dir_option = click.option(
+    "--data-dir", metavar="DIR", shell_complete=folders, help="Where the images lie now.  [default: where they did]"
+)
+"""Of commands that read a run's images again."""
+
 _OPTIONS = [
     click.option(
         "--dataset",

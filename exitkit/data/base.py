@@ -64,6 +64,13 @@ class DataSet:
         if not (self.imbalance >= 1 and math.isfinite(self.imbalance)):
             raise UserError(f"imbalance is {self.imbalance}; expected at least 1 (1: no long tail)")
 
+    def digest(self, data_dir: Path | None) -> str | None:
+        """Return what tells the images there from others, for data sets that are whatever lies in a folder.
+
+        None where they are always the same, or can't be looked at.
+        """
+        return None
+
     def load(self, data_dir: Path | None, download: bool = True) -> Data:
         """Read the images, or get ready to.
 

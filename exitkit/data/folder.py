@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from exitkit.data.base import Data, DataSet
-from exitkit.data.image_files import FolderData, list_images
+from exitkit.data.image_files import FolderData, check_headers, digest_of, list_images
 from exitkit.data.split import Split, hold_out
 from exitkit.errors import UserError
 from exitkit.plugins import setting
@@ -70,10 +70,17 @@ class ImageFolder(DataSet):
         else:
             count = self.validation or max(len(pool) // 10, len(names))
             train, validation = hold_out(labels, pool, count, self.split_seed, "a validation set", names)
+        check_headers(paths if test_paths is paths else paths + test_paths)
         shape = (3, self.image_size, self.image_size)
         split = Split(train, validation, test)
         workers = min(_cores(), 4) if self.workers is None else self.workers
         return FolderData(names, shape, labels, test_labels, split, paths, test_paths, workers)
+
+    def digest(self, data_dir: Path | None) -> str | None:
+        """See `DataSet.digest`: names and sizes of all images."""
+        if data_dir is None or not data_dir.is_dir():
+            return None
+        return digest_of(data_dir, [path for part in self._parts(data_dir) for path in list_images(part)[1]])
 
     def _parts(self, folder: Path) -> list[Path]:
         """Return the folders of training, test and (if it is used) validation images, or one that has them all."""
@@ -94,6 +101,10 @@ class ImageNet(ImageFolder):
     testing: ClassVar[tuple[str, ...]] = ("val",)
 
     validation: int | None = setting(50000, "images held out of the training images, stratified")
+
+    def digest(self, data_dir: Path | None) -> str | None:
+        """See `DataSet.digest`: they are always the same."""
+        return None
 
     def _parts(self, folder: Path) -> list[Path]:
         parts = super()._parts(folder)

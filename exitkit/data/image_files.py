@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import signal
 import sys
@@ -21,6 +22,7 @@ from exitkit.errors import UserError
 from exitkit.randomness import derive
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+_LOOKED_AT = 20_000  # images whose headers are looked at beforehand: a few seconds
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 Listing = tuple[list[str], list[str], Tensor]
@@ -66,6 +68,43 @@ def _refuse(error: OSError) -> None:
     raise UserError(f"{error.filename} can't be read: {error.strerror}") from None
 
 
+def digest_of(folder: Path, paths: Sequence[str]) -> str:
+    """Return what tells the images of a folder from others: their names below it, and their sizes."""
+    known = hashlib.sha256()
+    try:
+        for path in paths:
+            known.update(
+                f"{os.path.relpath(path, folder)}\0{Path(path).stat().st_size}\0".encode(errors="surrogateescape")
+            )
+    except OSError as error:
+        raise UserError(f"{error.filename} can't be read: {error.strerror}") from None
+    return known.hexdigest()[:16]
+
+
+def check_headers(paths: Sequence[str]) -> None:
+    """Look whether files are images at all, before anything is trained on them; of many, an even sample.
+
+    What only reading them through would tell, comes out when they are read.
+
+    Raises:
+        UserError: one is not.
+    """
+    from PIL import Image
+
+    for path in paths[:: max(1, -(-len(paths) // _LOOKED_AT))]:
+        try:
+            with Image.open(path):
+                pass
+        except Exception as error:  # Pillow raises many kinds
+            raise _unreadable(path, error) from None
+
+
+def _unreadable(path: str, error: Exception) -> UserError:
+    # An OSError's own words would name the file a second time.
+    reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+    return UserError(f"image {path} can't be read: {reason}")
+
+
 def read_image(path: str) -> Any:
     """Open an image as RGB (grey and palette images are turned into it).
 
@@ -79,9 +118,7 @@ def read_image(path: str) -> Any:
             mode = file.mode
             image = file.convert("RGB")
     except Exception as error:  # Pillow raises many kinds for a file that is not what it should be
-        # An OSError's own words would name the file a second time.
-        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"image {path} can't be read: {reason}") from None
+        raise _unreadable(path, error) from None
     if mode.startswith(("I", "F")):
         raise UserError(f"image {path} has more than 8 bits a channel (mode {mode}); expected 8")
     return image

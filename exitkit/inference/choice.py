@@ -28,16 +28,29 @@ def choose(
     """Return the rule of a run; see `ExitRule.from_run`."""
     run = run if isinstance(run, RunFolder) else RunFolder(run)
     run.results()  # says how to go on with one that is not finished
+    outputs = run.outputs("validation")
+    in_time = isinstance(budget, str) and budget.endswith("ms")
+    costs = exit_costs(run, "latency" if in_time else "macs")
+    return choose_for(outputs["logits"], outputs["labels"], costs, budget, share, score, calibrated)
+
+
+def choose_for(
+    logits: np.ndarray,
+    labels: np.ndarray,
+    costs: Floats,
+    budget: float | str | None,
+    share: Share | None,
+    score: str,
+    calibrated: bool,
+) -> ExitRule:
+    """Return the rule for some outputs; see `ExitRule.from_outputs`."""
     if budget is not None and share is not None:
         raise UserError(f"both budget {budget} and share {share} are given; expected one of them")
     if share is not None and score == "patience":
         raise UserError("patience has no shares: its operating points are 1 to K exits that agree; give a budget")
-    validation = run.outputs("validation")
-    heat = fit_temperatures(validation["logits"], validation["labels"]) if calibrated else None
-    sure = scores(validation["logits"], score, heat)
-    hits = correct(validation["logits"], validation["labels"])
-    in_time = isinstance(budget, str) and budget.endswith("ms")
-    costs = exit_costs(run, "latency" if in_time else "macs")
+    heat = fit_temperatures(logits, labels) if calibrated else None
+    sure = scores(logits, score, heat)
+    hits = correct(logits, labels)
     wanted = read_budget(budget) if isinstance(budget, str) else budget
     if wanted is not None and not wanted >= costs[0]:
         raise UserError(f"budget {budget} is below what the first exit costs, {costs[0]:.6g}; expected more")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import inf, isfinite, isnan, log
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,8 @@ from exitkit.errors import UserError, unknown
 from exitkit.exit_rules import SCORES, Agreement, checked_temperatures, exit_scores
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from exitkit.evaluation import Share
     from exitkit.runs import RunFolder
 
@@ -140,6 +143,42 @@ class ExitRule:
         from exitkit.inference.choice import choose
 
         return choose(run, budget=budget, share=share, score=score, calibrated=calibrated)
+
+    @classmethod
+    def from_outputs(
+        cls,
+        logits: Tensor,
+        labels: Tensor,
+        costs: Sequence[float],
+        *,
+        budget: float | str | None = None,
+        share: Share | None = None,
+        score: str = "confidence",
+        calibrated: bool = False,
+    ) -> ExitRule:
+        """Find the thresholds of a network that was trained in a loop of one's own.
+
+        Args:
+            logits: what every exit said of each validation image, [N, K, C]; of images that did not train it.
+            labels: their classes, [N].
+            costs: of an image up to each exit, [K], growing: multiply-adds, or milliseconds, as the budget.
+            budget, share, score, calibrated: see `from_run`.
+
+        Raises:
+            UserError: shapes that do not fit, or what `from_run` refuses.
+        """
+        from exitkit.inference.choice import choose_for
+
+        known = np.asarray(costs, dtype=np.float64)
+        if logits.dim() != 3 or not len(logits) or labels.shape != logits.shape[:1] or len(known) != logits.shape[1]:
+            raise UserError(
+                f"logits are of shape {list(logits.shape)}, labels of {list(labels.shape)}, and there are {len(known)} "
+                "costs; expected [N, K, C], [N] and K"
+            )
+        if not (np.isfinite(known).all() and known[0] > 0 and (np.diff(known) > 0).all()):
+            raise UserError(f"costs are {known.tolist()}; expected positive ones that grow from exit to exit")
+        arrays = logits.detach().cpu().float().numpy(), labels.cpu().numpy()
+        return choose_for(*arrays, known, budget, share, score, calibrated)
 
     def to_json(self) -> str:
         """Return the rule as JSON; infinities are words, since JSON has no such numbers."""

@@ -26,5 +26,5 @@ def test_a_step_moves_along_the_drawn_exits_losses_alone():
         p.detach() - (0 if g is None else g)
         for p, g in zip(parameters, slopes, strict=True)
     ]
-    run.strategy.train_step(run, (images, labels))
+    run.train_step((images, labels))
     assert all(map(torch.allclose, parameters, expected))

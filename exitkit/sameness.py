@@ -1,0 +1,66 @@
+"""Whether a run is still what it was: its images, and the code of its method."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from exitkit import plugins
+from exitkit.build import build_dataset, method_parts
+from exitkit.errors import Note, UserError
+
+if TYPE_CHECKING:
+    from exitkit.recipe import Recipe
+    from exitkit.runs import RunFolder
+
+
+def images_digest(recipe: Recipe) -> str | None:
+    """Return what tells a recipe's images from others, where they are whatever lies in its folder."""
+    if recipe.data_dir is None:
+        return None
+    return build_dataset(recipe.dataset, recipe.dataset_settings).digest(Path(recipe.data_dir))
+
+
+def code_digest(method: str) -> str:
+    """Return what tells the files of a method (of each part of a composition) from changed ones."""
+    known = hashlib.sha256()
+    for part in method_parts(method):
+        plugin = plugins.underlying(plugins.load("method", part))
+        source = inspect.getsourcefile(plugin)
+        known.update(Path(source).read_bytes() if source else b"")
+    return known.hexdigest()[:16]
+
+
+def check_same(there: Iterable[tuple[RunFolder, Recipe]], *, tell: bool = True) -> None:
+    """Look at runs that are there before they are taken for what recipes ask for.
+
+    Another version of a method's file is told by a `Note`: what has changed may be a comment.
+
+    Args:
+        there: runs, finished or not, each with its recipe now, of the same identity.
+        tell: whether to tell notes (one rank does).
+
+    Raises:
+        UserError: one is finished, and its images are others than those that lie there now.
+    """
+    listed: dict[tuple[str, str | None], str | None] = {}  # a folder is listed once for all of its runs
+    for run, recipe in there:
+        if tell and run.environment().get("code") not in (None, code_digest(recipe.method)):
+            done = "was finished" if run.finished else "was begun"
+            told = f"run {run.path} {done} before the code of {recipe.method} changed; another --out trains it anew"
+            warnings.warn(Note(told), stacklevel=2)
+        if not run.finished:
+            continue  # its split says whether there are as many images; a damaged one may have been mended
+        seen, place = run.results().get("images"), (recipe.dataset, recipe.data_dir)
+        if seen is None:
+            continue
+        if place not in listed:
+            listed[place] = images_digest(recipe)
+        if listed[place] not in (None, seen):
+            raise UserError(
+                f"run {run.path} is finished, on other images than those in {recipe.data_dir} now; choose another --out"
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import click
@@ -79,7 +80,7 @@ def bench(
     for name, value in (("--batch-size", batch_size), ("--repeats", repeats), ("--threads", threads)):
         if value < 1:
             raise UserError(f"{name} is {value}; expected at least 1")
-    folders = [RunFolder(name) for name in dict.fromkeys(runs)]
+    folders = [RunFolder(name) for name in _without_others(list(dict.fromkeys(runs)))]
     for folder in folders:
         folder.results()  # says how to go on with one that is not finished
     try:
@@ -94,6 +95,21 @@ def bench(
         click.echo(json.dumps({folder.path.name: facts for folder, facts in found.items()}, indent=2))
     else:
         _print(found, batch_size, boundary)
+
+
+def _without_others(names: list[str]) -> list[str]:
+    """Leave out what a shell's star finds beside runs (`report`, `comparison.json`, ...), if any run is left."""
+    from exitkit.benchmarks.record import FAILURES, PLAN
+    from exitkit.files import exists
+
+    others = [name for name in names if exists(Path(name)) and not Path(name, "recipe.json").is_file()]
+    found = [name for name in names if name not in others]
+    if not any(exists(Path(name)) for name in found):
+        return names
+    for name in others:
+        if Path(name).name not in ("report", "slurm", PLAN, FAILURES):
+            click.echo(f"left out {name}: it holds no run", err=True)
+    return found
 
 
 def _check(mode: str, boundary: str, batch_size: int | None) -> int:

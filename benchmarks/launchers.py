@@ -241,7 +241,9 @@ class Submitit:
         try:
             with tempfile.TemporaryDirectory() as folder:  # an executor makes its folder before it is told anything
                 submitit.AutoExecutor(folder=folder, cluster=cluster).update_parameters(**values)
-            self._executor = submitit.AutoExecutor(folder=out / "slurm" / "%j", cluster=cluster)
+            # Only Slurm puts a job's number in place of %j wherever it stands.
+            logs = out / "slurm" / "%j" if cluster == "slurm" else out / "slurm"
+            self._executor = submitit.AutoExecutor(folder=logs, cluster=cluster)
         except (NameError, TypeError, ValueError, AssertionError, RuntimeError) as error:
             raise UserError(f"--launcher {cluster}: {' '.join(str(error).split())}") from None
         self._executor.update_parameters(**values)

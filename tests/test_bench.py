@@ -169,6 +169,22 @@ def test_runs_that_are_unfinished_or_missing_are_told_before_any_is_measured(cli
     assert files() == before
 
 
+def test_what_a_star_finds_beside_runs_is_left_out_but_nothing_else_is(cli, runs, monkeypatch):
+    for name in ("report", "failures", "slurm"):
+        Path("runs", name).mkdir()
+    Path("runs/comparison.json").write_text("{}")
+    measured = []
+    monkeypatch.setattr(bench, "_measure", lambda folders, *_: measured.extend(folders) or {})
+    ended = cli("bench", *sorted(Path("runs").iterdir()))
+    assert ended.code == 0 and not ended.errors and [folder.path for folder in measured] == runs
+    Path("runs/mine").mkdir()
+    assert cli("bench", *sorted(Path("runs").iterdir())).errors == "left out runs/mine: it holds no run\n"
+    refused(cli("bench", *runs, "runs/reports", "runs/report"), "runs/reports does not exist")
+    refused(cli("bench", "runs/report"), "runs/report holds no run")
+    refused(cli("bench", "runs/report", "runs/comparison.json"), "runs/report holds no run")
+    refused(cli("bench", "runs/comparison.json"), "runs/comparison.json is a file")
+
+
 def test_a_run_without_its_weights_is_refused_and_nothing_is_written(cli, runs):
     (runs[1] / "weights.safetensors").unlink()
     before = files()

@@ -1,6 +1,7 @@
 """Probes, diagnostics and their figures."""
 
 import base64
+import json
 
 import numpy as np
 import pandas as pd
@@ -148,6 +149,10 @@ def test_diagnose_draws_all_and_says_how_to_get_what_it_lacks(tmp_path):
     plain = exitkit.train({"method": "joint", **SHORT}, tmp_path)
     done = CliRunner().invoke(cli, ["diagnose", str(plain.path), "--out", str(tmp_path / "there")])
     assert "--probe-every 1" in done.output and (tmp_path / "there" / "ranks.png").exists()
+    done = CliRunner().invoke(cli, ["diagnose", str(plain.path), "--out", str(tmp_path / "there"), "--json"])
+    assert done.exit_code == 0 and "--probe-every 1" in done.stderr
+    there = {name: str(tmp_path / "there" / f"{name}.png") for name in ("ranks", "pruning")}
+    assert json.loads(done.stdout) == there
 
     done = CliRunner().invoke(cli, ["report", str(tmp_path), "--format", "md,latex,html,pdf,png"])
     assert done.exit_code == 0, done.output

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -10,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from exitkit.cli.completion import runs
+from exitkit.cli.options import json_option
 from exitkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,7 +27,8 @@ if TYPE_CHECKING:
 @click.option("--toy", is_flag=True, help="Draw every gradient method's path on a toy problem of two exits instead.")
 @click.option("--share", type=float, default=0.01, show_default=True, help="Share of the parameters that is pruned.")
 @click.option("--out", metavar="DIR", help="Where to write.  [default: RUN/diagnostics, or toy]")
-def diagnose(run: str | None, toy: bool, share: float, out: str | None) -> None:
+@json_option("an object of what was drawn, {name: its PNG file}; .pdf and .csv lie beside it")
+def diagnose(run: str | None, toy: bool, share: float, out: str | None, as_json: bool) -> None:
     """Draw what went on between a run's exits: figures (PNG, PDF) and their numbers (CSV).
 
     Always: how consistently the exits rank the images, and what each loses when the parameters that matter to another
@@ -34,6 +39,7 @@ def diagnose(run: str | None, toy: bool, share: float, out: str | None) -> None:
     Examples:
       exitkit train --method ge --probe-every 2
       exitkit diagnose runs/ge-msdnet-tiny-digits-s0-1a2b3c4d
+      exitkit diagnose RUN --json
       exitkit diagnose --toy
     """
     if toy == (run is not None):
@@ -41,7 +47,9 @@ def diagnose(run: str | None, toy: bool, share: float, out: str | None) -> None:
     if not 0 < share < 1:
         raise UserError(f"--share is {share}; expected above 0 and below 1")
     if toy:
-        draw_toy(Path(out or "toy"))
+        with _told_apart(as_json):
+            drawn = draw_toy(Path(out or "toy"))
+        _answer(drawn, Path(out or "toy"), as_json)
         return
     from exitkit.runs import DIAGNOSTICS, RunFolder
 
@@ -51,22 +59,37 @@ def diagnose(run: str | None, toy: bool, share: float, out: str | None) -> None:
 
     with loading("torch"):
         import torch  # noqa: F401
-    with working("looking at the exits"):
-        drawn = draw_run(trained, Path(out) if out else trained.path / DIAGNOSTICS, share)
+    folder = Path(out) if out else trained.path / DIAGNOSTICS
+    with working("looking at the exits"), _told_apart(as_json):
+        drawn = draw_run(trained, folder, share)
     if "conflict" not in drawn:
         click.echo(
             "gradient conflict, magnitude and valid images are seen during training only; "
-            f"train with probes: exitkit train --recipe {trained.path / 'recipe.json'} --probe-every 1"
+            f"train with probes: exitkit train --recipe {trained.path / 'recipe.json'} --probe-every 1",
+            err=as_json,
         )
+    _answer(drawn, folder, as_json)
+
+
+def _told_apart(as_json: bool) -> contextlib.AbstractContextManager[object]:
+    """With --json, say on standard error what is for people: standard output is the answer's alone."""
+    return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+
+
+def _answer(drawn: Drawn, folder: Path, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps({name: str(folder / f"{name}.png") for name in drawn}, indent=2))
 
 
 Drawn = dict[str, tuple[Any, Mapping[str, Any]]]
 """{name: (figure, columns of its table)}."""
 
 
-def draw_toy(folder: Path) -> None:
+def draw_toy(folder: Path) -> Drawn:
     """Draw every gradient method's path on the toy problem into a folder, and say so."""
-    _write(_toy(), folder)
+    drawn = _toy()
+    _write(drawn, folder)
+    return drawn
 
 
 def draw_run(run: RunFolder, folder: Path, share: float = 0.01) -> Drawn:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +70,72 @@ def test_an_export_answers_and_skips_as_the_network_does(form, tmp_path):
     runner.policy["thresholds"][0] = "-inf"
     assert not runner(images().numpy())[1].any()
     np.testing.assert_allclose(runner.normalised(np.full((1, 1, 6, 6), 255, np.uint8)), 2.0)
+
+
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory):
+    out = tmp_path_factory.mktemp("deployed") / "out"
+    exporting.export(small(), HALF, out, images(), ABOUT, "onnx")
+    return out
+
+
+def test_run_py_answers_bytes_and_floats_of_any_width(deployed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 1, 6, 6), np.uint8)
+    np.save("bytes.npy", pixels)
+    np.save("floats.npy", (pixels / 255 - 0.5) / 0.25)
+    assert np.load("floats.npy").dtype == np.float64
+    told = [
+        subprocess.run([sys.executable, deployed / "run.py", name], capture_output=True, text=True, check=True).stdout
+        for name in ("bytes.npy", "floats.npy")
+    ]
+    assert told[0] == told[1] and [line.split()[0] for line in told[0].splitlines()] == ["0", "1", "2"]
+    assert all(
+        line.split()[1] in "abc" and line.split()[2:] in (["exit", "1"], ["exit", "2"]) for line in told[0].splitlines()
+    )
+
+
+MISTAKES = {
+    "no such file": (None, "can't be read: No such file or directory"),
+    "no array": (b"text", "is no array; expected a file that numpy.save wrote"),
+    "empty": (b"", "is no array"),
+    "no channels": (np.zeros((2, 6, 6), np.uint8), "has the shape [2, 6, 6]; expected [N, 1, 6, 6]"),
+    "channels last": (np.zeros((2, 6, 6, 1), np.uint8), "has the shape [2, 6, 6, 1]; expected [N, 1, 6, 6]"),
+    "one image": (np.zeros((1, 6, 6), np.uint8), "expected [N, 1, 6, 6]"),
+    "no image": (np.zeros((0, 1, 6, 6), np.uint8), "N at least 1"),
+    "a number": (np.array(3.0), "has the shape []"),
+    "integers": (np.zeros((2, 1, 6, 6), np.int64), "holds int64; expected uint8, or floats"),
+    "not finite": (np.full((2, 1, 6, 6), np.nan), "not finite"),
+    "objects": (np.array([None] * 2), "is no array"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_with_run_py_is_one_line(mistake, deployed, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    content, says = MISTAKES[mistake]
+    if isinstance(content, bytes):
+        Path("images.npy").write_bytes(content)
+    elif content is not None:
+        np.save("images.npy", content, allow_pickle=True)
+    assert exporting.runner.main(["images.npy"], deployed) == 2
+    printed = capsys.readouterr()
+    (line,) = printed.err.splitlines()
+    assert line.startswith("run.py: images.npy ") and says in line and not printed.out
+
+
+def test_run_py_says_how_it_is_used_and_what_it_lacks(deployed, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert exporting.runner.main([], deployed) == 2
+    assert capsys.readouterr().err.startswith("usage: python run.py IMAGES.npy")
+    assert exporting.runner.main(["--help"], Path("nowhere")) == 0
+    assert "uint8" in (told := capsys.readouterr().out) and "normalised already" in told
+    np.save("images.npy", images().numpy())
+    assert exporting.runner.main(["images.npy"], tmp_path) == 2
+    assert "policy.json: No such file or directory; run.py works in its own folder" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert exporting.runner.main(["images.npy"], deployed) == 2
+    assert "pip install onnxruntime" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("score", ["confidence", "margin", "entropy"])

@@ -1,8 +1,14 @@
 """Runs an exported network so that nothing is computed for what is answered already.
 
-Needs numpy, and onnxruntime or (for torch-export) torch; exitkit itself is not needed.
+usage: python run.py IMAGES.npy
 
-    python run.py IMAGES.npy       images [N, C, H, W]: bytes, or floats that are normalised already
+Prints each image's number, class, and the exit where it left.
+
+IMAGES.npy: an array [N, C, H, W] as numpy.save writes it; C, H and W are `input_shape` in policy.json. Either uint8,
+the images as they are (0 to 255), which are normalised here; or floats that are normalised already: each channel
+divided by 255, less its `mean`, divided by its `std` (both in policy.json).
+
+Needs numpy, and onnxruntime or (for torch-export) torch; exitkit itself is not needed.
 """
 
 from __future__ import annotations
@@ -55,6 +61,24 @@ class Runner:
         mean, std = (np.array(self.policy[key], np.float32).reshape(1, -1, 1, 1) for key in ("mean", "std"))
         return (images.astype(np.float32) / 255 - mean) / std
 
+    def checked(self, images: Any) -> Any:
+        """Return bytes, or floats that are normalised already, as what the network reads.
+
+        Raises:
+            ValueError: they are no such images; the message is one line.
+        """
+        shape = self.policy["input_shape"]
+        if list(images.shape[1:]) != shape or not len(images):
+            expected = f"expected [N, {', '.join(map(str, shape))}], N at least 1"
+            raise ValueError(f"has the shape {list(images.shape)}; {expected}")
+        if images.dtype == np.uint8:
+            return self.normalised(images)
+        if images.dtype.kind != "f":
+            raise ValueError(f"holds {images.dtype}; expected uint8, or floats that are normalised already")
+        if not np.isfinite(images).all():
+            raise ValueError("holds numbers that are not finite")
+        return images.astype(np.float32)
+
     def __call__(self, images: Any) -> tuple[Any, Any]:
         """Return each image's logits [N, C] at the exit where it left, and that exit [N], from 0."""
         limits = [float(limit) for limit in self.policy["thresholds"]]
@@ -77,9 +101,49 @@ class Runner:
         return np.array(answers), exits
 
 
-if __name__ == "__main__":
-    runner = Runner(Path(__file__).parent)
-    images = np.load(sys.argv[1])
-    logits, exits = runner(runner.normalised(images) if images.dtype == np.uint8 else images)
+def read(path: str) -> Any:
+    """Return the array of an .npy file.
+
+    Raises:
+        ValueError: it can't be read, or is none; the message is one line.
+    """
+    try:
+        images = np.load(path, allow_pickle=False)
+    except OSError as error:
+        raise ValueError(f"can't be read: {error.strerror or error}") from None
+    except (ValueError, EOFError):
+        images = None
+    if not isinstance(images, np.ndarray):  # an .npz file, which holds several, is none either
+        raise ValueError("is no array; expected a file that numpy.save wrote")
+    return images
+
+
+def main(arguments: list[str], folder: Path) -> int:
+    """Answer the images of a file with what lies in a folder; return the exit code."""
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__.strip())
+        return 0
+    if len(arguments) != 1:
+        print("usage: python run.py IMAGES.npy (--help says what it holds)", file=sys.stderr)
+        return 2
+    try:
+        images = read(arguments[0])
+        runner = Runner(folder)
+        images = runner.checked(images)
+    except ValueError as error:
+        print(f"run.py: {arguments[0]} {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"run.py: {error.filename}: {error.strerror}; run.py works in its own folder only", file=sys.stderr)
+        return 2
+    except ImportError as error:
+        print(f"run.py: {error}; pip install {error.name}", file=sys.stderr)
+        return 2
+    logits, exits = runner(images)
     for number, (answer, left) in enumerate(zip(logits.argmax(1), exits, strict=True)):
         print(number, runner.policy["class_names"][answer], f"exit {left + 1}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], Path(__file__).parent))

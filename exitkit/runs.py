@@ -274,6 +274,11 @@ class RunFolder:
         check_probes(path, arrays, self.epochs_done())
         return arrays
 
+    def training_images(self) -> int:
+        """Return how many images the run was trained on, 0 where its split is not there."""
+        path = self.path / SPLIT
+        return len(load_arrays(path).get("train", ())) if exists(path) else 0
+
     def outputs(self, part: str) -> dict[str, np.ndarray]:
         """Return what every exit said: logits [N, K, C], labels [N], indices [N] of part `validation` or `test`."""
         from exitkit.run_files import check_outputs

@@ -62,6 +62,9 @@ class FakeRun:
     def outputs(self, part):
         return self.parts[part]
 
+    def training_images(self):
+        return 1_234
+
     def training_cost(self):
         return {"seconds": 10.0 * len(self.label) + self.recipe.seed, "memory_mib": 100.0 + len(self.label)}
 
@@ -462,3 +465,53 @@ def test_a_baseline_that_is_asked_for_has_to_be_there(cli, monkeypatch):
     cli("report", "--baseline", "gee").refused("unknown baseline 'gee'; did you mean ge?")
     assert not written
     assert "Difference to ge" in cli("report", "--baseline", "ge").out and written
+
+
+def level(method, seed, less=0):
+    """A run that answers as joint does, but for so many test images that it gets wrong besides, at every exit."""
+    run, joint = FakeRun(method, seed), FakeRun("joint", seed)
+    run.parts = {part: {name: array.copy() for name, array in arrays.items()} for part, arrays in joint.parts.items()}
+    test = run.parts["test"]
+    right = np.flatnonzero((test["logits"].argmax(2) == test["labels"][:, None]).all(1))[:less]
+    test["logits"][right] *= -1
+    return run
+
+
+def verdicts_of(given):
+    (sheet,) = [sheet for sheet in sheets(collect(given)) if sheet.kind == "verdicts"]
+    return sheet
+
+
+def test_a_tie_is_nobodys_win_and_what_is_not_known_is_explained():
+    pairs = [runs(("joint",)), [level("ge", seed) for seed in (0, 1)]]
+    sheet = verdicts_of([run for each in pairs for run in each])
+    assert {(row[1].mean, row[3].mean, row[4].mean) for row in sheet.rows} == {("joint, ge (tie)", "–", "0.00")}
+    assert "not known" not in sheet.caption and {row[5].mean for row in sheet.rows} == {"no"}
+    whole = [*pairs[0], *(level(name, seed) for name in ("one", "two", "three") for seed in (0, 1))]
+    assert verdicts_of(whole).rows[0][1].mean == "4 methods (tie)"
+
+    sheet = verdicts_of([*runs(("joint",)), *(level("ge", seed, less=3) for seed in (0, 1))])  # always by one point
+    row = sheet.rows[0]
+    assert [row[1].mean, row[3].mean, row[4].mean, row[5].mean] == ["joint", "ge", "1.00", "not known"]
+    assert "not known: there is one seed, or the difference is the same with all seeds" in sheet.caption
+    assert "not known: " in verdicts_of(runs(seeds=1)).caption
+
+
+def test_the_lead_says_of_how_many_images_and_crosses_are_told_where_they_are(tmp_path):
+    given = [*runs(), *runs(("ge",), dataset="other", macs=(2_000_000, 15_000_000), n=299)]
+    write_report(collect(given), tmp_path, formats=["md", "latex", "html", "png", "pdf"])
+    for kind in ("md", "tex", "html"):
+        text = (tmp_path / f"report.{kind}").read_text()
+        assert "digits: 1,234 training, 200 validation and 300 test images of 10 classes." in text
+        assert "other: 1,234 training, 200 validation and 299 test images of 10 classes." in text
+        assert "one sd over seeds." in text and "crosses" not in text
+    alone = json.dumps([0.0, 0.0, 1.0, 0.0])
+    given += [FakeRun("alone", seed, **{"method.weights": alone}) for seed in (0, 1)]
+    write_report(collect(given), tmp_path, formats=["md", "html", "png"])
+    assert (tmp_path / "report.md").read_text().count("; crosses: networks of one exit.") == 2
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("; crosses: networks of one exit.") == 2 and page.count("one sd over seeds.") == 1
+    for run in given:
+        run.training_images = lambda: 0  # of runs whose split is not there
+    write_report(collect(given[:6]), tmp_path, formats=["md"])
+    assert "digits: 200 validation and 300 test images of 10 classes." in (tmp_path / "report.md").read_text()

@@ -110,6 +110,8 @@ class Comparison:
     """{(backbone, dataset): in what its methods differ besides the method}."""
     shared: Mapping[tuple[str, str], str]
     """{(backbone, dataset): what all its runs have in common}."""
+    images: Mapping[str, Sequence[str]]
+    """{dataset: of how many images and classes its runs are}; more than one where they differ."""
 
     names: Mapping[str, Names]
     """{name of a run's folder: what it is called}."""
@@ -206,6 +208,7 @@ def collect(
         missing=_missing(named, missing),
         notes=notes,
         shared=shared,
+        images=_images(whole["images"]),
         names={one.run.path.name: one.names for one in named},
     )
 
@@ -278,6 +281,16 @@ def _measure_group(members: Sequence[_Named], options: ReportOptions, count: int
         for name, rows in frames.items():
             parts.setdefault(name, []).append(rows)
     return {name: pd.concat(rows, ignore_index=True) for name, rows in parts.items()}
+
+
+def _images(rows: pd.DataFrame) -> dict[str, list[str]]:
+    """Say of how many images each data set's runs are: "1,097 training, 200 validation and 500 test images, ..."."""
+    told: dict[str, dict[str, None]] = {}
+    for row in rows.to_dict("records"):
+        training = f"{row['training']:,} training, " if row["training"] else ""
+        counts = f"{training}{row['validation']:,} validation and {row['test']:,} test images"
+        told.setdefault(row["dataset"], {})[f"{counts} of {row['classes']:,} classes"] = None
+    return {dataset: list(texts) for dataset, texts in told.items()}
 
 
 def _static(named: Sequence[_Named], options: ReportOptions) -> pd.DataFrame:

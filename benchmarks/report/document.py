@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import pandas as pd
+
 from exitkit.benchmarks.report.collect import Comparison
 from exitkit.benchmarks.report.diagnostics import Picture
 from exitkit.benchmarks.report.tables import FITTED, SPECIAL
 
 FIGURES = {
-    "anytime": "Accuracy of each exit against its cost; bands: one sd over seeds; crosses: networks of one exit.",
-    "budgeted": "Budgeted batch: accuracy against realised mean cost, thresholds from validation.",
+    "anytime": "Accuracy of each exit against its cost; bands: one sd over seeds{crosses}.",
+    "budgeted": "Budgeted batch: accuracy against realised mean cost, thresholds from validation{crosses}.",
     "oracle": "Budgeted curves, and dotted the bound of a rule that knows the best exit of every image.",
     "stitched": "Networks of several sizes as one curve, chosen on validation.",
     "learning": "Validation accuracy over training.",
     "sweep": "Accuracy against the values of a swept field.",
 }
-"""What each figure shows."""
+"""What each figure shows; `caption` completes it."""
 
 _HEAD = r"""\documentclass{article}
 \usepackage{booktabs,graphicx}
@@ -34,14 +36,20 @@ _FIGURE = r"""\begin{figure*}[!htbp]
 """
 
 
+def caption(kind: str, static: pd.DataFrame) -> str:
+    """Return what a figure shows; `static` are the networks of one exit that it may show, too."""
+    return FIGURES[kind].format(crosses="; crosses: networks of one exit" if len(static) else "")
+
+
 def _picture(kind: str) -> str:
     return FITTED % f"\\includegraphics{{{kind}.pdf}}"
 
 
 def lead(comparison: Comparison) -> list[str]:
-    """Return what stands before the tables: the comparison's note, what its runs share, what its methods differ in."""
+    """Return what stands before the tables: the comparison's note, what its runs share, and in what methods differ."""
     lines = [comparison.context.note] if comparison.context.note else []
     lines += [f"All runs: {'. And: '.join(dict.fromkeys(comparison.shared.values()))}."]
+    lines += [f"{dataset}: {', or '.join(counts)}." for dataset, counts in comparison.images.items()]
     return lines + [f"Mind: {text}." for text in mind(comparison)]
 
 
@@ -72,11 +80,12 @@ def markdown_document(
         seen: what `exitkit diagnose` drew.
     """
     parts = [f"# {title(comparison)}", *lead(comparison)]
+    shown = {kind: f"![{caption(kind, comparison.static)}]({kind}.png)" for kind in pictures}
     for kind, text in tables.items():
         parts.append(f"## {kind.capitalize()}\n\n{text.strip()}")
         if kind in pictures:
-            parts.append(f"![{FIGURES[kind]}]({kind}.png)")
-    parts += [f"## {kind.capitalize()}\n\n![{FIGURES[kind]}]({kind}.png)" for kind in pictures if kind not in tables]
+            parts.append(shown[kind])
+    parts += [f"## {kind.capitalize()}\n\n{shown[kind]}" for kind in pictures if kind not in tables]
     parts += ["## Diagnostics"] * bool(seen)
     parts += [f"![{picture.caption}]({picture.name}.png)\n\n*{picture.caption}*" for picture in seen]
     return "\n\n".join(parts) + "\n"
@@ -97,6 +106,7 @@ def latex_document(
     parts += [f"{line.translate(SPECIAL)}\n\n" for line in lead(comparison)]
     for kind in tables:
         parts.append(f"\\input{{{kind}}}\n")
-    captions = {kind: FIGURES[kind] for kind in pictures} | {picture.name: picture.caption for picture in seen}
-    parts += [_FIGURE % (_picture(name), caption.translate(SPECIAL), name) for name, caption in captions.items()]
+    captions = {kind: caption(kind, comparison.static) for kind in pictures}
+    captions |= {picture.name: picture.caption for picture in seen}
+    parts += [_FIGURE % (_picture(name), text.translate(SPECIAL), name) for name, text in captions.items()]
     return "".join([*parts, "\\end{document}\n"])

@@ -10,7 +10,7 @@ import pandas as pd
 from exitkit.benchmarks.report import page
 from exitkit.benchmarks.report.collect import GROUP, STATIC, Comparison
 from exitkit.benchmarks.report.diagnostics import Picture
-from exitkit.benchmarks.report.document import FIGURES, lead, title
+from exitkit.benchmarks.report.document import caption, lead, title
 from exitkit.benchmarks.report.figures import axis_of
 from exitkit.benchmarks.report.layout import Wide, group_name, wide_tables
 from exitkit.benchmarks.report.sheets import Sheet, cost_text, sheets
@@ -96,7 +96,8 @@ def _anytime(comparison: Comparison, rows: pd.DataFrame, places: Mapping[str, in
             facts = [("method", str(method)), ("exit", str(row["exit"])), *_amounts(comparison, row, row[column])]
             points.append(_point(row[column] / size, row, facts))
         series.append(page.Series(str(method), points, places[str(method)]))
-    return page.Chart("Anytime", label, _ACCURACY, [*series, *_static(comparison, rows, size)], FIGURES["anytime"])
+    told = caption("anytime", _of(comparison.static, rows))
+    return page.Chart("Anytime", label, _ACCURACY, [*series, *_static(comparison, rows, size)], told)
 
 
 def _static(comparison: Comparison, rows: pd.DataFrame, size: float) -> list[page.Series]:
@@ -125,9 +126,8 @@ def _budgeted(comparison: Comparison, rows: pd.DataFrame, places: Mapping[str, i
             facts += [("thresholds", limits), ("leaving at each exit (%)", shares)]
             points.append(_point(row["cost_mean"] / size, row, facts))
         series.append(page.Series(str(method), points, places[str(method)]))
-    return page.Chart(
-        "Budgeted batch", label, _ACCURACY, [*series, *_static(comparison, rows, size)], FIGURES["budgeted"]
-    )
+    told = caption("budgeted", _of(comparison.static, rows))
+    return page.Chart("Budgeted batch", label, _ACCURACY, [*series, *_static(comparison, rows, size)], told)
 
 
 def _stitched(comparison: Comparison, rows: pd.DataFrame, places: Mapping[str, int]) -> page.Chart:
@@ -139,7 +139,7 @@ def _stitched(comparison: Comparison, rows: pd.DataFrame, places: Mapping[str, i
             for r in _records(mine)
         ]
         series.append(page.Series(str(method), points, places[str(method)]))
-    return page.Chart("Several sizes as one curve", label, _ACCURACY, series, FIGURES["stitched"])
+    return page.Chart("Several sizes as one curve", label, _ACCURACY, series, caption("stitched", comparison.static))
 
 
 def _learning(rows: pd.DataFrame, places: Mapping[str, int]) -> page.Chart:
@@ -167,7 +167,7 @@ def _sweep(names: Any, rows: pd.DataFrame) -> page.Chart:
             facts = [(field, f"{row['value']:g}"), ("exit", str(number)), ("accuracy", f"{row['accuracy_mean']:.2f} %")]
             points.append(_point(row["value"], row, facts))
         series.append(page.Series(f"exit {number}", points, place))
-    return page.Chart(f"{method}, {backbone} on {dataset}", field, _ACCURACY, series, FIGURES["sweep"])
+    return page.Chart(f"{method}, {backbone} on {dataset}", field, _ACCURACY, series, caption("sweep", rows[:0]))
 
 
 def _amounts(comparison: Comparison, row: Mapping[str, Any], cost: float) -> list[tuple[str, str]]:

@@ -53,6 +53,9 @@ class FinishedRun(Protocol):
     def latency(self) -> Sequence[float]:
         """Return the milliseconds until each exit answers."""
 
+    def training_images(self) -> int:
+        """Return how many images it was trained on, 0 if that is not known."""
+
     def training_cost(self) -> Mapping[str, float]:
         """Return `seconds` of training, and its peak `memory_mib`."""
 
@@ -151,7 +154,13 @@ class RunMeasures:
             "oracle": pd.DataFrame({**self.same, "exit": exits, "cost": best_cost, "accuracy": 100 * best_accuracy}),
             "calibration": self._calibration(curve),
             "risk": self._risk(),
+            "images": self._images(),
         }
+
+    def _images(self) -> pd.DataFrame:
+        parts = {"validation": len(self.validation["labels"]), "test": len(self.test["labels"])}
+        classes = self.test["logits"].shape[2]
+        return pd.DataFrame([{**self.same, "training": self.run.training_images(), **parts, "classes": classes}])
 
     def _calibration(self, curve: Points) -> pd.DataFrame:
         exits = exit_calibration(self.test["logits"], self.test["labels"], self.temperatures)

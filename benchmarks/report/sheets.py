@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
@@ -13,6 +14,7 @@ from exitkit.benchmarks.report.layout import MISSING, Cell, group_name, unit_for
 from exitkit.benchmarks.report.relate import baseline_of
 
 SIGNIFICANCE = 0.05
+_NAMED = 3  # methods of a tie that are named; more make a column too wide
 
 
 @dataclass(frozen=True)
@@ -79,14 +81,32 @@ def _verdicts(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
     for row in rows.to_dict("records"):
         where = names.get(row["budget"], row["where"])
         lead = _spread(row["lead"], (row["high"] - row["low"]) / 2)
-        cells = [plain(where), Cell(row["best"], "", best=True), plain(number(row["accuracy"], 2))]
-        table.append([*cells, plain(row["second"]), lead, plain(row["verdict"])])
+        tied = _tied(comparison, row) if lead.mean == "0.00" else []
+        whose = ", ".join(tied) if len(tied) <= _NAMED else f"{len(tied)} methods"
+        best, second = (f"{whose} (tie)", MISSING) if tied else (row["best"], row["second"])
+        cells = [plain(where), Cell(best, "", best=True), plain(number(row["accuracy"], 2))]
+        table.append([*cells, plain(second), lead, plain(row["verdict"])])
     caption = (
         "The best method at each exit and budget, and its lead over the second best, seed by seed, with the half width "
         "of the 95 % interval; more than noise: p < 0.05 after Holm's correction for all methods it was compared with"
     )
+    if "not known" in set(rows["verdict"]):
+        caption += (
+            "; not known: there is one seed, or the difference is the same with all seeds, so that no interval can be "
+            "computed"
+        )
     heads = ["where", "best", "accuracy", "second", "lead", "more than noise?"]
     return Sheet("verdicts", "Which is best", group_name(rows), caption, heads, table)
+
+
+def _tied(comparison: Comparison, row: Mapping[Hashable, Any]) -> list[str]:
+    """Return the methods that are as good as the best of a row, as far as two digits tell, in the report's order."""
+    at_exit = pd.isna(row["budget"])
+    frame = comparison.anytime if at_exit else comparison.budgeted
+    here = frame[(frame[GROUP[0]] == row[GROUP[0]]) & (frame[GROUP[1]] == row[GROUP[1]])]
+    here = here[here["exit"].map("exit {}".format) == row["where"] if at_exit else here["budget"] == row["budget"]]
+    level = here["method"][(here["accuracy_mean"] - row["accuracy"]).abs() < 0.005]
+    return [method for method in here["method"] if method in {*level, row["best"], row["second"]}]
 
 
 def cost_text(comparison: Comparison, cost: float) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from exitkit.errors import UserError
+from exitkit.errors import NonFiniteError, UserError
 from exitkit.runs import find_runs
 
 if TYPE_CHECKING:
@@ -115,7 +116,8 @@ def _seconds(run: Run, batch: Batch) -> float:
     import torch
 
     began = time.perf_counter()
-    run.strategy.train_epoch(run, [batch])
+    with contextlib.suppress(NonFiniteError):  # the run itself will tell that it diverges
+        run.strategy.train_epoch(run, [batch])
     if batch.images.is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - began

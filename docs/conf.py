@@ -77,8 +77,6 @@ pygments_dark_style = "monokai"
 
 EVIDENCE = (
     "performance",
-    "early-exit",
-    "deployment",
     "robustness",
     "REPRODUCIBILITY",
     "results/README",

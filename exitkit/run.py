@@ -28,14 +28,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class Position:
-    """Where in the schedule training stands; all count from 0.
+    """Where in the schedule training stands, all counted from 0.
 
     Attributes:
-        phase: number of the phase.
-        epoch: number of the epoch within it, of `epochs`.
-        passes: passes over the data that are done in this epoch (most methods make one).
-        step: number of the batch within the pass, of `steps`.
-        abreast: how many passes the one under way stands for: several where replicas train side by side.
+        phase, epoch, step: numbers of the phase, the epoch within it (of `epochs`) and the batch (of `steps`).
+        passes: done in this epoch; `abreast` is how many the one under way stands for (several: replicas side by side).
     """
 
     phase: int = 0

@@ -147,11 +147,6 @@ class RunFolder:
         """What makes the run this run, flat: {key, or `method.field`, `backbone.field`, `dataset.field`: JSON}."""
         return flat_identity(self.recipe)
 
-    @property
-    def label(self) -> str:
-        """What the run's method is called in a table."""
-        return self.recipe.method
-
     @staticmethod
     def is_finished(path: Path) -> bool:
         """Whether a finished run lies there."""
@@ -159,7 +154,7 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether it was trained and evaluated to the end."""
+        """Whether it was trained and evaluated."""
         return self.is_finished(self.path)
 
     @property
@@ -248,10 +243,9 @@ class RunFolder:
 
     def learned(self) -> list[dict[str, Any]]:
         """Return what the method learned besides the network: tables of a phase, title, rows, columns and values."""
-        path = self.path / LEARNED
         from exitkit.run_files import read_learned
 
-        return read_learned(path) if path.exists() else []
+        return read_learned(self.path / LEARNED) if exists(self.path / LEARNED) else []
 
     def training_cost(self) -> dict[str, float]:
         """Return the seconds that training took over all epochs, and its peak memory in MiB (see `exitkit.memory`)."""
@@ -276,8 +270,7 @@ class RunFolder:
 
     def training_images(self) -> int:
         """Return how many images the run was trained on, 0 where its split is not there."""
-        path = self.path / SPLIT
-        return len(load_arrays(path).get("train", ())) if exists(path) else 0
+        return len(load_arrays(self.path / SPLIT).get("train", ())) if exists(self.path / SPLIT) else 0
 
     def outputs(self, part: str) -> dict[str, np.ndarray]:
         """Return what every exit said: logits [N, K, C], labels [N], indices [N] of part `validation` or `test`."""
@@ -331,7 +324,7 @@ def table_of(runs: Iterable[RunFolder]) -> pd.DataFrame:
             rows.append(
                 {
                     "run": run.path.name,
-                    "method": run.label,
+                    "method": recipe.method,
                     **{key: getattr(recipe, key) for key in ("backbone", "dataset", "seed", "epochs")},
                     **cost,
                     "accuracy": test,
@@ -340,27 +333,6 @@ def table_of(runs: Iterable[RunFolder]) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(rows)
-
-
-def unfinished_twin(recipe: Recipe, out: Path) -> str:
-    """Say how an unfinished run in `out` of the same method, backbone, data set and seed differs, nearest first.
-
-    For an error message; "" if there is none.
-    """
-    told: list[tuple[int, str]] = []
-    wanted = flat_identity(recipe)
-    for path in sorted(out.glob("[!.]*/recipe.json")):
-        try:
-            run = RunFolder(path.parent)
-            there = run.identity
-        except UserError:
-            continue
-        if run.finished or any(there[key] != wanted[key] for key in ("method", "backbone", "dataset", "seed")):
-            continue
-        changed = sorted(key for key in wanted.keys() | there.keys() if wanted.get(key) != there.get(key))
-        facts = ", ".join(f"{key}={there.get(key)} there, {wanted.get(key)} here" for key in changed[:3])
-        told.append((len(changed), f"{path.parent} has {facts}"))
-    return min(told)[1] if told else ""
 
 
 def flat_identity(recipe: Recipe) -> dict[str, str]:

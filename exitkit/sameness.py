@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from exitkit import plugins
 from exitkit.build import build_dataset, method_parts
 from exitkit.errors import Note, UserError
+from exitkit.runs import RunFolder, flat_identity
 
 if TYPE_CHECKING:
     from exitkit.recipe import Recipe
-    from exitkit.runs import RunFolder
 
 
 def images_digest(recipe: Recipe) -> str | None:
@@ -64,3 +64,24 @@ def check_same(there: Iterable[tuple[RunFolder, Recipe]], *, tell: bool = True) 
             raise UserError(
                 f"run {run.path} is finished, on other images than those in {recipe.data_dir} now; choose another --out"
             )
+
+
+def unfinished_twin(recipe: Recipe, out: Path) -> str:
+    """Say how an unfinished run in `out` of the same method, backbone, data set and seed differs, nearest first.
+
+    For an error message; "" if there is none.
+    """
+    told: list[tuple[int, str]] = []
+    wanted = flat_identity(recipe)
+    for path in sorted(out.glob("[!.]*/recipe.json")):
+        try:
+            run = RunFolder(path.parent)
+            there = run.identity
+        except UserError:
+            continue
+        if run.finished or any(there[key] != wanted[key] for key in ("method", "backbone", "dataset", "seed")):
+            continue
+        changed = sorted(key for key in wanted.keys() | there.keys() if wanted.get(key) != there.get(key))
+        facts = ", ".join(f"{key}={there.get(key)} there, {wanted.get(key)} here" for key in changed[:3])
+        told.append((len(changed), f"{path.parent} has {facts}"))
+    return min(told)[1] if told else ""

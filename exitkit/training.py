@@ -24,8 +24,8 @@ from exitkit.memory import begin_peak, give_back_freed, peak_mib
 from exitkit.meter import split_totals
 from exitkit.recipe import Recipe
 from exitkit.run import Run
-from exitkit.runs import WEIGHTS, RunFolder, unfinished_twin
-from exitkit.sameness import check_same
+from exitkit.runs import WEIGHTS, RunFolder
+from exitkit.sameness import check_same, unfinished_twin
 from exitkit.schedule import learning_rate
 from exitkit.session import Report, Session, begin_phase, keep_learned, look, open_folder, prepare
 from exitkit.strategy import Phase

@@ -52,7 +52,9 @@ python_use_unqualified_type_names = True
 add_module_names = False
 
 # Types of other projects: their inventories would have to be fetched.
-nitpick_ignore_regex = [("py:.*", r"(numpy|torch|nn|pd|pandas|matplotlib|collections|pathlib|fractions)\..*|Path")]
+nitpick_ignore_regex = [
+    ("py:.*", r"(numpy|torch|nn|pd|pandas|matplotlib|collections|pathlib|fractions)\..*|Path|Tensor")
+]
 # Reports written by commands may link to files that no page is made of; tests/test_docs_site.py follows every link.
 suppress_warnings = ["myst.xref_missing", "toc.empty_glob", "toc.not_included", "mystnb.unknown_mime_type"]
 

@@ -9,18 +9,15 @@ from torch import Tensor
 from exitkit.data.base import Batch
 from exitkit.run import Run
 
-Pair = tuple[Tensor, Tensor]
-"""Images [B, C, H, W], normalised floats, and labels [B]."""
-
 
 class LocalRun(Run):
     """What `Run.local` makes: a phase whose batches come from whoever has made it."""
 
-    def train_step(self, batch: Pair) -> None:
-        """Make one step of the strategy; where training stands does not move."""
+    def train_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        """Make one step of the strategy on images [B, C, H, W] and labels [B]; where training stands does not move."""
         self.strategy.train_step(self, Batch(*batch))
 
-    def train_epoch(self, batches: Sequence[Pair]) -> None:
+    def train_epoch(self, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Train for one epoch, and move on to the next; the learning rate is the optimiser's own."""
         self.strategy.train_epoch(self, _Passes(self, batches))
         self.position.epoch, self.position.passes, self.position.step = self.position.epoch + 1, 0, 0
@@ -29,7 +26,7 @@ class LocalRun(Run):
 class _Passes:
     """The batches of an epoch, which a strategy may pass over several times; each moves the run's position."""
 
-    def __init__(self, run: LocalRun, batches: Sequence[Pair]) -> None:
+    def __init__(self, run: LocalRun, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
         self._run, self._batches = run, batches
 
     def __len__(self) -> int:

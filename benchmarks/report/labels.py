@@ -52,7 +52,8 @@ def unlike(identities: Sequence[Identity], labels: Sequence[str]) -> list[str]:
         for one, label in zip(identities, labels, strict=True):
             has.setdefault(label, {}).setdefault(_text(one.get(key, "null")))
         if len({tuple(values) for values in has.values()}) > 1:
-            notes.append(f"{key} differs: " + ", ".join(f"{label} {'/'.join(v)}" for label, v in has.items()))
+            told = (f"{label} {'/'.join(value or 'none' for value in values)}" for label, values in has.items())
+            notes.append(f"{key} differs: " + ", ".join(told))
     return notes
 
 

@@ -97,6 +97,7 @@ def test_random_moments_of_a_comparison(number, tmp_path):
         assert ours[name] == theirs[name], name
 
 
+@pytest.mark.full
 def test_two_comparisons_share_a_folder_and_one_is_killed(tmp_path):
     to_the_end(*COMPARE, "--out", str(tmp_path / "reference"))
     out = tmp_path / "shared"

@@ -11,7 +11,7 @@ import click
 from exitkit.cli.completion import one_of
 from exitkit.cli.completion import runs as complete_runs
 from exitkit.cli.interrupts import interruptible
-from exitkit.cli.options import device_option, json_option
+from exitkit.cli.options import data_dir_option, device_option, json_option
 from exitkit.errors import Interrupted, UserError, unknown
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ SHARES = (0.25, 0.5, 1.0, 2.0, 4.0)
 @click.option("--repeats", type=int, default=50, show_default=True, help="How often, each time on other images.")
 @click.option("--threads", type=int, default=1, show_default=True, help="CPU threads.")
 @device_option("[default: auto]", "auto")
+@data_dir_option
 @json_option("all that was measured")
 def bench(
     runs: tuple[str, ...],
@@ -60,6 +61,7 @@ def bench(
     repeats: int,
     threads: int,
     device: str,
+    data_dir: str | None,
     as_json: bool,
 ) -> None:
     """Measure the milliseconds an image of trained runs, on their test images, and keep them in the run folders.
@@ -86,7 +88,7 @@ def bench(
     try:
         with interruptible():
             asked = {"batch_size": batch_size, "repeats": repeats, "threads": threads, "boundary": boundary}
-            found = _measure(folders, budgets, device, asked)
+            found = _measure(folders, budgets, device, data_dir, asked)
     except KeyboardInterrupt:
         raise Interrupted("stopped; nothing was written") from None
     for folder, facts in found.items():
@@ -121,7 +123,7 @@ def _check(mode: str, boundary: str, batch_size: int | None) -> int:
 
 
 def _measure(
-    folders: Sequence[RunFolder], budgets: Sequence[str], device: str, asked: Mapping[str, Any]
+    folders: Sequence[RunFolder], budgets: Sequence[str], device: str, data_dir: str | None, asked: Mapping[str, Any]
 ) -> dict[RunFolder, dict[str, Any]]:
     import torch
 
@@ -129,7 +131,7 @@ def _measure(
     from exitkit.engine import Engine, choose_device
 
     engine = Engine(choose_device(device))
-    subjects = {folder: _subject(folder, budgets, engine) for folder in folders}
+    subjects = {folder: _subject(folder, budgets, data_dir, engine) for folder in folders}
     first, *others = subjects
     for folder in others:
         if not torch.equal(subjects[first].data.split.test, subjects[folder].data.split.test) or (
@@ -148,11 +150,11 @@ def _measure(
     return {folder: _facts(subject, asked) | dict(asked) | where for folder, subject in subjects.items()}
 
 
-def _subject(run: RunFolder, budgets: Sequence[str], engine: Any) -> Subject:
+def _subject(run: RunFolder, budgets: Sequence[str], data_dir: str | None, engine: Any) -> Subject:
     from exitkit.benchmarks.stopwatch import Subject
     from exitkit.exit_outputs import load_network, load_run_data
 
-    data = load_run_data(run)
+    data = load_run_data(run, data_dir)
     network = load_network(run, data)
     engine.place(network)
     return Subject(network, data, engine, _points(run, budgets))

@@ -109,6 +109,8 @@ def test_other_images_are_not_taken_for_those_of_a_finished_run(pictures, capsys
     assert run(*elsewhere) == 0  # the same ones, wherever they are
     assert run("evaluate", folder) == 2 and "--data-dir" in capsys.readouterr().err
     assert run("evaluate", folder, "--data-dir", moved) == 0
+    assert run("bench", folder, "--repeats", "1", "--data-dir", moved) == 0
+    assert run("diagnose", folder, "--data-dir", moved) == 0
     assert (folder / "results.json").read_bytes() == before
     (moved / "red" / "0.jpg").rename(moved / "red" / "new.jpg")
     capsys.readouterr()

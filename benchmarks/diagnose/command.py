@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from exitkit.cli.completion import runs
-from exitkit.cli.options import json_option
+from exitkit.cli.options import data_dir_option, json_option
 from exitkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 @click.option("--toy", is_flag=True, help="Draw every gradient method's path on a toy problem of two exits instead.")
 @click.option("--share", type=float, default=0.01, show_default=True, help="Share of the parameters that is pruned.")
 @click.option("--out", metavar="DIR", help="Where to write.  [default: RUN/diagnostics, or toy]")
+@data_dir_option
 @json_option("an object of what was drawn, {name: its PNG file}; .pdf and .csv lie beside it")
-def diagnose(run: str | None, toy: bool, share: float, out: str | None, as_json: bool) -> None:
+def diagnose(run: str | None, toy: bool, share: float, out: str | None, data_dir: str | None, as_json: bool) -> None:
     """Draw what went on between a run's exits: figures (PNG, PDF) and their numbers (CSV).
 
     Always: how consistently the exits rank the images, and what each loses when the parameters that matter to another
@@ -61,7 +62,7 @@ def diagnose(run: str | None, toy: bool, share: float, out: str | None, as_json:
         import torch  # noqa: F401
     folder = Path(out) if out else trained.path / DIAGNOSTICS
     with working("looking at the exits"), _told_apart(as_json):
-        drawn = draw_run(trained, folder, share)
+        drawn = draw_run(trained, folder, share, data_dir)
     if "conflict" not in drawn:
         click.echo(
             "gradient conflict, magnitude and valid images are seen during training only; "
@@ -92,15 +93,16 @@ def draw_toy(folder: Path) -> Drawn:
     return drawn
 
 
-def draw_run(run: RunFolder, folder: Path, share: float = 0.01) -> Drawn:
+def draw_run(run: RunFolder, folder: Path, share: float = 0.01, data_dir: str | None = None) -> Drawn:
     """Draw all that a finished run can show into a folder, and say so.
 
     Args:
         run: the run.
         folder: where to.
         share: of the parameters that is pruned.
+        data_dir: where its images lie now, if elsewhere than they did.
     """
-    drawn = _probed(run) | _finished(run, share)
+    drawn = _probed(run) | _finished(run, share, data_dir)
     _write(drawn, folder)
     return drawn
 
@@ -143,13 +145,13 @@ def _probed(run: RunFolder) -> Drawn:
     return drawn
 
 
-def _finished(run: RunFolder, share: float) -> Drawn:
+def _finished(run: RunFolder, share: float, data_dir: str | None) -> Drawn:
     from exitkit.benchmarks.diagnose import figures
     from exitkit.diagnostics import pruning_damage, rank_consistency
     from exitkit.exit_outputs import load_network, load_run_data
 
     ranks = rank_consistency(run.outputs("test")["logits"])
-    data = load_run_data(run)
+    data = load_run_data(run, data_dir)
     damage = pruning_damage(
         load_network(run, data), *_images(data, "validation", 512), *_images(data, "test", 2000), share
     )

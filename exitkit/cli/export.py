@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from exitkit.cli.completion import folders, one_of, runs
-from exitkit.cli.options import json_option
+from exitkit.cli.options import data_dir_option, json_option
 from exitkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,9 +43,17 @@ _CHECKED = 64
     help="What an exit decides by.",
 )
 @click.option("--calibrated", is_flag=True, help="Scale each exit's logits by a temperature fitted on validation.")
+@data_dir_option
 @json_option("what stands in policy.json")
 def export(
-    run: str, form: str, out: str | None, budget: str | None, score: str, calibrated: bool, as_json: bool
+    run: str,
+    form: str,
+    out: str | None,
+    budget: str | None,
+    score: str,
+    calibrated: bool,
+    data_dir: str | None,
+    as_json: bool,
 ) -> None:
     """Write a finished run for deployment: one program a stage and head, the exit policy, and a runner.
 
@@ -75,7 +83,7 @@ def export(
     rule = ExitRule.from_run(folder, budget=budget, score=score, calibrated=calibrated)
     target = Path(out) if out else Path(f"{folder.path.name}-{form}")
     torch.set_num_threads(folder.recipe.threads)
-    data = load_run_data(folder)
+    data = load_run_data(folder, data_dir)
     network = load_network(folder, data)
     count = min(_CHECKED, len(data.labels("test")))
     (batch,) = data.batches("test", [torch.arange(count)], augment=False, seed=0)

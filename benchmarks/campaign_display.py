@@ -69,6 +69,8 @@ class CampaignDisplay:
         name = self._names[event.index]
         if event.kind == "begun":
             self._tasks[event.index] = self._bars.add_task(escape(name), total=1.0, note="starting")
+            if not self._bars.console.is_terminal:  # there are no bars then, and a long run would leave all silent
+                self._say(f"{self._finished}/{self._planned}  {name} started")
         elif event.kind == "progress":
             self._progress(event)
         elif event.kind == "held":

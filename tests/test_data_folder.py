@@ -176,13 +176,33 @@ def test_what_begins_with_a_dot_and_what_is_no_image_is_passed_over(tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("content", [b"no image at all", b"", "cut"], ids=["foreign", "empty", "cut"])
 def test_an_unreadable_image_is_named_on_one_line(two_parts, workers, content):
+    """One that was damaged after the headers were looked at, or behind its header."""
+    data = ImageFolder(**settings(workers=workers)).load(two_parts)
     bad = two_parts / "val" / "bee" / "02.png"
     bad.write_bytes(bad.read_bytes()[:200] if content == "cut" else content)
-    data = ImageFolder(**settings(workers=workers)).load(two_parts)
     with pytest.raises(UserError, match=r"image .*val/bee/02\.png can't be read: ") as caught:
         read(data, "test", augment=False)
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith("image ")
+
+
+@pytest.mark.parametrize("content", [b"no image at all", b""], ids=["foreign", "empty"])
+def test_what_is_no_image_is_found_before_any_is_read(two_parts, content):
+    (two_parts / "val" / "bee" / "02.png").write_bytes(content)
+    with pytest.raises(UserError, match=r"image .*val/bee/02\.png can't be read: ") as caught:
+        ImageFolder(**settings()).load(two_parts)
+    assert "\n" not in str(caught.value)
+
+
+def test_images_are_known_by_their_names_and_sizes(two_parts):
+    known = ImageFolder(**settings()).digest(two_parts)
+    moved = shutil.copytree(two_parts, two_parts.parent / "moved")
+    assert ImageFolder(**settings()).digest(moved) == known
+    assert ImageFolder(**settings()).digest(two_parts / "nowhere") is ImageNet().digest(two_parts) is None
+    (moved / "val" / "bee" / "02.png").write_bytes(b"longer" * 1000)
+    changed = ImageFolder(**settings()).digest(moved)
+    (moved / "val" / "bee" / "02.png").rename(moved / "val" / "bee" / "20.png")
+    assert len({known, changed, ImageFolder(**settings()).digest(moved)}) == 3
 
 
 def test_sixteen_bits_a_channel_are_refused_and_not_cut_off(two_parts):

@@ -86,8 +86,8 @@ def reference(tmp_path):
     return make
 
 
-# Those that differ from another in nothing but a pure function of the gradients are left to the full run.
-ALIKE = {"aligned", "cagrad", "config", "dualproj", "graddrop", "imtlg", "mgda", "upgrad"}
+# Those that differ from another in nothing but a pure function of gradients or outputs are left to the full run.
+ALIKE = {"aligned", "cagrad", "config", "dualproj", "ge", "graddrop", "imtlg", "mgda", "ofa", "upgrad"}
 
 
 @pytest.mark.parametrize("method", [pytest.param(m, marks=[pytest.mark.full] * (m in ALIKE)) for m in METHODS])

@@ -71,11 +71,16 @@ def watched(monkeypatch, method, out, **more):
     return seen, weights[0]
 
 
-def test_all_methods_see_the_same_images_in_the_same_order_from_the_same_weights(monkeypatch, tmp_path):
+AGGREGATORS = {name for name in plugins.registered("method") if hasattr(plugins.load("method", name), "aggregator")}
+OTHERS = plugins.registered("method").keys() - AGGREGATORS - {"joint"}
+
+
+@pytest.mark.parametrize("methods", [OTHERS | {"pcgrad"}, pytest.param(AGGREGATORS, marks=pytest.mark.full)])
+def test_all_methods_see_the_same_images_in_the_same_order_from_the_same_weights(methods, monkeypatch, tmp_path):
     order, weights = watched(monkeypatch, "joint", out=tmp_path)
     assert [size for size, _ in order] == [512, 512, 73] * 2  # the last, smaller batch counts too
     assert order[:3] != order[3:]  # every epoch has an order of its own
-    for method in set(plugins.registered("method")) - {"joint"}:
+    for method in sorted(methods):
         seen, start = watched(monkeypatch, method, out=tmp_path)
         if PHASES in exitkit.build_strategy(method).claims():
             seen = [*seen[:3], *order[3:]]  # a later phase has orders of its own

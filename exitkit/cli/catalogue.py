@@ -60,7 +60,9 @@ def list_command(what: str | None, name: str | None, as_json: bool) -> None:
         if as_json:
             click.echo(json.dumps([found[name]], indent=2))
         else:
-            _print_entry(what, found[name])
+            from rich.console import Console
+
+            _print_entry(Console(highlight=False), what, found[name])
     elif as_json:
         wanted = {kind: entries(kind) for kind in ([what] if what else CATALOGUES)}
         if what:
@@ -114,7 +116,7 @@ def _print_entries(kind: str) -> None:
     for entry in found:
         if entry.get("family"):
             continue  # a preset stands under its family
-        _print_whole(console, kind, entry)
+        _print_entry(console, kind, entry)
         usual = {name: default for name, _, default, _ in settings_of(entry)}
         for preset in found:
             if preset.get("family") == entry["name"]:
@@ -125,13 +127,7 @@ def _print_entries(kind: str) -> None:
         console.print()
 
 
-def _print_entry(kind: str, entry: Entry) -> None:
-    from rich.console import Console
-
-    _print_whole(Console(highlight=False), kind, entry)
-
-
-def _print_whole(console: Console, kind: str, entry: Entry) -> None:
+def _print_entry(console: Console, kind: str, entry: Entry) -> None:
     """Print one entry with all its fields."""
     from rich.markup import escape
     from rich.padding import Padding

@@ -8,12 +8,10 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from click.testing import CliRunner
 
 import exitkit
 from exitkit.benchmarks.diagnose import figures
 from exitkit.benchmarks.diagnose.toy import START, gradient_methods, losses, path
-from exitkit.cli import cli
 from exitkit.data.base import Batch
 from exitkit.diagnostics import pruning_damage, rank_consistency
 from exitkit.files import load_tensors
@@ -136,10 +134,9 @@ def test_pruning_takes_what_matters_and_leaves_the_network_as_it_was():
         assert damage[index].tolist() == pytest.approx([a - b for a, b in zip(whole, left, strict=True)])
 
 
-def test_diagnose_draws_all_and_says_how_to_get_what_it_lacks(tmp_path):
+def test_diagnose_draws_all_and_says_how_to_get_what_it_lacks(cli, tmp_path):
     run = exitkit.train({"method": "l2w", "probe_every": 1, **SHORT}, tmp_path)
-    done = CliRunner().invoke(cli, ["diagnose", str(run.path)])
-    assert done.exit_code == 0, done.output
+    assert cli("diagnose", run.path).code == 0
     names = ("conflict", "magnitude", "validity", "weights", "ranks", "pruning")
     files = {path.name for path in (run.path / "diagnostics").iterdir()}
     assert files == {f"{name}.{kind}" for name in names for kind in ("png", "pdf", "csv")}
@@ -147,15 +144,13 @@ def test_diagnose_draws_all_and_says_how_to_get_what_it_lacks(tmp_path):
     assert len(table) == 3 * 4 * 4 * 4 and table.epoch.max() == 3
     assert table[(table.exit == table.other) & (table.stage == 1)].cosine.tolist() == pytest.approx([1.0] * 12)
     plain = exitkit.train({"method": "joint", **SHORT}, tmp_path)
-    done = CliRunner().invoke(cli, ["diagnose", str(plain.path), "--out", str(tmp_path / "there")])
-    assert "--probe-every 1" in done.output and (tmp_path / "there" / "ranks.png").exists()
-    done = CliRunner().invoke(cli, ["diagnose", str(plain.path), "--out", str(tmp_path / "there"), "--json"])
-    assert done.exit_code == 0 and "--probe-every 1" in done.stderr
-    there = {name: str(tmp_path / "there" / f"{name}.png") for name in ("ranks", "pruning")}
-    assert json.loads(done.stdout) == there
+    there = tmp_path / "there"
+    done = cli("diagnose", plain.path, "--out", there, "--json")
+    assert done.code == 0 and "--probe-every 1" in done.errors
+    assert json.loads(done.out) == {name: str(there / f"{name}.png") for name in ("ranks", "pruning")}
+    assert (there / "ranks.png").exists()
 
-    done = CliRunner().invoke(cli, ["report", str(tmp_path), "--format", "md,latex,html,pdf,png"])
-    assert done.exit_code == 0, done.output
+    assert cli("report", tmp_path, "--format", "md,latex,html,pdf,png").code == 0
     report = tmp_path / "report"
     markdown, tex, page = ((report / f"report.{kind}").read_text() for kind in ("md", "tex", "html"))
     for name in names:
@@ -168,11 +163,9 @@ def test_diagnose_draws_all_and_says_how_to_get_what_it_lacks(tmp_path):
     assert "joint on msdnet-tiny, digits, seed 0:" not in markdown  # nobody diagnosed it into its own folder
 
 
-def test_what_diagnose_can_not_draw_is_said_in_one_line(tmp_path):
-    for arguments in (["diagnose"], ["diagnose", str(tmp_path)], ["diagnose", "--toy", str(tmp_path)]):
-        done = CliRunner().invoke(cli, arguments)
-        assert isinstance(done.exception, exitkit.errors.UserError)
-        assert len(str(done.exception).splitlines()) == 1
+@pytest.mark.parametrize("arguments", [[], ["."], ["--toy", "."]])
+def test_what_diagnose_can_not_draw_is_said_in_one_line(arguments, cli):
+    cli("diagnose", *arguments).refused()
 
 
 def test_on_the_toy_problem_the_exits_conflict_and_every_method_gets_somewhere(tmp_path):

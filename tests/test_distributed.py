@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -40,19 +39,6 @@ def test_two_ranks_make_the_updates_of_one_for_every_method(tmp_path):
         for name, value in state.items():
             assert torch.allclose(ranks[0][case][name], value, rtol=rtol, atol=atol), (case, name)
             assert torch.equal(ranks[0][case][name], ranks[1][case][name]), (case, name)
-
-
-def test_a_run_under_torchrun_is_the_run_of_one_process(tmp_path):
-    arguments = ["-m", "exitkit", "train", "--method", "ge", "--epochs", "1", "--lr", "0.001"]
-    call(sys.executable, *arguments, "--out", str(tmp_path / "alone"))
-    done = call(*TORCHRUN, *arguments, "--out", str(tmp_path / "together"))
-    assert done.stdout.count("run folder:") == 1  # the first rank alone speaks
-    (alone,), (together,) = (list((tmp_path / name).iterdir()) for name in ("alone", "together"))
-    assert alone.name == together.name
-    a, b = (pd.read_csv(run / "metrics.csv").drop(columns="phase") for run in (alone, together))
-    losses = [column for column in a if "loss" in column]
-    assert a[losses].to_numpy() == pytest.approx(b[losses].to_numpy(), rel=1e-3)
-    assert not list(together.glob(".*"))
 
 
 @pytest.mark.parametrize("affine", [True, False])

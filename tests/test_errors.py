@@ -14,7 +14,7 @@ import exitkit
 TABLE = {
     # mistake: command line, what the line has to say
     "command": ("trian", "unknown command 'trian'; did you mean train?"),
-    "option": ("train --methd ge", "No such option '--methd'"),
+    "option": ("train --methd ge", "--methd"),
     "not a number": ("train --epochs ten", "'ten' is not a valid integer"),
     "method": ("train --method bostnet", "unknown method 'bostnet'; did you mean boostnet"),
     "method part": ("train --method ge+metgf", "did you mean metagf"),

@@ -2,11 +2,9 @@
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -123,21 +121,6 @@ def test_killed_between_and_within_the_passes_of_metagf(reference, die, tmp_path
         die(event, count, *arguments("metagf", out))
     die("never", 0, *arguments("metagf", out), code=0)
     assert bits(out) == reference("metagf")
-
-
-def test_killed_at_random_times(reference, tmp_path):
-    out, clock = tmp_path / "killed", random.Random(7)
-    for _ in range(4):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "exitkit", *arguments("boostnet", out)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        time.sleep(clock.uniform(1.5, 4.5))
-        process.kill()
-        process.wait()
-    run("-m", "exitkit", *arguments("boostnet", out))
-    assert bits(out) == reference("boostnet")
 
 
 def test_a_finished_run_is_left_alone(tmp_path):

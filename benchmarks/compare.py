@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shlex
-import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +15,12 @@ from exitkit.benchmarks.plan import BASELINE, DEFAULT_METHODS, Plan
 from exitkit.cli.completion import names, one_of
 from exitkit.cli.interrupts import interruptible
 from exitkit.cli.options import json_option, parse_sets, read_recipe, recipe_options
-from exitkit.errors import Interrupted, UserError
+from exitkit.errors import Interrupted, Note, UserError
 from exitkit.files import exists
 
 if TYPE_CHECKING:
     from exitkit.benchmarks.plan import Planned
+    from exitkit.benchmarks.report.options import ReportOptions
     from exitkit.recipe import Recipe
 
 
@@ -101,6 +101,7 @@ def compare(
     runs = plan.runs()
 
     from exitkit.benchmarks.launchers import default_jobs, make_launcher
+    from exitkit.benchmarks.report.options import ReportOptions
 
     first = runs[0].recipe
     workers = default_jobs(first.device, first.threads) if jobs is None else jobs
@@ -111,16 +112,20 @@ def compare(
     starter = make_launcher(launcher, workers, first, folder, parse_sets(slurm, "--slurm"))
     try:
         with interruptible():
-            todo = _announce(needed, folder, starter.slots, only_plan, as_json)
+            todo = _announce(needed, folder, starter.slots, only_plan, as_json, ReportOptions.make(plan.report))
             if only_plan:
                 return
             failed = _train(todo, len(needed), folder, starter, plan, runs)
     except KeyboardInterrupt:
         raise Interrupted("stopped; the same command goes on where it was") from None
+    wrong = [_told(failed, len(needed))] if failed else []
     if len(failed) < len(needed):
-        publish(folder, plan, recipes, as_json)
-    if failed:
-        raise UserError(_told(failed, len(needed)))
+        try:
+            publish(folder, plan, recipes, as_json)
+        except UserError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise UserError("; ".join(wrong))
 
 
 def _values(
@@ -168,11 +173,14 @@ def parse_sweeps(sweeps: Sequence[str]) -> dict[str, list[str]]:
     return found
 
 
-def _announce(needed: Mapping[str, Recipe], folder: Path, workers: int, whole: bool, as_json: bool) -> list[Recipe]:
+def _announce(
+    needed: Mapping[str, Recipe], folder: Path, workers: int, whole: bool, as_json: bool, options: ReportOptions
+) -> list[Recipe]:
     """Show the plan with an estimate, and return what is to be trained.
 
     Raises:
-        UserError: images are missing, or a network can't be built: told before anything is trained.
+        UserError: images are missing, a network can't be built, or no exit is within a budget that the report is to
+            have: told before anything is trained.
     """
     from exitkit.benchmarks.campaign_display import announce
     from exitkit.benchmarks.estimate import Estimate, wall_time
@@ -185,6 +193,9 @@ def _announce(needed: Mapping[str, Recipe], folder: Path, workers: int, whole: b
     with loading("the data, and timing a few steps"):
         estimate = Estimate(folder)
         seconds = {recipe.id: estimate.seconds(recipe) for recipe in todo}
+        if todo and options.budgets and options.cost != "latency":
+            firsts = [estimate.costs(recipe)[0] for recipe in needed.values()]
+            options.check_reach(min(getattr(first, options.cost) for first in firsts))
     if whole and as_json:
         runs = [_planned(name, recipe, seconds.get(name, 0.0)) for name, recipe in needed.items()]
         about = {"runs": runs, "at_once": workers, "seconds": wall_time(list(seconds.values()), workers)}
@@ -264,13 +275,16 @@ def publish(out: Path, plan: Plan, recipes: Mapping[str, Recipe], as_json: bool 
     context, options, _ = read_plan(out)
     runs = [RunFolder(out / name) for name in recipes if exists(out / name / RESULTS)]
     if "diagnose" in plan.figures:
-        from exitkit.benchmarks.diagnose.command import draw_run
+        from exitkit.benchmarks.diagnose.command import draw_run, told_apart
 
-        # What it says of its files is for people: with --json, standard output is the tables' alone.
-        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-            for run in runs:
-                if run.recipe.seed == plan.base.seed:
-                    draw_run(run, run.path / DIAGNOSTICS)
+        for run in runs:
+            if run.recipe.seed != plan.base.seed:
+                continue
+            try:
+                with told_apart(as_json):
+                    draw_run(run, run.path / DIAGNOSTICS, data_dir=recipes[run.path.name].data_dir)
+            except UserError as error:
+                warnings.warn(Note(f"not diagnosed: {error}"), stacklevel=2)
     with working(f"tables and figures of {len(runs)} runs"):
         comparison = collect(runs, options=ReportOptions.make(options), context=context)
         files = write_report(comparison, out / "report", runs=runs)

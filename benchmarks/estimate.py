@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,8 @@ from exitkit.errors import NonFiniteError, UserError
 from exitkit.runs import find_runs
 
 if TYPE_CHECKING:
-    from exitkit.data.base import Batch
+    from exitkit.costs import ExitCost
+    from exitkit.data.base import Batch, Data
     from exitkit.recipe import Recipe
     from exitkit.run import Run
 
@@ -22,7 +22,7 @@ _FEWEST = 8  # images that a timed step has at least: L2W-DEN halves them, and i
 
 
 class Estimate:
-    """Estimates the seconds of runs; what was timed once is not timed again.
+    """Estimates the seconds of runs; what was loaded or timed once is not loaded or timed again.
 
     Args:
         out: a folder whose finished runs say how long others of their kind take.
@@ -31,6 +31,8 @@ class Estimate:
     def __init__(self, out: Path) -> None:
         self._known: dict[tuple[str, ...], float] = {}
         self._timings: dict[tuple[str, ...], Timing] = {}
+        self._loaded: dict[tuple[str, ...], Data] = {}
+        self._costs: dict[tuple[str, ...], list[ExitCost]] = {}
         try:
             runs = find_runs(out)
         except UserError:
@@ -47,18 +49,43 @@ class Estimate:
             UserError: its images are missing, or its network can't be built.
         """
         from exitkit.build import build_strategy
+        from exitkit.session import first_phase
 
         assert recipe.epochs is not None
         kind = _kind(recipe)
         if kind in self._known:
             return self._known[kind] * recipe.epochs
         if kind not in self._timings:
-            self._timings[kind] = _timed(recipe)
+            self._timings[kind] = _timed(recipe, self._data(recipe))
         timing = self._timings[kind]
         phases = build_strategy(recipe.method, **recipe.method_settings).phases(recipe.epochs, timing.exits)
         # A sweep may change how many phases there are; what it adds is taken to cost what the last one does.
         per_image = timing.phases + timing.phases[-1:] * len(phases)
-        return sum(phase.epochs * timing.images * each for phase, each in zip(phases, per_image, strict=False))
+        seconds = [phase.epochs * timing.images * each for phase, each in zip(phases, per_image, strict=False)]
+        return sum(seconds[first_phase(recipe, phases) :])
+
+    def costs(self, recipe: Recipe) -> list[ExitCost]:
+        """Return what the exits of a resolved recipe's network cost.
+
+        Raises:
+            UserError: its images are missing, or its network can't be built.
+        """
+        from exitkit.costs import cost
+        from exitkit.exit_outputs import make_network
+
+        kind = _alike(recipe, "backbone", "backbone_settings", "dataset", "dataset_settings")
+        if kind not in self._costs:
+            data = self._data(recipe)
+            self._costs[kind] = cost(make_network(recipe, data.input_shape, data.num_classes))
+        return self._costs[kind]
+
+    def _data(self, recipe: Recipe) -> Data:
+        from exitkit.exit_outputs import load_data
+
+        kind = _alike(recipe, "dataset", "dataset_settings", "data_dir")
+        if kind not in self._loaded:
+            self._loaded[kind] = load_data(recipe)
+        return self._loaded[kind]
 
 
 class Timing(NamedTuple):
@@ -71,44 +98,48 @@ class Timing(NamedTuple):
 
 def _kind(recipe: Recipe) -> tuple[str, ...]:
     """Return what runs have in common that take equally long, but for their epochs and their method's settings."""
-    names = ("method", "backbone", "backbone_settings", "dataset", "dataset_settings", "batch_size", "precision")
+    where = ("backbone", "backbone_settings", "dataset", "dataset_settings")
+    return _alike(recipe, "method", *where, "batch_size", "precision", "init_from")
+
+
+def _alike(recipe: Recipe, *names: str) -> tuple[str, ...]:
     return tuple(str(getattr(recipe, name)) for name in names)
 
 
-def _timed(recipe: Recipe) -> Timing:
-    """Time an epoch of one batch of each of a run's phases, all else as in the run."""
+def _timed(recipe: Recipe, data: Data) -> Timing:
+    """Time an epoch of one batch of each of a run's phases, set up as the run sets it up."""
     import torch
 
     from exitkit.build import build_strategy
     from exitkit.costs import cost
     from exitkit.data.base import Batch
     from exitkit.engine import Engine, choose_device
-    from exitkit.exit_outputs import load_data, make_network
-    from exitkit.run import Run
+    from exitkit.exit_outputs import make_network
+    from exitkit.session import Session, begin_phase, train_mode
 
-    data = load_data(recipe)
-    network = make_network(recipe, data.input_shape, data.num_classes)
+    recipe = recipe.with_values(compile=False)  # compiling takes longer than what is timed
+    network, teacher = (make_network(recipe, data.input_shape, data.num_classes) for _ in range(2))
     engine = Engine(choose_device(recipe.device), precision=recipe.precision)
     assert recipe.batch_size is not None and recipe.epochs is not None
     size = max(_FEWEST, min(recipe.batch_size, int(_LIGHT / cost(network)[-1].macs)))
     images = engine.images(torch.randn(size, *data.input_shape))
     batch = Batch(images, engine.labels(torch.arange(size) % data.num_classes))
-    exits = network.num_exits
+    strategy = build_strategy(recipe.method, **recipe.method_settings)
+    phases = strategy.phases(recipe.epochs, network.num_exits)
+    session = Session(recipe, engine, data, network, phases)
+    engine.place(teacher.eval())
+    session.teachers = dict.fromkeys(strategy.teachers(), teacher)
     threads = torch.get_num_threads()
     torch.set_num_threads(recipe.threads)
-    engine.place(network)
     found = []
     try:
-        strategy = build_strategy(recipe.method, **recipe.method_settings)
-        teachers = dict.fromkeys(strategy.teachers(), copy.deepcopy(network).eval())
-        for phase in strategy.phases(recipe.epochs, exits):
-            optimizer = torch.optim.SGD(network.parameters(), lr=1e-3)
-            run = Run.local(network, phase.strategy, optimizer, precision=recipe.precision)
-            run.teachers = teachers
+        for number, phase in enumerate(phases):
+            run = begin_phase(session, number, phase)
+            train_mode(network, session.added, phase)
             found.append(min(_seconds(run, batch) for _ in range(2)) / size)
     finally:
         torch.set_num_threads(threads)
-    return Timing(len(data.split.train), exits, found)
+    return Timing(len(data.split.train), network.num_exits, found)
 
 
 def _seconds(run: Run, batch: Batch) -> float:

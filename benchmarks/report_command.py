@@ -70,6 +70,7 @@ def report(folder: str, out: str | None, formats: str | None, as_json: bool, **g
 
     from exitkit.benchmarks.record import read_plan
     from exitkit.benchmarks.report import ReportOptions, collect, print_report, write_report
+    from exitkit.budgets import exit_costs
     from exitkit.cli.progress import working
     from exitkit.runs import find_runs
 
@@ -81,6 +82,8 @@ def report(folder: str, out: str | None, formats: str | None, as_json: bool, **g
     runs = sorted(find_runs(folder), key=lambda run: (place.get(run.path.name, len(place)), run.path.name))
     if not order:
         runs.sort(key=lambda run: run.recipe.method != (chosen.baseline or "joint"))
+    if given["budgets"] is not None:  # a plan's own may be for networks whose runs have failed
+        chosen.check_reach(min(float(exit_costs(run, chosen.cost)[0]) for run in runs))
     target = Path(out) if out else Path(folder) / "report"
     with working(f"tables and figures of {len(runs)} runs"):
         comparison = collect(runs, options=chosen, context=context)

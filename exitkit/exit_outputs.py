@@ -20,7 +20,7 @@ from exitkit.files import load_tensors, save_tensors, write_json
 from exitkit.network import MultiExitNetwork
 from exitkit.randomness import derive
 from exitkit.runs import RESULTS, SPLIT, WEIGHTS, RunFolder, table_of
-from exitkit.sameness import images_digest
+from exitkit.sameness import check_images, images_digest
 from exitkit.strategy import at_least_float32
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ _FLOAT32_CLASSES = 200
 def load_data(recipe: Recipe, split: Path | None = None) -> Data:
     """Load a recipe's images, with the split stored at `split` or else the data set's own."""
     dataset = build_dataset(recipe.dataset, recipe.dataset_settings)
-    loaded = dataset.load(Path(recipe.data_dir) if recipe.data_dir else None, recipe.download)
+    loaded = dataset.load(Path(recipe.data_dir) if recipe.data_dir is not None else None, recipe.download)
     data = thin(loaded, dataset.per_class, dataset.imbalance)
     if split is None:
         return data
@@ -48,8 +48,13 @@ def load_data(recipe: Recipe, split: Path | None = None) -> Data:
 
 
 def load_run_data(run: RunFolder, data_dir: str | None = None) -> Data:
-    """Load the images of a run as it split them, from another folder if they lie there now."""
+    """Load the images of a run as it split them, from another folder if they lie there now.
+
+    Raises:
+        UserError: they are missing, or others than those of the run's results.
+    """
     recipe = run.recipe if data_dir is None else run.recipe.with_values(data_dir=data_dir)
+    check_images(run, recipe)
     return load_data(recipe, run.path / SPLIT)
 
 
@@ -105,12 +110,14 @@ def evaluate(
         one row an exit: exit, papers, macs, params, accuracy and validation_accuracy (percent), and what run it is.
 
     Raises:
-        UserError: no such run, or one whose weights or images are missing.
+        UserError: no such run, or one whose weights or images are missing, or other images than it was evaluated on.
     """
     run = run if isinstance(run, RunFolder) else RunFolder(run)
+    given = {"device": device, "data_dir": data_dir}
     with run.held():
-        given = {"device": device, "data_dir": data_dir}
-        evaluate_held(run, run.recipe.with_values(**{key: value for key, value in given.items() if value}), tell)
+        recipe = run.recipe.with_values(**{key: value for key, value in given.items() if value is not None})
+        check_images(run, recipe)
+        evaluate_held(run, recipe, tell)
     return table_of([run])
 
 

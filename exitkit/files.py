@@ -60,7 +60,7 @@ def exists(path: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
-        raise disk_error(path, error) from None
+        raise UserError(f"{path} can't be looked at: {error.strerror or error}") from None
     return True
 
 

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from exitkit.data.base import Batch
-from exitkit.run import Run
+from exitkit.engine import Engine, Precision
+from exitkit.errors import UserError
+from exitkit.network import MultiExitNetwork
+from exitkit.randomness import derive
+from exitkit.run import Position, Run
+from exitkit.strategy import TrainingStrategy
 
 
 class LocalRun(Run):
@@ -18,9 +24,42 @@ class LocalRun(Run):
         self.strategy.train_step(self, Batch(*batch))
 
     def train_epoch(self, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Train for one epoch, and move on to the next; the learning rate is the optimiser's own."""
+        """Train for one epoch, and move on to the next; the learning rate is the optimiser's own.
+
+        Raises:
+            UserError: no batches, or more epochs than the run was made for.
+        """
+        if not len(batches):
+            raise UserError("an epoch of no batches; expected at least one")
+        if self.position.epoch >= self.position.epochs:
+            made_for = f"the run was made for {self.position.epochs} epochs"
+            raise UserError(f"{made_for}; say how many by Run.local(epochs=...)")
         self.strategy.train_epoch(self, _Passes(self, batches))
         self.position.epoch, self.position.passes, self.position.step = self.position.epoch + 1, 0, 0
+
+
+def begin(
+    network: MultiExitNetwork,
+    strategy: TrainingStrategy,
+    optimizer: torch.optim.Optimizer,
+    seed: int,
+    epochs: int,
+    precision: Precision,
+) -> LocalRun:
+    """See `Run.local`."""
+    if epochs < 1:
+        raise UserError(f"epochs is {epochs}; expected at least 1")
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    before = {id(parameter) for parameter in network.parameters()}
+    strategy.adapt(network)
+    added = [p for p in network.parameters() if id(p) not in before | held]
+    if added:
+        optimizer.add_param_group({"params": added})
+    device = next(network.parameters()).device
+    run = LocalRun(network, strategy, optimizer, Engine(device, precision), seed, Position(epochs=epochs))
+    torch.manual_seed(derive(seed, "prepare", 0))
+    strategy.prepare(run)
+    return run
 
 
 class _Passes:

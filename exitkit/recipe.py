@@ -50,7 +50,7 @@ class Recipe(BaseModel):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
     threads: int = Field(1, ge=1, le=1024, description="CPU threads a process")
     compile: bool = Field(False, description="compile the network's stages and heads (torch.compile)")
-    data_dir: str | None = Field(None, description="where the images lie")
+    data_dir: str | None = Field(None, min_length=1, description="where the images lie")
     download: bool = Field(True, description="fetch images that are not there, where torchvision can")
     tensorboard: bool = Field(False, description="also write a TensorBoard log into the run's folder")
 

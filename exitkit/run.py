@@ -102,21 +102,13 @@ class Run:
         Adapts the network, hands the optimiser the parameters that this added, and prepares the strategy. Then
         `run.train_step((images, labels))` makes a step, and `run.train_epoch(batches)` an epoch over a list of such
         pairs; what follows the schedule goes by `epochs`, how many of these there will be.
-        """
-        from exitkit.local_run import LocalRun
 
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        before = {id(parameter) for parameter in network.parameters()}
-        strategy.adapt(network)
-        added = [p for p in network.parameters() if id(p) not in before | held]
-        if added:
-            optimizer.add_param_group({"params": added})
-        device = next(network.parameters()).device
-        position = Position(epochs=epochs)
-        run = LocalRun(network, strategy, optimizer, Engine(device, precision), seed, position)
-        torch.manual_seed(derive(seed, "prepare", 0))
-        strategy.prepare(run)
-        return run
+        Raises:
+            UserError: fewer than one epoch.
+        """
+        from exitkit.local_run import begin
+
+        return begin(network, strategy, optimizer, seed, epochs, precision)
 
     @property
     def parameters(self) -> list[nn.Parameter]:

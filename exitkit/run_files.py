@@ -48,6 +48,7 @@ class Environment(TypedDict):
     device: str
     gpu: str | None
     code: NotRequired[str]
+    images: NotRequired[str | None]
 
 
 class Learned(TypedDict):

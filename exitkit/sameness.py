@@ -35,10 +35,28 @@ def code_digest(method: str) -> str:
     return known.hexdigest()[:16]
 
 
+def check_images(run: RunFolder, recipe: Recipe) -> None:
+    """See that the images of a run's results are those that lie where a recipe says now.
+
+    Raises:
+        UserError: they are others.
+    """
+    try:
+        seen = run.results().get("images")
+    except UserError:
+        return  # there are none, or damaged ones, which a new evaluation mends
+    if seen is not None and images_digest(recipe) not in (None, seen):
+        raise UserError(
+            f"run {run.path} was evaluated on other images than those in {recipe.data_dir} now; "
+            "say where they lie by --data-dir DIR"
+        )
+
+
 def check_same(there: Iterable[tuple[RunFolder, Recipe]], *, tell: bool = True) -> None:
     """Look at runs that are there before they are taken for what recipes ask for.
 
-    Another version of a method's file is told by a `Note`: what has changed may be a comment.
+    What may be no harm is told by a `Note`: another version of a method's file (it may be a comment), and other images
+    under a run that is not finished (a damaged one may have been mended).
 
     Args:
         there: runs, finished or not, each with its recipe now, of the same identity.
@@ -47,23 +65,23 @@ def check_same(there: Iterable[tuple[RunFolder, Recipe]], *, tell: bool = True) 
     Raises:
         UserError: one is finished, and its images are others than those that lie there now.
     """
-    listed: dict[tuple[str, str | None], str | None] = {}  # a folder is listed once for all of its runs
+    listed: dict[tuple[str, str, str | None], str | None] = {}  # a folder is listed once for all of its runs
     for run, recipe in there:
-        if tell and run.environment().get("code") not in (None, code_digest(recipe.method)):
-            done = "was finished" if run.finished else "was begun"
-            told = f"run {run.path} {done} before the code of {recipe.method} changed; another --out trains it anew"
+        done, began = "is finished" if run.finished else "was begun", run.environment()
+        if tell and began.get("code") not in (None, code_digest(recipe.method)):
+            told = f"run {run.path} {done}, and the code of {recipe.method} has changed; another --out trains it anew"
             warnings.warn(Note(told), stacklevel=2)
-        if not run.finished:
-            continue  # its split says whether there are as many images; a damaged one may have been mended
-        seen, place = run.results().get("images"), (recipe.dataset, recipe.data_dir)
-        if seen is None:
-            continue
-        if place not in listed:
+        seen = run.results().get("images") if run.finished else began.get("images")
+        place = (recipe.dataset, str(recipe.dataset_settings), recipe.data_dir)
+        if seen is not None and place not in listed:
             listed[place] = images_digest(recipe)
-        if listed[place] not in (None, seen):
-            raise UserError(
-                f"run {run.path} is finished, on other images than those in {recipe.data_dir} now; choose another --out"
-            )
+        if seen is None or listed[place] in (None, seen):
+            continue
+        differs = f"run {run.path} {done}, on other images than those in {recipe.data_dir} now"
+        if run.finished:
+            raise UserError(f"{differs}; choose another --out")
+        if tell:
+            warnings.warn(Note(f"{differs}; another --out trains it on these alone"), stacklevel=2)
 
 
 def unfinished_twin(recipe: Recipe, out: Path) -> str:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 import exitkit
@@ -34,7 +35,7 @@ from exitkit.randomness import derive
 from exitkit.recipe import Recipe
 from exitkit.run import Position, Run
 from exitkit.runs import LEARNED, PROBES, SPLIT, RunFolder
-from exitkit.sameness import code_digest
+from exitkit.sameness import code_digest, images_digest
 from exitkit.strategy import Phase
 from exitkit.tensorboard_log import TensorBoardLog
 
@@ -55,7 +56,7 @@ class Session:
     report: Report = lambda progress: None
     metrics: list[dict[str, Any]] = field(default_factory=list)
     first: int = 0
-    """Number of the phase that training begins with: the second where the first is another run's."""
+    """See `first_phase`."""
     teachers: dict[str, MultiExitNetwork] = field(default_factory=dict)
     probes: list[dict[str, Tensor]] = field(default_factory=list)
     """What was seen on the probe batch, one entry a look, with the epoch (over all phases) that it came after."""
@@ -112,7 +113,7 @@ def prepare(recipe: Recipe, engine: Engine, path: Path, report: Report) -> Sessi
     network = make_network(recipe, data.input_shape, data.num_classes)
     assert recipe.epochs is not None
     phases = build_strategy(recipe.method, **recipe.method_settings).phases(recipe.epochs, network.num_exits)
-    first = 1 if recipe.init_from and len(phases) > 1 else 0
+    first = first_phase(recipe, phases)
     begun = exists(path / "checkpoint.pt")  # then nothing is started from any more
     if recipe.init_from and not begun and Path(recipe.init_from).is_dir():
         check_unseen(Path(recipe.init_from), recipe, data)
@@ -133,6 +134,11 @@ def prepare(recipe: Recipe, engine: Engine, path: Path, report: Report) -> Sessi
             raise UserError(f"a teacher of {teacher.num_classes} classes can't teach {network.num_classes}")
     log = TensorBoardLog(path) if recipe.tensorboard and engine.is_main else None
     return Session(recipe, engine, data, network, phases, report=report, first=first, teachers=teachers, log=log)
+
+
+def first_phase(recipe: Recipe, phases: list[Phase]) -> int:
+    """Return the number of the phase that training begins with: the second where the first is another run's."""
+    return 1 if recipe.init_from and len(phases) > 1 else 0
 
 
 def open_folder(session: Session, path: Path) -> RunFolder:
@@ -178,6 +184,16 @@ def begin_phase(session: Session, number: int, phase: Phase) -> Run:
     return run
 
 
+def train_mode(network: nn.Module, added: set[str], phase: Phase) -> None:
+    """Put the network into training mode; frozen batch norm is what was there before and is not trained by prefix."""
+    network.train()
+    trained = phase.train if isinstance(phase.train, tuple) else ()
+    if phase.batchnorm == "frozen":
+        for name, module in network.named_modules():
+            if isinstance(module, _BatchNorm) and name not in added and not f"{name}.".startswith(trained):
+                module.eval()
+
+
 def _trains(phase: Phase, name: str, *, new: bool) -> bool:
     if isinstance(phase.train, tuple):
         return name.startswith(phase.train)
@@ -215,6 +231,7 @@ def _environment(session: Session) -> dict[str, Any]:
         "processor": _processor(),
         "ranks": engine.world,
         "code": code_digest(session.recipe.method),
+        "images": images_digest(session.recipe),
         "parameters": sum(parameter.numel() for parameter in session.network.parameters()),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }

@@ -10,9 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-
 from exitkit.engine import Engine
 from exitkit.errors import UserError
 from exitkit.exit_outputs import augment_validation, evaluate_held, measure
@@ -27,7 +24,7 @@ from exitkit.run import Run
 from exitkit.runs import WEIGHTS, RunFolder
 from exitkit.sameness import check_same, unfinished_twin
 from exitkit.schedule import learning_rate
-from exitkit.session import Report, Session, begin_phase, keep_learned, look, open_folder, prepare
+from exitkit.session import Report, Session, begin_phase, keep_learned, look, open_folder, prepare, train_mode
 from exitkit.strategy import Phase
 
 CHECKPOINT_KEYS = {"network", "optimizer", "scaler", "strategy", "auxiliaries", "position", "metrics", "probes"}
@@ -131,7 +128,7 @@ def _train_phases(session: Session) -> None:
             begin_peak(session.engine.device)
             began = time.perf_counter()
             batches = _batches(session, run, number, phase)
-            _train_mode(session.network, session.added, phase)
+            train_mode(session.network, session.added, phase)
             run.on_checkpoint = lambda run=run: session.save(run)  # type: ignore[misc]
             phase.strategy.train_epoch(run, batches)
             _end_epoch(session, run, phase, batches, time.perf_counter() - began)
@@ -158,16 +155,6 @@ def _restore(run: Run, state: Mapping[str, Any], path: Path) -> None:
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"{path} does not fit this run ({reason}); delete it to start the run anew") from None
-
-
-def _train_mode(network: nn.Module, added: set[str], phase: Phase) -> None:
-    """Put the network into training mode; frozen batch norm is what was there before and is not trained by prefix."""
-    network.train()
-    trained = phase.train if isinstance(phase.train, tuple) else ()
-    if phase.batchnorm == "frozen":
-        for name, module in network.named_modules():
-            if isinstance(module, _BatchNorm) and name not in added and not f"{name}.".startswith(trained):
-                module.eval()
 
 
 def _batches(session: Session, run: Run, number: int, phase: Phase) -> EpochBatches:
@@ -201,7 +188,7 @@ def _end_epoch(session: Session, run: Run, phase: Phase, batches: EpochBatches, 
         scale = 100 if name.endswith("accuracy") else 1
         row |= {f"{name}_{number}": scale * value for number, value in enumerate(values, 1)}
     session.metrics.append(row)
-    _train_mode(session.network, session.added, phase)
+    train_mode(session.network, session.added, phase)
     look(session, run)
     run.position.epoch, run.position.passes, run.position.step = run.position.epoch + 1, 0, 0
     session.save(run)

@@ -47,7 +47,7 @@ class Result(NamedTuple):
     def refused(self, *says):
         """Check that it was refused in one line that has these words."""
         lines = self.errors.strip().splitlines()
-        assert self.code == 2, (self.code, self.errors)
+        assert self.code == 2 and not self.out, (self.code, self.out, self.errors)
         assert len(lines) == 1 and lines[0].startswith("exitkit: "), self.errors
         for words in says:
             assert words in lines[0], lines[0]

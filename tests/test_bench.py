@@ -45,15 +45,6 @@ def files():
     return {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
 
 
-def refused(ended, *says):
-    code, printed, errors = ended
-    assert code == 2 and not printed, errors
-    (line,) = errors.splitlines()
-    assert line.startswith("exitkit: ")
-    for words in says:
-        assert words in line
-
-
 class Clock:
     """A clock that goes on by a quarter of a second whenever it is read."""
 
@@ -154,18 +145,18 @@ def test_it_may_be_measured_again(cli, runs):
 )
 def test_a_bad_option_is_one_line_and_nothing_is_written(options, says, cli, runs):
     before = files()
-    refused(cli("bench", runs[0], *options.split()), says)
+    cli("bench", runs[0], *options.split()).refused(says)
     assert files() == before
 
 
 def test_runs_that_are_unfinished_or_missing_are_told_before_any_is_measured(cli, runs):
     (runs[1] / "results.json").unlink()
     before = files()
-    refused(cli("bench", *runs), f"run {runs[1]} is not finished; go on with: exitkit train", "--resume")
-    refused(cli("bench", runs[0], "runs/nowhere"), "runs/nowhere does not exist")
-    refused(cli("bench", f"{runs[0]}0"), f"did you mean {runs[0]}?")
-    refused(cli("bench", "runs"), "holds no run (no recipe.json)")
-    refused(cli("bench"), "RUN...")
+    cli("bench", *runs).refused(f"run {runs[1]} is not finished; go on with: exitkit train", "--resume")
+    cli("bench", runs[0], "runs/nowhere").refused("runs/nowhere does not exist")
+    cli("bench", f"{runs[0]}0").refused(f"did you mean {runs[0]}?")
+    cli("bench", "runs").refused("holds no run (no recipe.json)")
+    cli("bench").refused("RUN...")
     assert files() == before
 
 
@@ -179,23 +170,24 @@ def test_what_a_star_finds_beside_runs_is_left_out_but_nothing_else_is(cli, runs
     assert ended.code == 0 and not ended.errors and [folder.path for folder in measured] == runs
     Path("runs/mine").mkdir()
     assert cli("bench", *sorted(Path("runs").iterdir())).errors == "left out runs/mine: it holds no run\n"
-    refused(cli("bench", *runs, "runs/reports", "runs/report"), "runs/reports does not exist")
-    refused(cli("bench", "runs/report"), "runs/report holds no run")
-    refused(cli("bench", "runs/report", "runs/comparison.json"), "runs/report holds no run")
-    refused(cli("bench", "runs/comparison.json"), "runs/comparison.json is a file")
+    cli("bench", *runs, "runs/reports", "runs/report").refused("runs/reports does not exist")
+    cli("bench", "runs/report").refused("runs/report holds no run")
+    cli("bench", "runs/report", "runs/comparison.json").refused("runs/report holds no run")
+    cli("bench", "runs/comparison.json").refused("runs/comparison.json is a file")
 
 
 def test_a_run_without_its_weights_is_refused_and_nothing_is_written(cli, runs):
     (runs[1] / "weights.safetensors").unlink()
     before = files()
-    refused(cli("bench", *runs, "--repeats", "1", "--device", "cpu"), "weights.safetensors")
+    cli("bench", *runs, "--repeats", "1", "--device", "cpu").refused("weights.safetensors")
     assert files() == before
 
 
 def test_a_report_without_the_measurement_says_how_to_get_it(cli, runs):
     (runs[0] / "latency.json").write_text('{"milliseconds": [1, 2, 3, 4]}')
     before = files()
-    refused(cli("report", "runs", "--cost", "latency"), f"measure it with: exitkit bench {runs[1]}")
+    cli("report", "runs", "--budgets", "100K,2K").refused("budget 2K is below what the cheapest first exit costs")
+    cli("report", "runs", "--cost", "latency").refused(f"measure it with: exitkit bench {runs[1]}")
     assert files() == before
 
 

@@ -194,15 +194,19 @@ def test_what_is_no_image_is_found_before_any_is_read(two_parts, content):
     assert "\n" not in str(caught.value)
 
 
-def test_images_are_known_by_their_names_and_sizes(two_parts):
+def test_images_are_known_by_their_names_sizes_and_contents(two_parts):
     known = ImageFolder(**settings()).digest(two_parts)
     moved = shutil.copytree(two_parts, two_parts.parent / "moved")
     assert ImageFolder(**settings()).digest(moved) == known
     assert ImageFolder(**settings()).digest(two_parts / "nowhere") is ImageNet().digest(two_parts) is None
-    (moved / "val" / "bee" / "02.png").write_bytes(b"longer" * 1000)
-    changed = ImageFolder(**settings()).digest(moved)
-    (moved / "val" / "bee" / "02.png").rename(moved / "val" / "bee" / "20.png")
-    assert len({known, changed, ImageFolder(**settings()).digest(moved)}) == 3
+    image, digests = moved / "val" / "bee" / "02.png", {known}
+    image.write_bytes(image.read_bytes()[:-1] + b"?")
+    digests.add(ImageFolder(**settings()).digest(moved))
+    image.write_bytes(b"longer" * 1000)
+    digests.add(ImageFolder(**settings()).digest(moved))
+    image.rename(moved / "val" / "bee" / "20.png")
+    digests.add(ImageFolder(**settings()).digest(moved))
+    assert len(digests) == 4
 
 
 def test_sixteen_bits_a_channel_are_refused_and_not_cut_off(two_parts):

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,11 +18,12 @@ import pytest
 import torch
 from PIL import Image
 
+import exitkit
 from exitkit.cli import main
 from exitkit.data.digits import Digits
 from exitkit.data.folder import ImageFolder
 from exitkit.data.split import Split
-from exitkit.errors import UserError
+from exitkit.errors import Note, UserError
 from exitkit.recipe import Recipe
 
 NETWORK = ("blocks=2", "base=1", "step=1", "channels=4", "growth=4", "growth_factors=1,1", "bottleneck_factors=1,1")
@@ -119,7 +121,53 @@ def test_other_images_are_not_taken_for_those_of_a_finished_run(pictures, capsys
     assert run(*compare) == 2
     for line in [line for line in capsys.readouterr().err.splitlines() if NOTE not in line]:
         assert line.endswith(f"is finished, on other images than those in {moved} now; choose another --out")
+    for verb in ("evaluate", "bench", "diagnose"):
+        assert run(verb, folder, "--data-dir", moved) == 2
+        assert f"was evaluated on other images than those in {moved} now" in capsys.readouterr().err
     assert (folder / "results.json").read_bytes() == before
+
+
+def test_images_are_those_of_a_run_whatever_part_of_them_another_run_takes(pictures):
+    """Runs that validate on `val` and runs that hold images out list other files in one folder."""
+    (pictures / "train").mkdir()
+    for name in ("red", "green", "blue"):
+        (pictures / name).rename(pictures / "train" / name)
+    for part in ("val", "test"):
+        shutil.copytree(pictures / "train", pictures / part)
+    arguments = command(pictures, "--epochs", "1", settings=("workers=0",))[1:]
+    compare = ["compare", "--methods", "joint", "--seeds", "1", "--sweep", "dataset.validation=none,5", *arguments]
+    assert run(*compare) == 0
+    assert run(*compare) == 0
+
+
+def test_a_comparison_diagnoses_runs_whose_images_have_moved(pictures, capsys):
+    (pictures.parent / "mine.toml").write_text('methods = ["joint"]\nseeds = 1\nfigures = ["diagnose"]\n')
+    arguments = command(pictures, "--epochs", "1", settings=("workers=0",))[1:]
+    compare = ["compare", "--recipe", pictures.parent / "mine.toml", "--jobs", "1", *arguments]
+    assert run(*compare) == 0
+    moved = pictures.rename(pictures.parent / "moved")
+    shutil.rmtree(pictures.parent / "runs" / "report")
+    capsys.readouterr()
+    assert run(*[moved if word == str(pictures) else word for word in compare]) == 0
+    assert "not diagnosed" not in capsys.readouterr().err
+    assert list((pictures.parent / "runs" / "report").glob("ranks-joint-*.png"))
+
+
+def test_a_run_that_goes_on_with_other_images_says_so(pictures, monkeypatch):
+    recipe = {"dataset": "folder", "data_dir": str(pictures), "backbone": "msdnet-tiny", "epochs": 2, "batch_size": 16}
+    recipe["dataset_settings"] = {"image_size": 16, "workers": 0}
+
+    def cut(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("exitkit.training._end_epoch", cut)
+    with pytest.raises(KeyboardInterrupt):
+        exitkit.train(recipe, pictures.parent / "runs")
+    monkeypatch.undo()
+    (pictures / "red" / "0.jpg").write_bytes((pictures / "red" / "2.jpg").read_bytes())
+    with pytest.warns(Note, match="was begun, on other images than those in"):
+        run_folder = exitkit.train(recipe, pictures.parent / "runs")
+    assert exitkit.train(recipe, pictures.parent / "runs").path == run_folder.path  # these are its images now
 
 
 def test_a_comparison_reads_images_in_processes_of_its_worker_processes(pictures):

@@ -7,15 +7,18 @@ import hashlib
 import os
 import pickle
 import struct
+import threading
+import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from exitkit.data.vision import CIFAR10, CIFAR100, FashionMNIST
+from exitkit.data.vision import CIFAR10, CIFAR100, FashionMNIST, _fetching
 from exitkit.errors import UserError
 
 
@@ -210,6 +213,31 @@ def test_missing_files_are_fetched_once(tmp_path, monkeypatch):
         data = FashionMNIST(validation=20).load(tmp_path / "new")
         assert len(data.train_images) == 60
     assert len(fetched) == 4
+
+
+def test_who_waits_for_a_fetch_that_fails_takes_its_turn(tmp_path):
+    """The first finds no network, and takes away the folder that it has made; the second has waited for its lock."""
+    folder, began, goes_on = tmp_path / "deep" / "images", threading.Event(), threading.Event()
+
+    def fails():
+        with pytest.raises(OSError, match="no network"), _fetching(folder):
+            began.set()
+            assert goes_on.wait(60)
+            raise OSError("no network")
+
+    def waits():
+        with _fetching(folder):
+            (folder / "images").write_text("fetched")
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(fails)
+        assert began.wait(60)
+        second = pool.submit(waits)
+        time.sleep(0.3)
+        goes_on.set()
+        first.result(60)
+        second.result(60)
+    assert (folder / "images").read_text() == "fetched"
 
 
 def test_cifar_comes_through_torchvision_where_its_python_layout_lies(tmp_path, offline, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -99,6 +100,7 @@ MISTAKES = {
     "no such file": (None, "can't be read: No such file or directory"),
     "no array": (b"text", "is no array; expected a file that numpy.save wrote"),
     "empty": (b"", "is no array"),
+    "half an archive": (b"PK\x03\x04 and no more", "is no array"),
     "no channels": (np.zeros((2, 6, 6), np.uint8), "has the shape [2, 6, 6]; expected [N, 1, 6, 6]"),
     "channels last": (np.zeros((2, 6, 6, 1), np.uint8), "has the shape [2, 6, 6, 1]; expected [N, 1, 6, 6]"),
     "one image": (np.zeros((1, 6, 6), np.uint8), "expected [N, 1, 6, 6]"),
@@ -136,6 +138,18 @@ def test_run_py_says_how_it_is_used_and_what_it_lacks(deployed, tmp_path, monkey
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert exporting.runner.main(["images.npy"], deployed) == 2
     assert "pip install onnxruntime" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["policy.json cut", "stage-1.onnx cut", "stage-2.onnx gone"])
+def test_run_py_says_that_an_export_is_damaged(damage, deployed, tmp_path, capsys):
+    copy = shutil.copytree(deployed, tmp_path / "copy")
+    name, how = damage.split()
+    content = (copy / name).read_bytes()
+    (copy / name).unlink() if how == "gone" else (copy / name).write_bytes(content[: len(content) // 2])
+    np.save(tmp_path / "images.npy", images().numpy())
+    assert exporting.runner.main([str(tmp_path / "images.npy")], copy) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"run.py: {copy} holds no whole export (") and line.endswith("export the run again")
 
 
 @pytest.mark.parametrize("score", ["confidence", "margin", "entropy"])

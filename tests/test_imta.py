@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import exitkit
 from exitkit.errors import UserError
-from exitkit.training import _train_mode
+from exitkit.session import train_mode
 
 from toy import batches, chain, sgd
 
@@ -26,7 +26,7 @@ def second_phase(network, **settings):
         parameter.requires_grad_(name not in names)
     trained = [p for p in network.parameters() if p.requires_grad]
     run = exitkit.Run.local(network, second.strategy, torch.optim.SGD(trained, 0.1, 0.9))
-    _train_mode(network, {name for name, _ in network.named_modules()} - modules, second)
+    train_mode(network, {name for name, _ in network.named_modules()} - modules, second)
     return run
 
 

@@ -178,6 +178,18 @@ def test_mistakes_are_one_line(make, told):
         make()
 
 
+@pytest.mark.parametrize("count", [1, 12])
+def test_under_autocast_answers_are_in_the_images_precision(count):
+    network, x = made("msdnet-tiny").float(), images(count).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = torch.stack(network(x).logits, 1).float()
+        limits = scores(outputs.detach().numpy(), "confidence").mean(0)
+        adaptive = exitkit.AdaptiveInference(network, ExitRule("confidence", (*limits[:-1], -math.inf)))
+        answers, (streamed,) = adaptive(x), adaptive.stream([x], 4)
+    assert answers.logits.dtype == streamed.logits.dtype == torch.float32
+    assert len(answers.exits.unique()) > 1 or count == 1
+
+
 def test_a_rule_of_outputs_meets_its_budget_on_them():
     torch.manual_seed(0)
     logits, labels = torch.randn(400, 3, 5).mul(3), torch.randint(5, (400,))
@@ -188,6 +200,8 @@ def test_a_rule_of_outputs_meets_its_budget_on_them():
         for index in (1, 0):
             left[rule.leaving(index, logits[:, index], memory)[0]] = index
         assert torch.tensor(costs)[left].mean().item() == pytest.approx(budget, rel=0.01)
+    level = exitkit.ExitRule.from_outputs(logits, labels, [10.0, 10.0, 40.0], budget=20.0)  # a clock may tell so
+    assert level.thresholds[-1] == -math.inf
     same_as = exitkit.ExitRule.from_outputs(logits.double(), labels, costs, share=1.0)
     assert same_as == exitkit.ExitRule.from_outputs(logits, labels, costs, share=1.0)
 
@@ -198,10 +212,13 @@ OUTPUTS = (torch.zeros(4, 3, 5), torch.zeros(4, dtype=torch.int64), [1.0, 2.0, 3
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        ({0: torch.zeros(4, 5)}, r"logits are of shape \[4, 5\].*expected \[N, K, C\], \[N\] and K"),
+        ({0: torch.zeros(4, 5)}, r"logits are of shape \[4, 5\].*expected \[N, K, C\] and \[N\]"),
         ({1: torch.zeros(3, dtype=torch.int64)}, r"labels of \[3\]"),
-        ({2: [1.0, 2.0]}, "there are 2 costs"),
-        ({2: [1.0, 3.0, 2.0]}, "costs are .* that grow"),
+        ({0: torch.zeros(4, 0, 5), 2: []}, "none of them 0"),
+        ({2: [1.0, 2.0]}, r"costs are \[1.0, 2.0\]; expected 3, one an exit"),
+        ({2: 5.0}, "costs are 5.0; expected 3"),
+        ({2: ["a", 1.0, 2.0]}, "costs are .*; expected a number an exit"),
+        ({2: [1.0, 3.0, 2.0]}, "costs are .* that do not fall"),
         ({2: [1.0, 2.0, math.nan]}, "costs are"),
     ],
 )

@@ -18,7 +18,7 @@ from exitkit.errors import UserError
 from exitkit.plugins import registered
 from exitkit.randomness import derive
 from exitkit.run import Run
-from exitkit.training import _train_mode
+from exitkit.session import train_mode
 
 HERE = Path(__file__).parent
 NETWORKS = {
@@ -89,7 +89,7 @@ def begin(network, phase, number, engine):
     run.position.phase, run.position.epochs = number, 2
     torch.manual_seed(number)
     phase.strategy.prepare(run)
-    _train_mode(network, added, phase)
+    train_mode(network, added, phase)
     return run, added
 
 
@@ -132,7 +132,7 @@ def test_what_should_move_moves_and_a_run_goes_on_to_the_same_bits(method, famil
         for earlier, each in enumerate(exitkit.build_strategy(method).phases(2, network.num_exits)[: number + 1]):
             again, added = begin(network, each, earlier, engine)
         again.load_state_dict(middle)
-        _train_mode(network, added, phase)
+        train_mode(network, added, phase)
         epoch(again, shape, engine, 1)
         for name, value in run.network.state_dict().items():
             assert torch.equal(value, network.state_dict()[name]), name

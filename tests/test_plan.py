@@ -6,6 +6,7 @@ from importlib.metadata import entry_points
 import pytest
 
 import exitkit
+from exitkit import exit_outputs
 from exitkit.benchmarks import estimate as estimates
 from exitkit.benchmarks import usable
 from exitkit.benchmarks.compare import _values
@@ -272,7 +273,7 @@ def test_a_zero_on_the_command_line_is_refused(option, cli, tmp_path):
 
 
 def test_a_plan_is_shown_and_nothing_is_done(cli, tmp_path, monkeypatch):
-    monkeypatch.setattr(estimates, "_timed", lambda recipe: Timing(1000, 4, [0.06]))
+    monkeypatch.setattr(estimates, "_timed", lambda recipe, data: Timing(1000, 4, [0.06]))
     code, printed, _ = cli("compare", "--plan", "--methods", "ge", "--epochs", "2", "--jobs", "3", "--out", "study")
     # Two methods with two seeds, 2 epochs of 1000 images of 60 ms each: four runs of 120 s, three at a time.
     assert code == 0 and "plan: 4 runs; about 4 min, 3 at a time" in printed
@@ -299,8 +300,8 @@ def test_durations_are_written_as_a_person_would(seconds):
 
 
 def test_an_estimate_is_of_timed_steps_or_of_runs_that_are_there(tmp_path, monkeypatch):
-    timed = []
-    monkeypatch.setattr(estimates, "_timed", lambda recipe: timed.append(recipe.id) or Timing(1000, 4, [0.001, 0.003]))
+    timed, times = [], Timing(1000, 4, [0.001, 0.003])
+    monkeypatch.setattr(estimates, "_timed", lambda recipe, data: timed.append(recipe.id) or times)
     tiny = {"backbone": "msdnet-tiny", "batch_size": 512}
 
     def wanted(method="joint", **values):
@@ -325,6 +326,32 @@ def test_an_estimate_is_of_timed_steps_or_of_runs_that_are_there(tmp_path, monke
     assert known.seconds(wanted(seed=7, lr=0.2)) == pytest.approx(90.0) and len(timed) == 4
     assert known.seconds(wanted("ge")) == pytest.approx(3.0) and len(timed) == 5  # of another method
     assert known.seconds(wanted(batch_size=64)) == pytest.approx(3.0) and len(timed) == 6  # of another batch size
+
+
+def test_data_and_costs_are_read_once_for_all_methods(tmp_path, monkeypatch):
+    loads, load = [], exit_outputs.load_data
+    monkeypatch.setattr(exit_outputs, "load_data", lambda recipe: loads.append(recipe.method) or load(recipe))
+    tiny, estimate = {"backbone": "msdnet-tiny", "batch_size": 8, "epochs": 2}, Estimate(tmp_path)
+    for method in ("joint", "ge", "separate"):
+        recipe = Recipe.make(method=method, **tiny).resolve()
+        assert estimate.seconds(recipe) > 0
+        assert estimate.costs(recipe) == exitkit.cost(exitkit.build_network("msdnet-tiny"))
+    assert loads == ["joint"]
+
+
+def test_what_init_from_leaves_out_is_not_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(estimates, "_timed", lambda recipe, data: Timing(1000, 4, [0.001, 0.003]))
+    run = exitkit.train({"method": "ge", "epochs": 1, "batch_size": 512}, tmp_path)
+    recipe = Recipe.make(method="imta", epochs=10, init_from=str(run.path)).resolve()
+    assert Estimate(tmp_path).seconds(recipe) == pytest.approx(6 * 3.0)
+
+
+def test_a_budget_that_no_exit_meets_is_told_before_anything_is_trained(cli, tmp_path):
+    (tmp_path / "mine.toml").write_text('methods = ["ge"]\nepochs = 1\n[report]\nbudgets = ["100K", "2K"]\n')
+    cli("compare", "--recipe", "mine.toml", "--out", "study").refused(
+        "budget 2K is below what the cheapest first exit costs, 37"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.toml"]
 
 
 def test_the_plan_of_a_recipe_without_runs_draws_nothing(cli, tmp_path):

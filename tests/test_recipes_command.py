@@ -20,15 +20,6 @@ def files():
     return {path: path.read_bytes() for path in Path().rglob("*")}
 
 
-def refused(ended, *says):
-    code, printed, errors = ended
-    assert code == 2 and not printed, errors
-    (line,) = errors.splitlines()
-    assert line.startswith("exitkit: ")
-    for words in says:
-        assert words in line
-
-
 def test_list_names_every_recipe_and_says_what_it_is(cli):
     code, printed, _ = cli("recipes", "list")
     told = dict(line.split(maxsplit=1) for line in printed.splitlines())
@@ -61,22 +52,22 @@ def test_copy_never_writes_over_what_is_there(cli):
     Path("digits.toml").write_text("epochs = 3")
     Path("folder").mkdir()
     before = {"digits.toml": b"epochs = 3"}
-    refused(cli("recipes", "copy", "digits"), "digits.toml is there already; name another file")
-    refused(cli("recipes", "copy", "digits", "digits.toml"), "digits.toml is there already")
-    refused(cli("recipes", "copy", "digits", "folder"), "folder is there already")
+    cli("recipes", "copy", "digits").refused("digits.toml is there already; name another file")
+    cli("recipes", "copy", "digits", "digits.toml").refused("digits.toml is there already")
+    cli("recipes", "copy", "digits", "folder").refused("folder is there already")
     assert {str(path): path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize("command", ["show", "copy", "validate"])
 def test_a_name_that_there_is_not_gives_the_nearest(command, cli):
-    refused(cli("recipes", command, "digts"), "unknown recipe 'digts'; did you mean digits")
-    refused(cli("recipes", command, "nowhere/digits.toml"), "recipe nowhere/digits.toml can't be read")
+    cli("recipes", command, "digts").refused("unknown recipe 'digts'; did you mean digits")
+    cli("recipes", command, "nowhere/digits.toml").refused("recipe nowhere/digits.toml can't be read")
     assert not files()
 
 
 def test_copy_into_a_folder_that_can_not_be_made_is_one_line(cli):
     Path("file").touch()
-    refused(cli("recipes", "copy", "digits", "file/mine.toml"), "can't be written")
+    cli("recipes", "copy", "digits", "file/mine.toml").refused("can't be written")
 
 
 GOOD = """
@@ -119,12 +110,12 @@ def test_every_shipped_recipe_is_valid_and_so_is_its_copy(name, cli):
 def test_validate_names_every_bad_key_in_one_line(cli):
     Path("bad.toml").write_text('epoch = 1\nmethods = ["ge"]\nbacth_size = 3\nlrate = 1\n[swep]\nlr = [1]\n')
     says = ["'epoch'; did you mean epochs", "'bacth_size'; did you mean batch_size", "'lrate'", "'swep'; did you mean"]
-    refused(cli("recipes", "validate", "bad.toml"), *says)
+    cli("recipes", "validate", "bad.toml").refused(*says)
 
 
 def test_validate_names_every_bad_key_of_every_part_in_one_line(cli):
     Path("bad.toml").write_text("tilte = 'x'\n[[parts]]\nepoch = 1\n[[parts]]\nbacth_size = 3\n")
-    refused(cli("recipes", "validate", "bad.toml"), "'tilte'", "'epoch'", "'bacth_size'")
+    cli("recipes", "validate", "bad.toml").refused("'tilte'", "'epoch'", "'bacth_size'")
 
 
 WRONG = {
@@ -158,5 +149,5 @@ def test_validate_refuses_what_is_wrong_in_one_line_and_writes_nothing(mistake, 
     text, says = WRONG[mistake]
     Path("bad.toml").write_text(text)
     before = files()
-    refused(cli("recipes", "validate", "bad.toml"), says)
+    cli("recipes", "validate", "bad.toml").refused(says)
     assert files() == before

@@ -18,6 +18,7 @@ from exitkit.benchmarks.speed.timing import Ratio, median_interval, paired_ratio
 from exitkit.benchmarks.speed.training import AGGREGATORS, LIMITS, l2w_rows, metagf_rows, methods, step_rows
 from exitkit.benchmarks.speed.work import Work
 from exitkit.cli import main
+from exitkit.errors import UserError
 from exitkit.plugins import registered
 
 TINY = Work("sdn-tiny", batch=16, classes=10, shape=(1, 16, 16), rounds=1)
@@ -108,6 +109,8 @@ def test_stages_share_the_work_and_half_of_it_is_saved(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--network", "msdnet-tiny", "--batch", "8", "--rounds", "1"], command=stages)
     assert "time saved per multiply-adds saved" in capsys.readouterr().out
+    with pytest.raises(UserError, match="of 1 images none leaves early"):
+        stage_shares(replace(TINY, batch=1))
 
 
 def test_json_is_a_list_of_targets_and_nothing_else(capsys):

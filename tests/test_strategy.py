@@ -197,6 +197,12 @@ def test_a_loop_of_ones_own_moves_through_the_schedule():
     first = [(0, p, n, n / 4, [n, n]) for p in range(2) for n in range(2)]
     assert strategy.seen == first + [(1, p, n, fraction + 0.5, labels) for _, p, n, fraction, labels in first]
     assert (run.position.epoch, run.position.passes, run.position.step) == (2, 0, 0)
+    with pytest.raises(UserError, match=r"made for 2 epochs; .*Run\.local\(epochs="):
+        run.train_epoch(batches)
+    with pytest.raises(UserError, match="no batches"):
+        run.train_epoch([])
+    with pytest.raises(UserError, match="epochs is 0"):
+        exitkit.Run.local(network, strategy, sgd(network), epochs=0)
 
 
 @pytest.mark.parametrize("name", ["joint", "boostnet", "metagf"])  # none of these asks where it is

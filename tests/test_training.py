@@ -248,7 +248,7 @@ def test_a_run_of_a_method_whose_file_has_changed_since_is_said_to_be_one(tmp_pa
     with warnings.catch_warnings(action="error"):
         exitkit.train(recipe, tmp_path)
     monkeypatch.setattr(sameness, "code_digest", lambda method: "edited")
-    with pytest.warns(Note, match=rf"{re.escape(str(run.path))} was finished before the code of ge\+ofa "):
+    with pytest.warns(Note, match=rf"{re.escape(str(run.path))} is finished, and the code of ge\+ofa "):
         exitkit.train(recipe, tmp_path)
 
 

@@ -48,7 +48,7 @@ def diagnose(run: str | None, toy: bool, share: float, out: str | None, data_dir
     if not 0 < share < 1:
         raise UserError(f"--share is {share}; expected above 0 and below 1")
     if toy:
-        with _told_apart(as_json):
+        with told_apart(as_json):
             drawn = draw_toy(Path(out or "toy"))
         _answer(drawn, Path(out or "toy"), as_json)
         return
@@ -61,7 +61,7 @@ def diagnose(run: str | None, toy: bool, share: float, out: str | None, data_dir
     with loading("torch"):
         import torch  # noqa: F401
     folder = Path(out) if out else trained.path / DIAGNOSTICS
-    with working("looking at the exits"), _told_apart(as_json):
+    with working("looking at the exits"), told_apart(as_json):
         drawn = draw_run(trained, folder, share, data_dir)
     if "conflict" not in drawn:
         click.echo(
@@ -72,7 +72,7 @@ def diagnose(run: str | None, toy: bool, share: float, out: str | None, data_dir
     _answer(drawn, folder, as_json)
 
 
-def _told_apart(as_json: bool) -> contextlib.AbstractContextManager[object]:
+def told_apart(as_json: bool) -> contextlib.AbstractContextManager[object]:
     """With --json, say on standard error what is for people: standard output is the answer's alone."""
     return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
 

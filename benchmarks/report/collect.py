@@ -152,7 +152,7 @@ def collect(
         context: what the folders do not say.
 
     Raises:
-        UserError: no runs, a method twice with one seed, runs that cannot be compared, a budget that none can meet.
+        UserError: no runs, a method twice with one seed, or runs that cannot be compared.
     """
     options, context = options or ReportOptions(), context or Context()
     given = list(runs)
@@ -160,7 +160,6 @@ def collect(
         raise UserError("no finished runs to compare; expected at least one")
     absent = [one.identity for one in context.missing]
     identities = [run.identity for run in given]
-    _check_budgets(given, options)
     labels = name_runs([*(_without_weights(one) for one in identities), *absent])
     named = [
         _Named(run, names._replace(method=STATIC) if _only_exit(run.identity) else names)
@@ -235,17 +234,6 @@ def _check_seeds(members: Sequence[_Named]) -> None:
                 f"{twin.path} and {run.path} are both {names.method} with seed {run.recipe.seed}; "
                 "expected each seed of a method once"
             )
-
-
-def _check_budgets(runs: Sequence[FinishedRun], options: ReportOptions) -> None:
-    """Refuse a budget that does not reach the first exit of any run."""
-    if not options.budgets:
-        return
-    least = min(exit_costs(run, options.cost)[0] for run in runs)
-    for budget in options.budgets:
-        if not read_budget(budget) >= least * (1 - 1e-9):
-            amount = f"{least:.6g}{'ms' * (options.cost == 'latency')}"
-            raise UserError(f"budget {budget} is below what the cheapest first exit costs, {amount}; expected more")
 
 
 def _budgets(members: Sequence[_Named], options: ReportOptions, count: int) -> np.ndarray:

@@ -46,6 +46,20 @@ class ReportOptions:
             if not read_budget(budget) > 0:
                 raise UserError(f"budget {budget} is not above 0")
 
+    def check_reach(self, least: float) -> None:
+        """Refuse a budget that does not reach an exit.
+
+        Args:
+            least: what the cheapest first exit costs.
+
+        Raises:
+            UserError: one is below that.
+        """
+        for budget in self.budgets:
+            if not read_budget(budget) >= least * (1 - 1e-9):
+                amount = f"{least:.6g}{'ms' * (self.cost == 'latency')}"
+                raise UserError(f"budget {budget} is below what the cheapest first exit costs, {amount}; expected more")
+
     @classmethod
     def make(cls, values: Mapping[str, Any]) -> ReportOptions:
         """Make options from values.

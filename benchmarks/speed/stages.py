@@ -12,6 +12,7 @@ import torch
 from exitkit.benchmarks.speed.inference import halved
 from exitkit.benchmarks.speed.work import Work
 from exitkit.cli import main
+from exitkit.errors import UserError
 from exitkit.evaluation import exit_counts
 from exitkit.network import map_tensors
 
@@ -41,6 +42,8 @@ def stage_shares(work: Work) -> Shares:
     network, images = work.build().eval(), work.data()[0]
     macs, q = halved(network)
     counts = exit_counts(len(images), len(macs), [q])[0]
+    if not counts.any():
+        raise UserError(f"of {len(images)} images none leaves early; expected a larger batch")
     reach = len(images) - np.concatenate([[0], np.cumsum(counts)])[: len(macs)]
     seconds = np.empty((work.rounds, 2, len(macs)))
     for taken in seconds:

@@ -54,15 +54,19 @@ def list_command(what: str | None, name: str | None, as_json: bool) -> None:
             raise UserError(f"{what} is one of the {kind}; try: exitkit list {kind} {what}")
         raise unknown("list", what, CATALOGUES)
     if what is not None and name is not None:
-        found = {entry["name"]: entry for entry in entries(what)}
-        if name not in found:
-            raise unknown(_WORDS[what], name, found)
+        known = {entry["name"]: entry for entry in entries(what)}
+        # Parts of a composition (ge+ofa), and the family of a model of torchvision (torchvision:resnet18).
+        parts = name.split("+") if what == "methods" else [name.partition(":")[0]]
+        for part in parts:
+            if part not in known:
+                raise unknown(_WORDS[what], part, known)
         if as_json:
-            click.echo(json.dumps([found[name]], indent=2))
+            click.echo(json.dumps([known[part] for part in parts], indent=2))
         else:
             from rich.console import Console
 
-            _print_entry(Console(highlight=False), what, found[name])
+            for part in parts:
+                _print_entry(Console(highlight=False), what, known[part])
     elif as_json:
         wanted = {kind: entries(kind) for kind in ([what] if what else CATALOGUES)}
         if what:

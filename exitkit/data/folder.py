@@ -77,7 +77,7 @@ class ImageFolder(DataSet):
         return FolderData(names, shape, labels, test_labels, split, paths, test_paths, workers)
 
     def digest(self, data_dir: Path | None) -> str | None:
-        """See `DataSet.digest`: names and sizes of all images."""
+        """See `DataSet.digest`; images that are mended or added make it another one."""
         if data_dir is None or not data_dir.is_dir():
             return None
         return digest_of(data_dir, [path for part in self._parts(data_dir) for path in list_images(part)[1]])

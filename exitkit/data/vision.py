@@ -100,19 +100,29 @@ class Small(DataSet):
 @contextlib.contextmanager
 def _fetching(folder: Path) -> Iterator[None]:
     """Let one of several ranks and runs fetch into a folder while the others wait; a failure leaves no empty folder."""
-    made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = folder / ".download.lock"
+    made, path = False, folder / ".download.lock"
+    lock = FileLock(path)
+    while True:
+        made |= not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        # Whoever waited for one that failed, finds folder and lock gone, or holds a lock that no one else will find.
+        with contextlib.suppress(FileNotFoundError):
+            lock.acquire()
+            if path.exists():
+                break
+            lock.release()
     try:
-        with FileLock(lock):
-            yield
+        yield
     except Exception:
         if made:
-            lock.unlink(missing_ok=True)
-            for path in [*sorted(folder.rglob("*/"), reverse=True), folder]:  # a folder after those in it
+            with contextlib.suppress(OSError):
+                path.unlink()
+            for place in [*sorted(folder.rglob("*/"), reverse=True), folder]:  # a folder after those in it
                 with contextlib.suppress(OSError):  # someone's files are in it
-                    path.rmdir()
+                    place.rmdir()
         raise
+    finally:
+        lock.release()
 
 
 @dataclass(frozen=True)

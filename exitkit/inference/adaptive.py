@@ -23,7 +23,7 @@ class Answers(NamedTuple):
     """What a batch of N images was answered.
 
     Attributes:
-        logits: [N, C], of the exit where each image left.
+        logits: [N, C], of the exit where each image left, in the images' precision.
         exits: [N], that exit, from 0.
     """
 
@@ -56,7 +56,8 @@ class _Pending:
 
     def fill(self, places: Tensor, logits: Tensor, index: int) -> None:
         """Write down what the samples at some places were answered at an exit."""
-        self.answers.logits[places], self.answers.exits[places] = logits, index
+        self.answers.logits[places] = logits.to(self.answers.logits.dtype)  # autocast's are of another
+        self.answers.exits[places] = index
         self.missing -= len(places)
 
 
@@ -103,9 +104,9 @@ class AdaptiveInference:
                 break
             left, waiting = self._step(index, waiting)
             if left is not None and len(left.rows) == len(images):  # so that a single image pays for no bookkeeping
-                return Answers(left.tensors, answers.exits.fill_(index))
+                return Answers(left.tensors.to(images.dtype), answers.exits.fill_(index))
             if left is not None:
-                answers.logits[left.rows], answers.exits[left.rows] = left.tensors, index
+                answers.logits[left.rows], answers.exits[left.rows] = left.tensors.to(images.dtype), index
         return answers
 
     @torch.inference_mode()

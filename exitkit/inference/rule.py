@@ -61,8 +61,8 @@ class ExitRule:
     def leaving(self, index: int, logits: Tensor, memory: Any = None) -> tuple[Tensor, Any]:
         """Return who leaves at exit `index` (from 0), and what the rule has to remember of each sample.
 
-        On the CPU the decisions are those of `exit_rules.exit_scores`, to the last bit; elsewhere the same formulas in
-        float64.
+        On the CPU the decisions are those of `exit_rules.exit_scores`, to the last bit; elsewhere the same scores in
+        float64, whose last digit may differ.
 
         Args:
             index: the exit.
@@ -161,7 +161,7 @@ class ExitRule:
         Args:
             logits: what every exit said of each validation image, [N, K, C]; of images that did not train it.
             labels: their classes, [N].
-            costs: of an image up to each exit, [K], growing: multiply-adds, or milliseconds, as the budget.
+            costs: of an image up to each exit, [K]: multiply-adds, or milliseconds, as the budget.
             budget, share, score, calibrated: see `from_run`.
 
         Raises:
@@ -169,14 +169,19 @@ class ExitRule:
         """
         from exitkit.inference.choice import choose_for
 
-        known = np.asarray(costs, dtype=np.float64)
-        if logits.dim() != 3 or not len(logits) or labels.shape != logits.shape[:1] or len(known) != logits.shape[1]:
+        try:
+            known = np.asarray(costs, dtype=np.float64)
+        except (TypeError, ValueError):
+            raise UserError(f"costs are {costs}; expected a number an exit") from None
+        if logits.dim() != 3 or not logits.numel() or labels.shape != logits.shape[:1]:
             raise UserError(
-                f"logits are of shape {list(logits.shape)}, labels of {list(labels.shape)}, and there are {len(known)} "
-                "costs; expected [N, K, C], [N] and K"
+                f"logits are of shape {list(logits.shape)}, and labels of {list(labels.shape)}; "
+                "expected [N, K, C] and [N], none of them 0"
             )
-        if not (np.isfinite(known).all() and known[0] > 0 and (np.diff(known) > 0).all()):
-            raise UserError(f"costs are {known.tolist()}; expected positive ones that grow from exit to exit")
+        if known.shape != logits.shape[1:2]:
+            raise UserError(f"costs are {known.tolist()}; expected {logits.shape[1]}, one an exit")
+        if not (np.isfinite(known).all() and known[0] > 0 and (np.diff(known) >= 0).all()):
+            raise UserError(f"costs are {known.tolist()}; expected positive ones that do not fall from exit to exit")
         arrays = logits.detach().cpu().float().numpy(), labels.cpu().numpy()
         return choose_for(*arrays, known, budget, share, score, calibrated)
 

@@ -111,11 +111,28 @@ def read(path: str) -> Any:
         images = np.load(path, allow_pickle=False)
     except OSError as error:
         raise ValueError(f"can't be read: {error.strerror or error}") from None
-    except (ValueError, EOFError):
+    except Exception:  # numpy raises many kinds for a file that is none of its own, or a damaged one
         images = None
     if not isinstance(images, np.ndarray):  # an .npz file, which holds several, is none either
         raise ValueError("is no array; expected a file that numpy.save wrote")
     return images
+
+
+def opened(folder: Path) -> Runner:
+    """Return what runs the programs in a folder.
+
+    Raises:
+        RuntimeError: they are missing or damaged, or what runs them is not installed; the message is one line.
+    """
+    try:
+        return Runner(folder)
+    except ImportError as error:
+        raise RuntimeError(f"{error}; pip install {error.name}") from None
+    except OSError as error:
+        raise RuntimeError(f"{error.filename}: {error.strerror}; run.py works in its own folder only") from None
+    except Exception as error:  # json, onnxruntime and torch raise many kinds
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RuntimeError(f"{folder} holds no whole export ({reason}); export the run again") from None
 
 
 def main(arguments: list[str], folder: Path) -> int:
@@ -128,16 +145,13 @@ def main(arguments: list[str], folder: Path) -> int:
         return 2
     try:
         images = read(arguments[0])
-        runner = Runner(folder)
+        runner = opened(folder)
         images = runner.checked(images)
     except ValueError as error:
         print(f"run.py: {arguments[0]} {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        print(f"run.py: {error.filename}: {error.strerror}; run.py works in its own folder only", file=sys.stderr)
-        return 2
-    except ImportError as error:
-        print(f"run.py: {error}; pip install {error.name}", file=sys.stderr)
+    except RuntimeError as error:
+        print(f"run.py: {error}", file=sys.stderr)
         return 2
     logits, exits = runner(images)
     for number, (answer, left) in enumerate(zip(logits.argmax(1), exits, strict=True)):

@@ -122,7 +122,7 @@ def place(tmp_path_factory):
 
 
 def tree(place):
-    return {path: path.stat().st_size if path.is_file() else None for path in place.rglob("*")}
+    return {path: path.read_bytes() if path.is_file() else None for path in place.rglob("*")}
 
 
 def check(words, place, capsys):

@@ -7,6 +7,8 @@ import errno
 import io
 import json
 import os
+import shutil
+import sys
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping
@@ -33,20 +35,60 @@ def written_whole(path: Path) -> Iterator[Path]:
         temporary.open("xb").close()
     except OSError as error:
         raise disk_error(path, error) from None
-    try:
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise disk_error(path, error) from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _claimed(temporary):
+        try:
+            yield temporary
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
+            temporary.replace(path)
+        except OSError as error:
+            raise disk_error(path, error) from None
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def drafted(path: Path) -> Iterator[Path]:
+    """Hand out an empty folder beside `path`, to be filled and renamed to it; if it is not, it is gone at the end.
+
+    Raises:
+        OSError: it can't be made.
+    """
+    draft = beside(path)
+    draft.mkdir()
+    with _claimed(draft):
+        try:
+            yield draft
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
 
 
 def beside(path: Path) -> Path:
     """Return a name in the same folder that nobody else has, for what is to become `path`."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+
+
+@contextlib.contextmanager
+def _claimed(path: Path) -> Iterator[bool]:
+    """Claim a file or a folder until the end of the block, or of this process; gives whether nobody else has it.
+
+    Where that can't be told (Windows, a file system without locks), nobody gets it.
+    """
+    if sys.platform == "win32":
+        yield False
+        return
+    import fcntl
+
+    descriptor, mine = -1, False
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        mine = True
+    try:
+        yield mine
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
 def exists(path: Path) -> bool:
@@ -75,7 +117,7 @@ def disk_error(path: Path, error: OSError) -> UserError:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and its parents.
+    """Make a folder and its parents, and clear away what processes that were killed have been writing there.
 
     Raises:
         UserError: it can't be made.
@@ -86,6 +128,12 @@ def make_folder(path: Path) -> None:
         raise UserError(f"{path} is a file; expected a folder, or a name that is free") from None
     except OSError as error:
         raise disk_error(path, error) from None
+    for leftover in path.glob(".*.part"):
+        with _claimed(leftover) as dead:
+            if dead and leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            elif dead:
+                leftover.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

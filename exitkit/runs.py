@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from exitkit.errors import HeldError, UserError
-from exitkit.files import beside, disk_error, exists, load_arrays, make_folder, owner, read_json, write_json
+from exitkit.files import disk_error, drafted, exists, load_arrays, make_folder, owner, read_json, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,18 +76,15 @@ class RunFolder:
         """
         make_folder(out)
         path = out / recipe.id
-        draft = beside(path)
         try:
-            draft.mkdir()
-            for name, write in writers.items():
-                write(draft / name)
-            write_json(draft / "recipe.json", recipe.model_dump(mode="json"))
-            draft.rename(path)
+            with drafted(path) as draft:
+                for name, write in writers.items():
+                    write(draft / name)
+                write_json(draft / "recipe.json", recipe.model_dump(mode="json"))
+                draft.rename(path)
         except (OSError, UserError) as error:
             if not exists(path):
                 raise error if isinstance(error, UserError) else disk_error(path, error) from None
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
         return cls(path)
 
     @contextlib.contextmanager

@@ -20,7 +20,7 @@ from torch import Tensor
 from exitkit.errors import UserError
 from exitkit.evaluation import leave_at
 from exitkit.exit_rules import scores
-from exitkit.files import beside, disk_error, exists, make_folder, write_json
+from exitkit.files import disk_error, drafted, exists, make_folder, write_json
 from exitkit.inference import runner
 from exitkit.inference.programs import Piece, all_exits, pieces, without_taps
 from exitkit.inference.rule import ExitRule
@@ -61,16 +61,13 @@ def export(
     if form == "onnx":
         _check_installed()
     make_folder(out.parent)
-    draft = beside(out)
     try:
-        draft.mkdir()
-        policy = _write(without_taps(network), rule, draft, images, about, form)
-        check(draft, network, rule, images)
-        draft.rename(out)
+        with drafted(out) as draft:
+            policy = _write(without_taps(network), rule, draft, images, about, form)
+            check(draft, network, rule, images)
+            draft.rename(out)
     except OSError as error:
         raise disk_error(out, error) from None
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return policy
 
 

@@ -1,7 +1,8 @@
-"""A full disk, folders that can't be written, clocks that jump."""
+"""A full disk, folders that can't be written, clocks that jump, what was left by the dead."""
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 import exitkit
+from exitkit.files import drafted, make_folder, written_whole
 
 SMALL = ["--epochs", "1", "--batch-size", "32", "--set", "per_class=4", "--set", "validation=40"]
 RECIPE = {"epochs": 1, "batch_size": 32, "dataset_settings": {"per_class": 4, "validation": 40}}
@@ -87,7 +89,7 @@ def somebody(tmp_path):
     prefix = as_somebody()
     if prefix and run(*prefix, sys.executable, "-c", "import exitkit.cli, torch", cwd="/").returncode:
         pytest.skip("nobody else may read this Python's packages")
-    for parent in [tmp_path, *tmp_path.parents][:3]:
+    for parent in [tmp_path, *tmp_path.parents][:4]:  # with the folders of this worker, these tests and this user
         if parent.stat().st_uid == os.geteuid():
             parent.chmod(parent.stat().st_mode | 0o111)
     return prefix
@@ -140,3 +142,24 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path, monkeypatch):
         os.utime(path, (0, 0))
     done = exitkit.train(RECIPE, tmp_path / "jumping")
     assert done.finished and Path(done.path / "results.json").stat().st_mtime == 0  # left alone
+
+
+def test_what_killed_processes_were_writing_is_cleared_away_and_what_others_write_stays(tmp_path):
+    """A file and a folder being written here and now, and two whose process was killed."""
+    script = """
+import os, signal, sys
+from pathlib import Path
+from exitkit.files import drafted, written_whole
+place = Path(sys.argv[1])
+with written_whole(place / "report.html") as file, drafted(place / "deployed") as folder:
+    file.write_text("half")
+    (folder / "policy.json").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    died = subprocess.run([sys.executable, "-c", script, tmp_path], check=False)
+    assert died.returncode == -signal.SIGKILL and len(list(tmp_path.iterdir())) == 2
+    with written_whole(tmp_path / "a.csv") as file, drafted(tmp_path / "run") as folder:
+        make_folder(tmp_path)
+        assert sorted(tmp_path.iterdir()) == sorted([file, folder])
+        file.write_text("whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.csv"] and (tmp_path / "a.csv").read_text() == "whole"

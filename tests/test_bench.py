@@ -16,12 +16,14 @@ from exitkit.benchmarks import bench, stopwatch
 from exitkit.benchmarks.energy import energy_meter
 from exitkit.runs import RunFolder
 
+from toy import FEW
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Two runs that are finished."""
     out = tmp_path_factory.mktemp("bench")
-    recipe = {"backbone": "msdnet-tiny", "epochs": 1, "batch_size": 512, "device": "cpu"}
+    recipe = {"backbone": "msdnet-tiny", "epochs": 1, "device": "cpu", **FEW}
     for seed in (0, 1):
         exitkit.train(recipe | {"seed": seed}, out)
     return out

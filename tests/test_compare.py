@@ -14,8 +14,10 @@ import torch
 import exitkit
 from exitkit.files import load_tensors
 
+from toy import FEW_OPTIONS
+
 COMMAND = [sys.executable, "-m", "exitkit", "compare", "--methods", "metagf,boostnet", "--epochs", "2", "--jobs", "2"]
-COMMAND += ["--batch-size", "256"]
+COMMAND += FEW_OPTIONS
 CLOCKED = ("training", "report")  # the documents hold the table of training times, too
 
 

@@ -18,9 +18,9 @@ from exitkit.files import load_tensors
 from exitkit.plugins import registered
 from exitkit.probe import CHUNKS, probe
 
-from toy import batches, chain, exit_gradients, sgd
+from toy import FEW, batches, chain, exit_gradients, sgd
 
-SHORT = {"epochs": 3, "lr": 0.05, "batch_size": 256}
+SHORT = {"epochs": 3, "lr": 0.05, **FEW}
 
 
 def probed(method="joint", size=16, batchnorm=False, **settings):

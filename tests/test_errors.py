@@ -11,6 +11,8 @@ from PIL import Image
 
 import exitkit
 
+from toy import FEW, FEW_OPTIONS
+
 TABLE = {
     # mistake: command line, what the line has to say
     "command": ("trian", "unknown command 'trian'; did you mean train?"),
@@ -145,7 +147,7 @@ def test_ranks_that_torchrun_did_not_start_are_refused(cli, monkeypatch):
     )
 
 
-TRAIN = ("train", "--epochs", "2", "--batch-size", "512", "--out", "runs")
+TRAIN = ("train", "--epochs", "2", *FEW_OPTIONS, "--out", "runs")
 
 
 @pytest.fixture
@@ -250,7 +252,7 @@ def test_a_learning_rate_that_is_too_high_is_seen_at_once(cli):
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "split.safetensors"])
 def test_damaged_files_of_a_finished_run_are_named(name, cli, tmp_path):
-    run = exitkit.train({"epochs": 1, "batch_size": 512}, "runs")
+    run = exitkit.train({"epochs": 1, **FEW}, "runs")
     (run.path / name).write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{}")
     cli("evaluate", run.path).refused(name)
     (run.path / name).unlink()
@@ -258,7 +260,7 @@ def test_damaged_files_of_a_finished_run_are_named(name, cli, tmp_path):
 
 
 def test_damaged_results_are_named(cli, tmp_path):
-    run = exitkit.train({"epochs": 1, "batch_size": 512}, "runs")
+    run = exitkit.train({"epochs": 1, **FEW}, "runs")
     damages = [("results.json", "{", ("show", run.path)), ("outputs-test.safetensors", "{}", ("report", "runs"))]
     damages += [("recipe.json", "[]", ("show", run.path))]
     for name, content, command in damages:

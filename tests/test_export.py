@@ -23,6 +23,8 @@ from exitkit.inference.rule import ExitRule
 from exitkit.inference.runner import Runner, sureness
 from exitkit.network import Head, MultiExitNetwork
 
+from toy import FEW
+
 ABOUT = {"mean": [0.5], "std": [0.25], "class_names": ["a", "b", "c"]}
 HALF = ExitRule("confidence", (0.4, -math.inf))
 
@@ -202,7 +204,7 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, monkeypatch):
 
 def test_a_run_is_exported_by_the_command_line_with_thresholds_from_validation(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    recipe = {"backbone": "msdnet-tiny", "epochs": 1, "batch_size": 512, "device": "cpu"}
+    recipe = {"backbone": "msdnet-tiny", "epochs": 1, "device": "cpu", **FEW}
     run = exitkit.train(recipe, "runs")
     written = {}
 

@@ -13,7 +13,9 @@ import pytest
 
 import exitkit
 
-TRAIN = [sys.executable, "-m", "exitkit", "train", "--method", "boostnet", "--epochs", "2", "--batch-size", "512"]
+from toy import FEW, FEW_OPTIONS
+
+TRAIN = [sys.executable, "-m", "exitkit", "train", "--method", "boostnet", "--epochs", "2", *FEW_OPTIONS]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 BITS = ("weights.safetensors", "outputs-validation.safetensors", "outputs-test.safetensors", "metrics.csv")
 BITS += ("results.json",)
@@ -58,7 +60,7 @@ def group_is_gone(process):
 
 @pytest.fixture
 def reference(tmp_path):
-    exitkit.train({"method": "boostnet", "epochs": 2, "batch_size": 512}, tmp_path / "reference")
+    exitkit.train({"method": "boostnet", "epochs": 2, **FEW}, tmp_path / "reference")
     return bits(tmp_path / "reference")
 
 
@@ -113,20 +115,20 @@ def test_in_a_terminal_the_cursor_is_given_back(tmp_path):
 
 # At so low a rate that one process and two differ by no more than what their sums' order makes of it.
 # The full run takes Meta-GF, too, which writes a checkpoint a branch.
-RECIPES = [{"method": "ge", "epochs": 3, "batch_size": 512, "lr": 0.001}]
+RECIPES = [{"method": "ge", "epochs": 3, "lr": 0.001}]
 RECIPES += [pytest.param({**RECIPES[0], "method": "metagf", "epochs": 1}, marks=pytest.mark.full)]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_run_under_torchrun_is_that_of_one_process_and_goes_on_to_the_same_bits(recipe, tmp_path):
-    options = [word for name, value in recipe.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    command = ["-m", "exitkit", "train", *options]
+    options = [word for name, value in recipe.items() for word in (f"--{name}", str(value))]
+    command = ["-m", "exitkit", "train", *options, *FEW_OPTIONS]
     whole, stopped, died = (tmp_path / name for name in ("whole", "stopped", "died"))
     done = subprocess.run([*TORCHRUN, *command, "--out", str(whole)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("run folder:") == 1  # the first rank alone speaks
     (together,) = whole.iterdir()
-    alone = exitkit.train(recipe, tmp_path / "alone").path
+    alone = exitkit.train(recipe | FEW, tmp_path / "alone").path
     assert alone.name == together.name and not list(together.glob(".*"))
     one, two = (pd.read_csv(run / "metrics.csv") for run in (alone, together))
     losses = [name for name in one if "loss" in name]

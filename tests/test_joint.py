@@ -12,7 +12,7 @@ from exitkit import plugins
 from exitkit.errors import UserError
 from exitkit.files import load_tensors
 
-from toy import batches, chain, sgd
+from toy import FEW, batches, chain, sgd
 
 
 def run_of(strategy, network=None):
@@ -117,7 +117,7 @@ def test_each_phase_moves_its_own_part_alone(order, tmp_path, monkeypatch):
         return run
 
     monkeypatch.setattr(training, "begin_phase", begun)
-    recipe = {"method": "separate", "epochs": 4, "batch_size": 512, "method_settings": {"order": order}}
+    recipe = {"method": "separate", "epochs": 4, **FEW, "method_settings": {"order": order}}
     run = exitkit.train(recipe, tmp_path)
     seen.append(((), load_tensors(run.path / "weights.safetensors")))
     for (trained, before), (_, after) in pairwise(seen):

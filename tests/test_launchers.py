@@ -20,7 +20,9 @@ from exitkit.errors import UserError
 from exitkit.recipe import Recipe
 from exitkit.runs import RunFolder
 
-TINY = {"backbone": "msdnet-tiny", "dataset": "digits", "epochs": 1, "batch_size": 512, "device": "cpu"}
+from toy import FEW
+
+TINY = {"backbone": "msdnet-tiny", "dataset": "digits", "epochs": 1, "device": "cpu", **FEW}
 
 
 def resolved(method="joint", **values):
@@ -140,7 +142,7 @@ def test_runs_trained_by_submitit_are_those_of_worker_processes_byte_for_byte(re
 
 
 def test_a_run_that_diverges_leaves_the_others_going_on(tmp_path):
-    bad = resolved("metagf", batch_size=256, method_settings={"auxiliary_weight": 1e30})
+    bad = resolved("metagf", method_settings={"auxiliary_weight": 1e30})
     good = resolved("joint")
     failed, events = go([good, bad], tmp_path, Here())
     assert [(event.index, event.kind) for event in events] == [(1, "begun"), (1, "failed"), (0, "begun"), (0, "done")]

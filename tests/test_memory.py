@@ -9,6 +9,8 @@ from click.testing import CliRunner
 import exitkit
 from exitkit.cli import cli
 
+from toy import FEW
+
 PEAK = """
 import numpy as np, torch
 from exitkit.memory import begin_peak, peak_mib
@@ -32,7 +34,7 @@ def test_a_peak_is_seen_and_forgotten():
 
 
 def test_the_fusion_weights_are_kept_and_shown(tmp_path):
-    run = exitkit.train({"method": "metagf", "epochs": 1, "batch_size": 512}, tmp_path)
+    run = exitkit.train({"method": "metagf", "epochs": 1, **FEW}, tmp_path)
     (table,) = run.learned()
     assert table["columns"] == [f"exit {k}" for k in range(1, 5)] and len(table["rows"]) == len(table["values"])
     owned = {
@@ -44,7 +46,7 @@ def test_the_fusion_weights_are_kept_and_shown(tmp_path):
     shown = CliRunner().invoke(cli, ["show", str(run.path)])
     assert shown.exit_code == 0 and "fusion weights, layer by layer" in shown.output
     assert "stages.2.0.same.1.0.0" in shown.output
-    plain = exitkit.train({"method": "joint", "epochs": 1, "batch_size": 512}, tmp_path)
+    plain = exitkit.train({"method": "joint", "epochs": 1, **FEW}, tmp_path)
     assert plain.learned() == []
     cost = plain.training_cost()
     assert cost["seconds"] > 0 and cost["memory_mib"] > 100

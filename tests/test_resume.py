@@ -12,11 +12,13 @@ import pytest
 import exitkit
 from exitkit import plugins
 
+from toy import FEW, FEW_OPTIONS
+
 HERE = Path(__file__).parent
 METHODS = list(plugins.registered("method"))
 SAME = ("weights.safetensors", "outputs-validation.safetensors", "outputs-test.safetensors", "metrics.csv")
 SAME += ("results.json", "cost.json", "recipe.json", "split.safetensors")
-SMALL = {"epochs": 2, "batch_size": 512}
+SMALL = {"epochs": 2, **FEW}
 
 # Imports once, then forks a process for every command line that it is given and tells how that one ended.
 FORKS = """
@@ -33,7 +35,7 @@ for line in sys.stdin:
 
 
 def arguments(method, out):
-    return ["train", "--method", method, "--epochs", "2", "--batch-size", "512", "--out", str(out), "--resume"]
+    return ["train", "--method", method, "--epochs", "2", *FEW_OPTIONS, "--out", str(out), "--resume"]
 
 
 def run(*command, check=True):
@@ -77,7 +79,7 @@ def reference(tmp_path):
     """The bits of a run of each method that was never killed, trained in this process after others."""
 
     def make(method):
-        exitkit.train({"method": "joint", "epochs": 1, "batch_size": 512}, tmp_path / "before")
+        exitkit.train({"method": "joint", "epochs": 1, **FEW}, tmp_path / "before")
         exitkit.train({"method": method, **SMALL}, tmp_path / "reference")
         return bits(tmp_path / "reference")
 

@@ -11,7 +11,9 @@ import exitkit
 from exitkit import session
 from exitkit.errors import UserError
 
-RECIPE = {"epochs": 3, "batch_size": 512, "tensorboard": True}
+from toy import FEW
+
+RECIPE = {"epochs": 3, "tensorboard": True, **FEW}
 
 
 def scalars(run):
@@ -48,7 +50,7 @@ def test_a_log_says_what_the_metrics_say_and_has_no_epoch_twice_after_a_stop(tmp
 
 
 def test_it_is_no_part_of_what_a_run_is_and_not_imported_unless_asked_for(tmp_path):
-    probe = "import sys, exitkit; exitkit.train({'epochs': 1, 'batch_size': 512}, sys.argv[1])\n"
+    probe = f"import sys, exitkit; exitkit.train({FEW | {'epochs': 1}}, sys.argv[1])\n"
     probe += "print([name for name in sys.modules if 'tensorboard' in name and name != 'exitkit.tensorboard_log'])"
     done = subprocess.run([sys.executable, "-c", probe, tmp_path], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -22,7 +22,9 @@ from exitkit.run import Position
 from exitkit.schedule import learning_rate
 from exitkit.strategy import PHASES, Phase, TrainingStrategy
 
-FAST = {"epochs": 2, "batch_size": 512}
+from toy import FEW
+
+FAST = {"epochs": 2, **FEW}
 
 
 def test_cosine_falls_with_every_step_from_the_rate_to_nothing():
@@ -78,7 +80,7 @@ OTHERS = plugins.registered("method").keys() - AGGREGATORS - {"joint"}
 @pytest.mark.parametrize("methods", [OTHERS | {"pcgrad"}, pytest.param(AGGREGATORS, marks=pytest.mark.full)])
 def test_all_methods_see_the_same_images_in_the_same_order_from_the_same_weights(methods, monkeypatch, tmp_path):
     order, weights = watched(monkeypatch, "joint", out=tmp_path)
-    assert [size for size, _ in order] == [512, 512, 73] * 2  # the last, smaller batch counts too
+    assert [size for size, _ in order] == [32, 32, 16] * 2  # the last, smaller batch counts too
     assert order[:3] != order[3:]  # every epoch has an order of its own
     for method in sorted(methods):
         seen, start = watched(monkeypatch, method, out=tmp_path)
@@ -190,7 +192,7 @@ def test_a_schedule_of_phases_goes_on_after_each_of_its_epochs(saves, three_phas
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("method", ["boostnet", "metagf"])
 def test_half_precision_trains_on_the_cpu(precision, method, tmp_path):
-    run = exitkit.train({"method": method, "epochs": 2, "batch_size": 128, "precision": precision}, tmp_path)
+    run = exitkit.train({"method": method, "epochs": 4, **FEW, "precision": precision}, tmp_path)
     losses = pd.read_csv(run.path / "metrics.csv").train_loss_1
     assert losses.iloc[-1] < losses.iloc[0]
     assert run.outputs("test")["logits"].dtype == "float32"
@@ -207,7 +209,7 @@ def test_what_is_written_down(tmp_path):
     timing = pd.read_csv(run.path / "timing.csv")
     assert list(timing) == ["phase", "epoch", "seconds", "peak_mib"] and len(timing) == 2
     outputs = run.outputs("validation")
-    assert outputs["logits"].shape == (200, 4, 10) and len(outputs["indices"]) == 200
+    assert outputs["logits"].shape == (40, 4, 10) and len(outputs["indices"]) == 40
     test = run.outputs("test")
     accuracy = 100 * (test["logits"].argmax(2) == test["labels"][:, None]).mean(0)
     assert list(accuracy) == pytest.approx(run.results()["test"])
@@ -243,7 +245,7 @@ def test_thresholds_never_see_test_labels(tmp_path):
 
 
 def test_a_run_of_a_method_whose_file_has_changed_since_is_said_to_be_one(tmp_path, monkeypatch):
-    recipe = {"method": "ge+ofa", "epochs": 1, "batch_size": 512}
+    recipe = {"method": "ge+ofa", **FEW, "epochs": 1}
     run = exitkit.train(recipe, tmp_path)
     with warnings.catch_warnings(action="error"):
         exitkit.train(recipe, tmp_path)

@@ -15,6 +15,8 @@ from exitkit.benchmarks import watch_command
 from exitkit.benchmarks.watching import Watched, labels, look, seconds_left
 from exitkit.heartbeat import Heartbeat
 
+from toy import FEW
+
 RECIPE = {"method": "ge", "backbone": "msdnet-tiny", "dataset": "digits", "seed": 0, "epochs": 4}
 METRICS = "phase,epoch,lr,train_loss_1,train_loss_2,validation_accuracy_1,validation_accuracy_2\n"
 
@@ -203,7 +205,7 @@ def test_a_training_tells_where_it_is_and_takes_the_file_away_at_its_end(tmp_pat
         seen.extend(look(tmp_path))
 
     monkeypatch.setattr("exitkit.heartbeat.INTERVAL", 0.0)
-    run = exitkit.train({"epochs": 2, "batch_size": 512}, tmp_path, report=report)
+    run = exitkit.train({"epochs": 2, **FEW}, tmp_path, report=report)
     assert {each.state for each in seen} == {"running"} and all(len(each.train_losses) == 4 for each in seen)
     assert [each.epoch for each in seen] == sorted(each.epoch for each in seen) and seen[-1].fraction == 1
     assert not (run.path / "progress.json").exists() and look(tmp_path)[0].state == "finished"

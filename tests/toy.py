@@ -1,9 +1,13 @@
-"""Small networks and batches in float64, for tests that check a method against its equations."""
+"""Small networks and batches in float64, for tests that check a method against its equations; runs of few images."""
 
 import torch
 from torch import nn
 
 from exitkit.network import Head, MultiExitNetwork
+
+# Runs on 80 digits, in batches of 32, 32 and 16: for tests of what becomes of a run, and not of what it learns.
+FEW = {"batch_size": 32, "dataset_settings": {"per_class": 8, "validation": 40}}
+FEW_OPTIONS = ("--batch-size", "32", "--set", "per_class=8", "--set", "validation=40")
 
 
 def chain(exits=3, width=5, classes=4, batchnorm=False, seed=0):

@@ -26,6 +26,12 @@ SMALL = [name for name in PRESETS if small(name)]
 TINY = [name for name in PRESETS if name.endswith("-tiny")]
 
 
+def some(presets):
+    """Each family's small sizes for every run; all of them for the full one."""
+    chosen = {*TINY, "msdnet-cifar-k7", "ranet-cifar-1223", "sdn-resnet56"}
+    return [pytest.param(name, marks=[pytest.mark.full] * (name not in chosen)) for name in presets]
+
+
 def build(name, dtype=torch.float64):
     return exitkit.build_network(name).to(dtype).eval()
 
@@ -91,7 +97,7 @@ def test_building_without_storage_is_quick(name):
     assert time.process_time() - began < 5  # well under a second where nothing else runs
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", some(PRESETS))
 def test_the_network_cut_at_an_exit_has_its_pruned_cost(name):
     rows = rows_of(name)
     for number in {1, len(rows) // 2, len(rows)}:
@@ -99,7 +105,7 @@ def test_the_network_cut_at_an_exit_has_its_pruned_cost(name):
         assert cut.macs == cut.pruned == rows[number - 1].pruned
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", some(SMALL))
 def test_the_network_cut_at_an_exit_gives_its_answer(name):
     network = build(name)
     x, whole = images(network), network.state_dict()
@@ -113,7 +119,7 @@ def test_the_network_cut_at_an_exit_gives_its_answer(name):
                 assert torch.equal(value, original) and value.data_ptr() != original.data_ptr()
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", some(SMALL))
 def test_it_copies_saves_loads_and_pickles(name):
     network = build(name)
     twin = exitkit.build_network(name).double().eval()
@@ -154,7 +160,7 @@ def test_gradients_reach_what_some_exit_reads_and_the_network_names_the_rest(nam
     assert len(idle) < 0.25 * len(list(network.parameters()))
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", some(SMALL))
 def test_every_stage_is_exported_and_the_chain_of_exports_gives_the_same(name):
     network = build(name)
     state = x = images(network)

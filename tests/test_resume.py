@@ -87,7 +87,7 @@ def reference(tmp_path):
 
 
 # Those that differ from another in nothing but a pure function of gradients or outputs are left to the full run.
-ALIKE = {"aligned", "cagrad", "config", "dualproj", "ge", "graddrop", "imtlg", "mgda", "ofa", "upgrad"}
+ALIKE = {"aligned", "cagrad", "config", "dualproj", "ge", "graddrop", "imtlg", "isc", "mgda", "ofa", "upgrad"}
 
 
 @pytest.mark.parametrize("method", [pytest.param(m, marks=[pytest.mark.full] * (m in ALIKE)) for m in METHODS])

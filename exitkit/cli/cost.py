@@ -40,9 +40,10 @@ def cost(
 ) -> None:
     """Print multiply-adds and parameters of every exit, counted by running the network stage by stage.
 
-    `papers` is the count behind the papers' tables (convolutions, linear layers with bias, ReLU, pooling); `macs` is
-    convolutions and linear layers alone; `pruned` is what is left of these in a network cut at that exit, without the
-    earlier heads and without what only later exits read. All are of one image, up to and including that exit.
+    Multiply-adds (`macs` in JSON) are those of convolutions and linear layers. The papers' count (`papers`) also has
+    biases of linear layers, ReLU and pooling, as the papers' tables do. Pruned is what is left of the multiply-adds in a
+    network cut at that exit, without the earlier heads and what only later exits read. All are of one image, up to and
+    including that exit.
 
     \b
     Examples:
@@ -66,10 +67,10 @@ def cost(
 
     channels, height, width = network.input_shape
     table = Table(title=f"{escape(backbone)}: {network.num_classes} classes, input {channels}×{height}×{width}")
-    for heading in ("exit", "papers", "macs", "pruned", "parameters"):
+    for heading in ("exit", "multiply-adds", "papers' count", "pruned", "parameters"):
         table.add_column(heading, justify="right")
     for row in rows:
-        table.add_row(str(row["exit"]), *(f"{row[key]:,}" for key in ("papers", "macs", "pruned", "params")))
+        table.add_row(str(row["exit"]), *(f"{row[key]:,}" for key in ("macs", "papers", "pruned", "params")))
     Console().print(table)
 
 

@@ -41,9 +41,9 @@ def cost(
     """Print multiply-adds and parameters of every exit, counted by running the network stage by stage.
 
     Multiply-adds (`macs` in JSON) are those of convolutions and linear layers. The papers' count (`papers`) also has
-    biases of linear layers, ReLU and pooling, as the papers' tables do. Pruned is what is left of the multiply-adds in a
-    network cut at that exit, without the earlier heads and what only later exits read. All are of one image, up to and
-    including that exit.
+    biases of linear layers, ReLU and pooling, as the papers' tables do. Pruned is what is left of the multiply-adds in
+    a network cut at that exit, without the earlier heads and what only later exits read. All are of one image, up to
+    and including that exit.
 
     \b
     Examples:

@@ -128,7 +128,7 @@ def make_folder(path: Path) -> None:
         raise UserError(f"{path} is a file; expected a folder, or a name that is free") from None
     except OSError as error:
         raise disk_error(path, error) from None
-    for leftover in path.glob(".*.part"):
+    for leftover in path.glob(f".?*.{'[0-9a-f]' * 8}.part"):  # as `beside` names them, and nobody else's
         with _claimed(leftover) as dead:
             if dead and leftover.is_dir():
                 shutil.rmtree(leftover, ignore_errors=True)

@@ -158,8 +158,10 @@ with written_whole(place / "report.html") as file, drafted(place / "deployed") a
 """
     died = subprocess.run([sys.executable, "-c", script, tmp_path], check=False)
     assert died.returncode == -signal.SIGKILL and len(list(tmp_path.iterdir())) == 2
+    (tmp_path / ".film.part").write_text("half of something that is not ours")
     with written_whole(tmp_path / "a.csv") as file, drafted(tmp_path / "run") as folder:
         make_folder(tmp_path)
-        assert sorted(tmp_path.iterdir()) == sorted([file, folder])
+        assert set(tmp_path.iterdir()) == {file, folder, tmp_path / ".film.part"}
         file.write_text("whole")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.csv"] and (tmp_path / "a.csv").read_text() == "whole"
+    assert {path.name for path in tmp_path.iterdir()} == {"a.csv", ".film.part"}
+    assert (tmp_path / "a.csv").read_text() == "whole"

@@ -211,20 +211,20 @@ def _print(found: Mapping[RunFolder, Mapping[str, Any]], batch_size: int, bounda
     console = Console(highlight=False)
     for folder, facts in found.items():
         table = Table(title=f"{escape(folder.path.name)}: milliseconds an image, {batch_size} at once, {boundary}")
-        for name in ("", "p50", "p95", "p99", "images/s", "J/image", "as accurate, cut", "its p50"):
+        for name in ("", "p50", "p95", "p99", "mean", "images/s", "J/image", "as accurate, cut", "its mean"):
             table.add_column(name, justify="left" if not name else "right")
         for number, row in enumerate(facts["exits"], start=1):
             table.add_row(f"exit {number}", *_numbers(row))
         for point in facts["points"]:
             static = point["static"]
-            table.add_row(escape(point["name"]), *_numbers(point), f"at exit {static['exit']}", f"{static['p50']:.3g}")
+            table.add_row(escape(point["name"]), *_numbers(point), f"at exit {static['exit']}", f"{static['mean']:.3g}")
         console.print(table)
     if all(point["joules_per_image"] is None for facts in found.values() for point in facts["points"]):
         console.print("energy: this machine does not tell it")
 
 
 def _numbers(row: Mapping[str, Any]) -> list[str]:
-    numbers = [f"{row[key]:.3g}" for key in ("p50", "p95", "p99", "images_per_second")]
+    numbers = [f"{row[key]:.3g}" for key in ("p50", "p95", "p99", "mean", "images_per_second")]
     joules = row.get("joules_per_image")
     return [*numbers, "" if joules is None else f"{joules:.3g}"]
 

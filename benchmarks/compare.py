@@ -197,7 +197,7 @@ def _announce(
             firsts = [estimate.costs(recipe)[0] for recipe in needed.values()]
             options.check_reach(min(getattr(first, options.cost) for first in firsts))
     if whole and as_json:
-        runs = [_planned(name, recipe, seconds.get(name, 0.0)) for name, recipe in needed.items()]
+        runs = [_planned(name, recipe, seconds.get(name)) for name, recipe in needed.items()]
         about = {"runs": runs, "at_once": workers, "seconds": wall_time(list(seconds.values()), workers)}
         click.echo(json.dumps(about, indent=2))
     else:
@@ -205,10 +205,10 @@ def _announce(
     return todo
 
 
-def _planned(name: str, recipe: Recipe, seconds: float) -> dict[str, Any]:
-    """Return what `--plan --json` says of a run; `seconds` is about what is still to be trained."""
+def _planned(name: str, recipe: Recipe, seconds: float | None) -> dict[str, Any]:
+    """Return what `--plan --json` says of a run; `seconds` is about how long it takes, None of a finished one."""
     what = {key: getattr(recipe, key) for key in ("method", "backbone", "dataset", "seed", "epochs")}
-    return {"run": name, **what, "finished": seconds == 0.0, "seconds": seconds}
+    return {"run": name, **what, "finished": seconds is None, "seconds": seconds or 0.0}
 
 
 def _train(

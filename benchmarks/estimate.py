@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from exitkit.errors import NonFiniteError, UserError
+from exitkit.errors import NonFiniteError, Note, UserError
 from exitkit.runs import find_runs
 
 if TYPE_CHECKING:
@@ -56,7 +57,15 @@ class Estimate:
         if kind in self._known:
             return self._known[kind] * recipe.epochs
         if kind not in self._timings:
-            self._timings[kind] = _timed(recipe, self._data(recipe))
+            data = self._data(recipe)
+            try:
+                self._timings[kind] = _timed(recipe, data)
+            except UserError:
+                raise
+            except Exception as error:  # whatever someone's method raises: its run tells, and the others go on
+                why = f"{type(error).__name__}: {error}".splitlines()[0]
+                warnings.warn(Note(f"{recipe.method} can't be timed ({why})"), stacklevel=2)
+                self._timings[kind] = Timing(len(data.split.train), 1, [0.0])
         timing = self._timings[kind]
         phases = build_strategy(recipe.method, **recipe.method_settings).phases(recipe.epochs, timing.exits)
         # A sweep may change how many phases there are; what it adds is taken to cost what the last one does.

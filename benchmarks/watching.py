@@ -18,7 +18,7 @@ from exitkit.runs import RESULTS, RunFolder
 STATES = ("running", "stalled", "failed", "waiting", "finished")
 """In the order in which they are of interest."""
 
-_FRESH = 3 * INTERVAL  # seconds after a beat during which nobody asks whether the process still lives
+_FRESH = 3 * INTERVAL  # seconds after a run's folder was made during which nobody asks whether its process lives
 _PATIENCE = 120.0  # seconds; validation between two epochs is silent, and so is the start
 _NAMES = ("method", "backbone", "dataset", "seed")
 
@@ -98,12 +98,11 @@ def labels(runs: Sequence[Watched]) -> list[str]:
     found = []
     for run, each in zip(runs, values, strict=True):
         words = [str(each.get(key, "?")) for key in _NAMES[:3] if key == "method" or key in differ]
-        others = [f"{key.rpartition('.')[2]}={each[key]}" for key in differ if key not in _NAMES and key in each]
         # Fields differ from method to method anyway; only those that tell runs of the same names apart are of interest.
-        twins = sum(all(other.get(name) == each.get(name) for name in _NAMES) for other in values)
-        found.append(
-            " ".join([*words, *(others if twins > 1 else ()), f"s{each.get('seed', '?')}"]) if each else run.run
-        )
+        twins = [other for other in values if all(other.get(name) == each.get(name) for name in _NAMES)]
+        apart = [key for key in differ if key not in _NAMES and len({str(twin.get(key)) for twin in twins}) > 1]
+        others = [f"{key.rpartition('.')[2]}={each[key]}" for key in apart if key in each]
+        found.append(" ".join([*words, *others, f"s{each.get('seed', '?')}"]) if each else run.run)
     return found
 
 
@@ -157,7 +156,7 @@ def _state(folder: Path, path: Path, beat: Mapping[str, Any], epoch_seconds: flo
     if reason and _changed(failure) >= heard:
         return "failed", reason
     silent = time.time() - heard
-    if silent < _FRESH:
+    if silent < _FRESH and not beat:  # it is being made, and nobody holds it yet
         return "running", ""
     # A lock is only sure to be seen on the machine that holds it.
     if beat.get("host", platform.node()) == platform.node() and not RunFolder.is_held(path):

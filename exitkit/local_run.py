@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from exitkit.build import build_strategy
 from exitkit.data.base import Batch
 from exitkit.engine import Engine, Precision
 from exitkit.errors import UserError
@@ -40,7 +41,7 @@ class LocalRun(Run):
 
 def begin(
     network: MultiExitNetwork,
-    strategy: TrainingStrategy,
+    strategy: TrainingStrategy | str,
     optimizer: torch.optim.Optimizer,
     seed: int,
     epochs: int,
@@ -49,6 +50,8 @@ def begin(
     """See `Run.local`."""
     if epochs < 1:
         raise UserError(f"epochs is {epochs}; expected at least 1")
+    if isinstance(strategy, str):
+        strategy = build_strategy(strategy)
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     before = {id(parameter) for parameter in network.parameters()}
     strategy.adapt(network)

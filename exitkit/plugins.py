@@ -92,8 +92,13 @@ def load(kind: str, name: str) -> Any:
     except Exception as error:  # whatever someone's module raises while it is imported
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{WORDS[kind]} {name!r} ({points[name].value}) does not load: {reason}") from error
-    if not dataclasses.is_dataclass(underlying(plugin)):
-        raise UserError(f"{WORDS[kind]} {name!r} ({points[name].value}) is no dataclass; its fields are its settings")
+    known = underlying(plugin)
+    # A class without the decorator inherits its base's fields, and its own would be passed over.
+    bare = [key for key, value in vars(known).items() if isinstance(value, dataclasses.Field)]
+    if not dataclasses.is_dataclass(known) or bare:
+        lost = f": its settings ({', '.join(bare)}) would be lost" if bare else ""
+        told = f"{WORDS[kind]} {name!r} ({points[name].value}) is no dataclass{lost}"
+        raise UserError(f"{told}; decorate it with @dataclass(eq=False)")
     return plugin
 
 

@@ -151,6 +151,8 @@ class Recipe(BaseModel):
             if not kinds:
                 where = f"the {prefix}" if prefix in _KINDS else f"{self.method}, {self._backbone()} or {self.dataset}"
                 there = known[prefix] if prefix in _KINDS else set().union(*known.values())
+                if key in type(self).model_fields:
+                    raise UserError(f"{key} is a key of a recipe, no field; put {key} = ... into a file for --recipe")
                 raise unknown(f"field of {where}", rest if prefix in _KINDS else key, there)
             if len(kinds) > 1:
                 raise UserError(

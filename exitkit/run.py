@@ -20,7 +20,7 @@ from exitkit.meter import Meter
 from exitkit.network import MultiExitNetwork, Outputs, map_tensors
 from exitkit.randomness import derive, generator
 from exitkit.replicas import Replicas
-from exitkit.strategy import TrainingStrategy
+from exitkit.strategy import TrainingStrategy, one_each
 
 if TYPE_CHECKING:
     from exitkit.local_run import LocalRun
@@ -158,7 +158,7 @@ class Run:
         """Do what `exit_losses` does, and return what the network gave, too."""
         images, labels = batch
         outputs = self.forward(images) if parameters is None else self.functional(parameters, images)
-        losses = self.strategy.exit_losses(self, outputs, batch)
+        losses = one_each(self.strategy, "exit_losses", self.strategy.exit_losses(self, outputs, batch), outputs.logits)
         self.meter.add(losses, outputs.logits, labels)
         return losses, outputs
 
@@ -178,7 +178,7 @@ class Run:
 
     def exit_weights(self) -> Sequence[float]:
         """Return the strategy's weight of each exit, now."""
-        return self.strategy.exit_weights(self)
+        return one_each(self.strategy, "exit_weights", self.strategy.exit_weights(self), self.network.heads)
 
     def step(self, loss: Tensor) -> None:
         """Make one step of the optimiser on the gradient of `loss` (a mean over the local batch)."""

@@ -60,12 +60,17 @@ class RunFolder:
         self.path = Path(path)
         if not (self.path / "recipe.json").is_file():
             what = "holds no run (no recipe.json)" if self.path.is_dir() else _absence(self.path)
-            near = get_close_matches(
-                self.path.name, [run.parent.name for run in self.path.parent.glob("[!.]*/recipe.json")]
+            inside, beside = (
+                [run.parent.name for run in sorted(place.glob("[!.]*/recipe.json"))]
+                for place in (self.path, self.path.parent)
             )
-            hint = (
-                f"; did you mean {self.path.parent / near[0]}?" if near else "; expected one that `exitkit train` made"
-            )
+            near = get_close_matches(self.path.name, beside)
+            if inside:
+                hint = f"; there are {len(inside)} in it, such as {self.path / inside[0]}"
+            elif near:
+                hint = f"; did you mean {self.path.parent / near[0]}?"
+            else:
+                hint = "; expected one that `exitkit train` made"
             raise UserError(f"run folder {self.path} {what}{hint}")
 
     @classmethod

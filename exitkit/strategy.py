@@ -7,15 +7,15 @@ may be many, since taps multiply.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from exitkit.errors import UserError
+from exitkit.errors import UserError, unknown
 from exitkit.plugins import setting
 
 if TYPE_CHECKING:
@@ -38,6 +38,9 @@ _HOOKS = {
     "train_epoch": UPDATE,
     "phases": PHASES,
 }
+_SLOTS = {GRADIENT_TAP, LOGIT_LINK, *_HOOKS.values()}
+
+Each = TypeVar("Each", bound=Sized)
 
 Variant = Literal["paper", "released"]
 """Where a paper and its published code differ: which of the two a method follows."""
@@ -102,9 +105,11 @@ class TrainingStrategy:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        for slot in sorted(cls.slots - _SLOTS):
+            raise TypeError(str(unknown(f"slot of {cls.__name__}", slot, sorted(_SLOTS))))
         missing = {slot for hook, slot in _HOOKS.items() if hook in vars(cls)} - cls.slots
         if missing:
-            raise TypeError(f"{cls.__name__} overrides a hook of the slots {sorted(missing)}: name them in `slots`")
+            raise TypeError(f"{cls.__name__} overrides what is of {', '.join(sorted(missing))}; name that in `slots`")
 
     def claims(self) -> frozenset[str]:
         """Return the slots that this instance claims, given its field values."""
@@ -187,6 +192,18 @@ class TrainingStrategy:
 def at_least_float32(logits: Tensor) -> Tensor:
     """Return logits in float32 where autocast left them in half precision, and as they are otherwise."""
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+def one_each(strategy: TrainingStrategy, hook: str, values: Each, exits: Sized) -> Each:
+    """Return what a hook gave for the exits.
+
+    Raises:
+        UserError: it is not one an exit.
+    """
+    if len(values) != len(exits):
+        name = type(strategy).__name__
+        raise UserError(f"{hook} of {name} gave {len(values)} values; expected {len(exits)}, one an exit")
+    return values
 
 
 def weighted_sum(losses: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

@@ -88,6 +88,10 @@ TABLE = {
     "out can't be made": ("train --epochs 1 --out broken.toml/deeper", "can't be written"),
     "out of a name too long": (f"train --epochs 1 --out {'x' * 300}", "can't be looked at"),
     "comparison with a name too long": (f"compare --epochs 1 --out {'x' * 300}", "can't be looked at"),
+    "key of a recipe": (
+        "train --set weight_decay=0.1",
+        "weight_decay is a key of a recipe, no field; put weight_decay",
+    ),
     "run of a name too long": (f"show {'x' * 300}", "can't be looked at"),
     "no images at all": ("train --data-dir=", "data_dir"),
     "run that is a file": ("show broken.toml", "folder broken.toml is a file"),

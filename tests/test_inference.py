@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import exitkit
-from exitkit.errors import UserError
+from exitkit.errors import Note, UserError
 from exitkit.evaluation import leave_at
 from exitkit.exit_rules import SCORES, scores
 from exitkit.inference.rule import ExitRule, _score_there
@@ -200,6 +200,8 @@ def test_a_rule_of_outputs_meets_its_budget_on_them():
         for index in (1, 0):
             left[rule.leaving(index, logits[:, index], memory)[0]] = index
         assert torch.tensor(costs)[left].mean().item() == pytest.approx(budget, rel=0.01)
+    with pytest.warns(Note, match=r"budget 40\.0 is enough for the last exit always \(40\): no image leaves early"):
+        assert exitkit.ExitRule.from_outputs(logits, labels, costs, budget=40.0).thresholds[0] == math.inf
     level = exitkit.ExitRule.from_outputs(logits, labels, [10.0, 10.0, 40.0], budget=20.0)  # a clock may tell so
     assert level.thresholds[-1] == -math.inf
     same_as = exitkit.ExitRule.from_outputs(logits.double(), labels, costs, share=1.0)

@@ -13,7 +13,7 @@ from exitkit.benchmarks.compare import _values
 from exitkit.benchmarks.estimate import Estimate, Timing, in_words, wall_time
 from exitkit.benchmarks.plan import Plan
 from exitkit.build import build_network
-from exitkit.errors import UserError
+from exitkit.errors import Note, UserError
 from exitkit.plugins import configure
 from exitkit.recipe import Recipe
 
@@ -337,6 +337,15 @@ def test_data_and_costs_are_read_once_for_all_methods(tmp_path, monkeypatch):
         assert estimate.seconds(recipe) > 0
         assert estimate.costs(recipe) == exitkit.cost(exitkit.build_network("msdnet-tiny"))
     assert loads == ["joint"]
+
+
+def test_a_method_that_raises_is_left_to_its_run(tmp_path, monkeypatch):
+    def raises(self, run):
+        raise ZeroDivisionError("by nought")
+
+    monkeypatch.setattr(type(exitkit.build_strategy("joint")), "exit_weights", raises)
+    with pytest.warns(Note, match=r"joint can't be timed \(ZeroDivisionError: by nought\)"):
+        assert Estimate(tmp_path).seconds(Recipe.make(backbone="msdnet-tiny", epochs=2).resolve()) == 0
 
 
 def test_what_init_from_leaves_out_is_not_counted(tmp_path, monkeypatch):

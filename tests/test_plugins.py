@@ -239,6 +239,10 @@ BROKEN = {
     "lacks": ("", "has no attribute 'Broken'"),
     "plain": ("class Broken: pass", "is no dataclass"),
     "garbled": ("def (", "SyntaxError"),
+    "bare": (
+        "import exitkit\nclass Broken(exitkit.TrainingStrategy):\n    start: float = exitkit.setting(0.5, 'first')",
+        "is no dataclass: its settings (start) would be lost; decorate it with @dataclass(eq=False)",
+    ),
 }
 
 

@@ -128,6 +128,29 @@ def test_a_network_takes_one_link():
         exitkit.build_strategy("boostnet", temperature=0.9).adapt(network)
 
 
+def test_a_slot_that_there_is_not_is_refused_with_the_nearest():
+    with pytest.raises(TypeError, match="unknown slot of Mistaken 'exit weight'; did you mean exit weights"):
+
+        class Mistaken(TrainingStrategy):
+            slots = frozenset({"exit weight"})
+
+
+@pytest.mark.parametrize("hook", ["exit_weights", "exit_losses"])
+def test_a_hook_that_gives_too_few_is_named(hook):
+    network, (x, y) = chain(), batches(1)[0]
+    strategy = exitkit.build_strategy("joint")
+    run = exitkit.Run.local(network, strategy, sgd(network))
+    whole = getattr(strategy, hook)
+    setattr(strategy, hook, lambda *arguments: list(whole(*arguments))[:-1])
+    with pytest.raises(UserError, match=f"{hook} of Joint gave 2 values; expected 3, one an exit"):
+        run.train_step((x, y))
+
+
+def test_a_loop_of_ones_own_takes_a_name():
+    network = chain()
+    assert type(exitkit.Run.local(network, "boostnet", sgd(network)).strategy).__name__ == "BoostNet"
+
+
 def test_overriding_a_hook_without_claiming_its_slot_is_refused_at_once():
     with pytest.raises(TypeError, match="objective"):
 

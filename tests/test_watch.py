@@ -78,7 +78,9 @@ def test_every_state_is_told_from_the_files_alone(campaign, tmp_path):
     campaign.begun("lost", 1, age=600, host="another machine", seed=7)
     (tmp_path / ".draft.part").mkdir()
     (tmp_path / ".draft.part/recipe.json").write_text("{}")
-    assert states(tmp_path) == {
+    with FileLock(tmp_path / "now/run.lock"), FileLock(tmp_path / "again/run.lock"):
+        found = states(tmp_path)
+    assert found == {
         "later": ("waiting", ""),
         "done": ("finished", ""),
         "now": ("running", ""),
@@ -88,13 +90,15 @@ def test_every_state_is_told_from_the_files_alone(campaign, tmp_path):
         "left": ("stalled", "nobody trains it; start the same command again"),
         "lost": ("stalled", "nothing was heard for 10 min"),
     }
+    assert states(tmp_path)["now"] == ("stalled", "nobody trains it; start the same command again")  # stopped just now
     (again / "progress.json").unlink()
     os.utime(again, (0, 0))
     assert states(tmp_path)["again"] == ("failed", "the disk is full")
     with FileLock(tmp_path / "left/run.lock"):
         os.utime(tmp_path / "left", (0, 0))
         assert states(tmp_path)["left"] == ("stalled", "nothing was heard for 5 min")
-    now = next(run for run in look(tmp_path) if run.run == "now")
+    with FileLock(tmp_path / "now/run.lock"):
+        now = next(run for run in look(tmp_path) if run.run == "now")
     assert (now.phase, now.epoch, now.epochs, now.fraction, now.seconds_left) == ("train", 2, 4, 0.4, 90.0)
     assert now.train_losses == [2.25, 1.25] and now.validation_accuracies == [41, 61] and now.seconds == 10
 

@@ -44,7 +44,8 @@ def magnitude_figure(probes: Probes) -> Figure:
             for stage in range(probes[name].shape[1]):
                 _line(axes, probes["epoch"], probes[name][:, stage], stage, f"stage {stage + 1}")
             axes.set_yscale("log")
-            _finish(axes, "epoch", label, legend=name == "total_norm")
+            _finish(axes, "epoch", label, legend=False)
+        _legend_above(figure, panels[0])
     return figure
 
 
@@ -60,9 +61,7 @@ def validity_figure(probes: Probes) -> Figure:
                 _line(axes, probes["epoch"], scale * probes[name][:, index], index, f"exit {index + 1}")
             _finish(axes, "epoch", label, legend=False)
         panels[0].set_ylim(top=min(panels[0].get_ylim()[1], 101))
-        handles, labels = panels[0].get_legend_handles_labels()
-        columns = -(-len(labels) // -(-len(labels) // 7))
-        figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False, handlelength=2.2)
+        _legend_above(figure, panels[0])
     return figure
 
 
@@ -146,12 +145,19 @@ def _line(axes: Axes, x: np.ndarray, y: np.ndarray, place: int, label: str) -> N
 def _finish(axes: Axes, x: str, y: str, legend: bool = True) -> None:
     axes.set_xlabel(x)
     if x == "epoch":
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
     axes.set_ylabel(y)
     axes.grid(axis="y")
     axes.set_axisbelow(True)
     if legend:
         axes.legend(frameon=False, ncols=2, columnspacing=1.0, handlelength=2.2)
+
+
+def _legend_above(figure: Figure, axes: Axes) -> None:
+    """Put the legend of some axes where it covers no point, seven names a line at most."""
+    handles, labels = axes.get_legend_handles_labels()
+    columns = -(-len(labels) // -(-len(labels) // 7))
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False, handlelength=2.2)
 
 
 def _matrix(

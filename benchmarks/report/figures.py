@@ -68,6 +68,7 @@ def oracle_figure(comparison: Comparison) -> Figure:
     """Draw the budgeted curves with the upper bound of each, that of a rule which knows the best exit of each image."""
 
     def bounds(axes: Axes, comparison: Comparison, group: tuple[str, str], size: float) -> None:
+        axes.plot([], [], ":", color="#555555", lw=0.9, label="the best exit of each image")
         for place, method in enumerate(_methods(comparison)):
             rows = comparison.oracle
             mine = rows[(rows["method"] == method) & (rows["backbone"] == group[0]) & (rows["dataset"] == group[1])]

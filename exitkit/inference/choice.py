@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import numpy as np
 
 from exitkit.budgets import exit_costs, read_budget
 from exitkit.calibration import fit_temperatures
-from exitkit.errors import UserError
+from exitkit.errors import Note, UserError
 from exitkit.evaluation import Floats, Share, correct, exit_counts, leave_at, paper_shares, share_for_budget, thresholds
 from exitkit.exit_rules import patience_thresholds, scores
 from exitkit.inference.rule import ExitRule
@@ -54,6 +55,9 @@ def choose_for(
     wanted = read_budget(budget) if isinstance(budget, str) else budget
     if wanted is not None and not wanted >= costs[0]:
         raise UserError(f"budget {budget} is below what the first exit costs, {costs[0]:.6g}; expected more")
+    if wanted is not None and wanted >= costs[-1]:
+        told = f"budget {budget} is enough for the last exit always ({costs[-1]:.6g}): no image leaves early"
+        warnings.warn(Note(told), stacklevel=4)
     limits = _limits(sure, costs, score, wanted, share)
     points = _tried(limits, sure, hits, costs)
     chosen = 0

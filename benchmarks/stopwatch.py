@@ -143,7 +143,7 @@ def _now(subject: Subject) -> float:
 
 
 def summary(seconds: Sequence[float], batch_size: int) -> dict[str, Any]:
-    """Return milliseconds an image (50th, 95th, 99th percentile and mean of the rounds) and images a second by the mean.
+    """Return milliseconds an image (percentiles and mean of the rounds), and images a second by the mean.
 
     Where some images leave early, rounds are not alike, and the median says nothing of how many are done in a second.
     """

@@ -90,7 +90,7 @@ class Run:
     @staticmethod
     def local(
         network: MultiExitNetwork,
-        strategy: TrainingStrategy,
+        strategy: TrainingStrategy | str,
         optimizer: torch.optim.Optimizer,
         *,
         seed: int = 0,
@@ -99,7 +99,8 @@ class Run:
     ) -> LocalRun:
         """Make a run in memory, in one process, on the device where the network is: to train in a loop of one's own.
 
-        Adapts the network, hands the optimiser the parameters that this added, and prepares the strategy. Then
+        Adapts the network, hands the optimiser the parameters that this added, and prepares the strategy (a name stands
+        for that method with nothing set). Then
         `run.train_step((images, labels))` makes a step, and `run.train_epoch(batches)` an epoch over a list of such
         pairs; what follows the schedule goes by `epochs`, how many of these there will be.
 

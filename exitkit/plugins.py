@@ -1,8 +1,8 @@
 """Methods, backbones and data sets, found by name through entry points, and their fields.
 
 A plugin is a dataclass; its fields are its settings, each declared with `setting(default, meaning)`. What an entry
-point names may be the class itself or a `functools.partial` of it (a preset: the same fields, other defaults). Our own
-plugins come in by this door alone, as anyone else's do.
+point names may be the class itself or a `functools.partial` of it (the same fields, other defaults). A class may also
+have `presets`, a dictionary of such partials by name. Our own plugins are found like anyone else's.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import os
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -22,6 +23,8 @@ from exitkit.errors import UserError, unknown
 
 KINDS = {"method": "exitkit.methods", "backbone": "exitkit.backbones", "dataset": "exitkit.datasets"}
 """The kinds of plugin and the entry-point group of each."""
+
+Plugin = typing.TypeVar("Plugin", bound=type)
 
 WORDS = {"method": "method", "backbone": "backbone", "dataset": "data set"}
 
@@ -55,6 +58,36 @@ def resolve_variant(plugin: Any) -> None:
             object.__setattr__(plugin, field.name, choices[plugin.variant])
 
 
+def forwards(*sources: type, without: tuple[str, ...] = ()) -> Callable[[Plugin], Plugin]:
+    """Give a plugin the settings of others, to hand them on (apply it below `@dataclass`).
+
+    Every field of the sources that the class has not itself becomes a field of the class, with the same type, default
+    and meaning; `forwarded(plugin, source)` returns their values.
+
+    Args:
+        sources: dataclasses; of two fields of one name the first counts.
+        without: names of fields that are not forwarded.
+    """
+
+    def add(cls: Plugin) -> Plugin:
+        annotations = inspect.get_annotations(cls)
+        for source in sources:
+            hints = typing.get_type_hints(source)
+            for name, field in fields(source).items():
+                if name not in annotations and name not in without and not field.kw_only:
+                    annotations[name] = hints[name]
+                    setattr(cls, name, dataclasses.field(default=field.default, metadata=field.metadata))
+        cls.__annotations__ = annotations
+        return cls
+
+    return add
+
+
+def forwarded(plugin: Any, source: type) -> dict[str, Any]:
+    """Return the values of those fields of `source` that `plugin` has, to make a `source` of them."""
+    return {name: getattr(plugin, name) for name in fields(source) if name in fields(type(plugin))}
+
+
 @functools.cache
 def registered(kind: str) -> dict[str, EntryPoint]:
     """Return {name: entry point} of everything of this kind that is installed, by name."""
@@ -81,7 +114,10 @@ def load(kind: str, name: str) -> Any:
     if colon and family in points and (field := getattr(underlying(load(kind, family)), "named_by", "")):
         return functools.partial(load(kind, family), **{field: value})
     if name not in points:
-        raise unknown(WORDS[kind], name, points)
+        preset = _find_preset(kind, name)
+        if preset is None:
+            raise unknown(WORDS[kind], name, names(kind))
+        return preset
     rivals = _rivals(kind, name)
     if len(rivals) > 1:
         raise UserError(
@@ -100,6 +136,38 @@ def load(kind: str, name: str) -> Any:
         told = f"{WORDS[kind]} {name!r} ({points[name].value}) is no dataclass{lost}"
         raise UserError(f"{told}; decorate it with @dataclass(eq=False)")
     return plugin
+
+
+def presets(kind: str, family: str) -> Mapping[str, Any]:
+    """Return the presets of an installed family by name; empty where its package does not load."""
+    try:
+        found: Mapping[str, Any] = vars(underlying(load(kind, family))).get("presets", {})
+    except UserError:
+        return {}
+    return found
+
+
+def _find_preset(kind: str, name: str) -> Any:
+    """Return a preset, or None; the family whose name begins alike is loaded first, and often alone."""
+    for family in sorted(registered(kind), key=lambda family: -len(os.path.commonprefix([family, name]))):
+        if name in (known := presets(kind, family)):
+            return known[name]
+    return None
+
+
+def names(kind: str) -> list[str]:
+    """Return the names of everything of this kind, presets included; this loads every package."""
+    return sorted({*registered(kind), *(name for family in registered(kind) for name in presets(kind, family))})
+
+
+def execution_fields(kind: str, name: str) -> set[str]:
+    """Return the settings of a plugin that change no result, removed ones included; empty where it is not installed."""
+    try:
+        plugin = load(kind, name)
+    except UserError:
+        return set()
+    removed: frozenset[str] = getattr(underlying(plugin), "removed", frozenset())
+    return removed | {key for key, field in fields(plugin).items() if field.metadata.get("execution")}
 
 
 def underlying(plugin: Any) -> Any:
@@ -129,8 +197,13 @@ def configure(kind: str, name: str, values: Mapping[str, Any]) -> Any:
 
 
 def instantiate(plugin: Any, label: str, values: Mapping[str, Any]) -> Any:
-    """Make `plugin` from `values`; strings (from the command line) are read as the field's type."""
+    """Make `plugin` from `values`; strings (from the command line) are read as the field's type.
+
+    Settings that the plugin names in `removed` are ignored: earlier releases had them, and they changed no result.
+    """
     known = fields(plugin)
+    removed: frozenset[str] = getattr(underlying(plugin), "removed", frozenset())
+    values = {name: value for name, value in values.items() if name not in removed}
     for name in values:
         if name not in known:
             raise unknown(f"field of {label}", name, known)
@@ -201,6 +274,22 @@ def type_name(kind: Any) -> str:
     if len(parts) > 1:
         return " | ".join(type_name(part) for part in parts if part is not type(None))
     return str(getattr(kind, "__name__", kind))
+
+
+def method_parts(name: str) -> list[str]:
+    """Split `a+b` into its methods.
+
+    Raises:
+        UserError: an empty part, an unknown one, or one named twice.
+    """
+    names = [part.strip() for part in name.split("+")]
+    known = registered("method")
+    for part in names:
+        if part not in known:
+            raise unknown("method", part, known)
+    if len(set(names)) < len(names):
+        raise UserError(f"method {name!r} names a part twice; each part counts once")
+    return names
 
 
 def summary(plugin: Any) -> str:

@@ -1,59 +1,69 @@
-"""Gradient aggregators: every exit's own gradient, and one direction made of them.
+"""Gradient aggregators: combine the exits' gradients into one update.
 
-Paper: each class names its own. All read the matrix G [K, D] whose row k is the gradient of exit k's loss over all
-parameters, zero where exit k reads none, and give one direction [D] for the optimiser. The exits' gradients come from a
-plain loop, each walking only the stages below its exit; the aggregators are torchjd's.
+Papers: each method names its own, with a link. All read the matrix G [K, D] whose row k is the gradient of exit k's
+loss over all parameters, zero where exit k reads none, and return one direction [D] for the optimiser. The exits'
+gradients come from a plain loop, in which each backward pass covers only the stages below its exit; the aggregators are
+torchjd's.
 
-PCGrad and CAGrad are the rivals in Meta-GF (Sun et al., ECCV 2022), whose compiled files are all that is published of
-its comparison. What differs from them, and is to be had by `variant = "released"`: PCGrad there may also project a
-changed gradient off its own original, and takes the mean over the exits of a parameter that all of them read, but the
-sum of any other; ours takes the mean over the exits that read it. CAGrad there finds its weights by 21 evaluations of
-gradient descent instead of a convex solver, and divides the result by 1 + c^2. Learning rates there are unknown.
+Sizes differ, so that a learning rate which suits joint training need not suit an aggregator. For K equal gradients g
+the direction is, as measured by the tests,
 
-PCGrad, IMTL-G, MGDA and CAGrad give directions of the size of one exit's gradient, others of that of the sum of all:
-a rate that suits joint training need not suit them.
+    g            pcgrad, mgda, imtlg, aligned, upgrad, dualproj     (a mean)
+    (1 + c) g    cagrad
+    K g          graddrop, config, and joint training               (a sum)
+
+and nashmtl's is as long as `max_norm` allows. `size = "sum"` multiplies the means by K.
+
+What differs from the published code: nothing that torchjd documents, but for PCGrad: ours takes the mean over the exits
+that read a parameter. `variant = "released"` of PCGrad and CAGrad is Meta-GF's form of them (`released/aggregators.py`).
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torchjd import aggregation
 
-from exitkit.errors import UserError
-from exitkit.plugins import setting
-from exitkit.strategy import UPDATE, TrainingStrategy, Variant
-
-if TYPE_CHECKING:
-    from exitkit.data.base import Batch
-    from exitkit.run import Run
+from exitkit.methods.released.aggregators import descent_weights, projection_weights
+from exitkit.strategy import UPDATE, Batch, Run, TrainingStrategy, UserError, Variant, setting
 
 
 @dataclass(eq=False)
 class Aggregated(TrainingStrategy):
-    """A step along what an aggregator makes of the exits' gradients."""
+    """A step along the direction that an aggregator makes of the exits' gradients.
+
+    Class attributes:
+        is_mean: whether the published direction is a mean of the gradients in size, or a sum.
+        make: returns torchjd's aggregator.
+    """
 
     slots: ClassVar[frozenset[str]] = frozenset({UPDATE})
+    is_mean: ClassVar[bool] = True
+    make: ClassVar[Callable[[], aggregation.Aggregator]]
+
+    size: Literal["published", "sum"] = setting(
+        "published", "length of the direction: as published, or that of a sum over the exits", kw_only=True
+    )
 
     def aggregator(self, exits: int) -> aggregation.Aggregator:
         """Return torchjd's aggregator for K exits."""
-        raise TypeError(f"{type(self).__name__} has to name its aggregator")
+        return type(self).make()
 
     def train_step(self, run: Run, batch: Batch) -> None:
-        """Step along the direction that the exits' gradients give."""
-        pairs = zip(run.exit_losses(batch), run.exit_weights(), strict=True)
+        """Step along the direction that combines the exits' gradients."""
+        pairs = zip(run.losses(batch), run.weights(), strict=True)
         rows = run.exit_gradients([weight * loss for loss, weight in pairs if weight != 0])
         if not rows:
             raise UserError("every exit's weight is zero, so that there is nothing to train on")
         sizes = [parameter.numel() for parameter in run.parameters]
         matrix = torch.stack([torch.cat(list(map(_flat, row, run.parameters))) for row in rows])
-        # A gradient that overflowed (fp16) is no matter for a solver: the engine leaves such a step out.
+        # A solver can't use a gradient that overflowed (fp16); the engine skips such a step.
         finite = bool(matrix.isfinite().all())
         direction = self.combine(run, matrix) if finite else matrix.sum(0)
         pieces = zip(direction.split(sizes), run.parameters, zip(*rows, strict=True), strict=True)
@@ -71,8 +81,8 @@ class Aggregated(TrainingStrategy):
         return direction
 
     def scale(self, readers: int, exits: int) -> float:
-        """Return the factor of a parameter's direction that `readers` of the exits read."""
-        return 1.0
+        """Return the factor of the direction of a parameter that `readers` of the exits read."""
+        return float(exits) if self.size == "sum" and self.is_mean else 1.0
 
 
 def _flat(gradient: Tensor | None, parameter: Tensor) -> Tensor:
@@ -81,51 +91,53 @@ def _flat(gradient: Tensor | None, parameter: Tensor) -> Tensor:
 
 @dataclass(eq=False)
 class PCGrad(Aggregated):
-    """PCGrad: every exit's gradient loses what contradicts another exit's."""
+    """PCGrad: remove from each exit's gradient what conflicts with another's.
+
+    Yu et al., Gradient Surgery for Multi-Task Learning, NeurIPS 2020, https://arxiv.org/abs/2001.06782
+
+    d [D] = 1/K sum_k h_k, where h_k [D] starts as g_k, and for the other exits j in random order
+    h_k <- h_k - min(<h_k, g_j>, 0) / <g_j, g_j> g_j.
+
+    Example:
+        >>> exitkit.build_strategy("pcgrad", size="sum").scale(readers=4, exits=4)
+        1.0
+    """
 
     paper: ClassVar[str] = "Yu et al., Gradient Surgery for Multi-Task Learning, NeurIPS 2020"
+    make: ClassVar[Callable[[], aggregation.Aggregator]] = aggregation.PCGrad
 
     variant: Variant = setting("paper", "mean over the exits that read a parameter, or Meta-GF's compiled rival")
-
-    def aggregator(self, exits: int) -> aggregation.Aggregator:
-        """Return torchjd's PCGrad: the sum of the projected gradients."""
-        return aggregation.PCGrad()
 
     def combine(self, run: Run, matrix: Tensor) -> Tensor:
         """Return the sum of the projected gradients."""
         if self.variant == "paper":
             return super().combine(run, matrix)
-        return _released_projections(matrix @ matrix.t(), run.rng("aggregate")) @ matrix
+        return projection_weights(matrix @ matrix.t(), run.rng("aggregate")) @ matrix
 
     def scale(self, readers: int, exits: int) -> float:
         """Return 1 over the readers; released: only where all exits read it."""
+        if self.size == "sum":
+            return 1.0
         return 1 / readers if self.variant == "paper" or readers == exits else 1.0
-
-
-def _released_projections(gramian: Tensor, generator: torch.Generator) -> Tensor:
-    """Return how much of each exit's gradient the sum of the projected ones holds, [K].
-
-    For every exit, all originals in random order, its own among them: where the product is negative, that is taken off.
-    """
-    dots = gramian.double().cpu()
-    exits = len(dots)
-    mixed = torch.eye(exits, dtype=torch.float64)
-    for row in mixed:
-        for other in torch.randperm(exits, generator=generator).tolist():
-            product = dots[other] @ row
-            if product < 0:
-                row[other] -= product / dots[other, other]
-    return mixed.sum(0).to(gramian)
 
 
 @dataclass(eq=False)
 class CAGrad(Aggregated):
-    """CAGrad: near the mean gradient, the direction that helps the worst-off exit most."""
+    """CAGrad: near the mean gradient, the direction that helps the worst-off exit most.
+
+    Liu et al., Conflict-Averse Gradient Descent for Multi-task Learning, NeurIPS 2021, https://arxiv.org/abs/2110.14048
+
+    d [D] = argmax_d min_k <g_k, d> subject to |d - g| <= c |g|, with g = 1/K sum_k g_k [D].
+
+    Example:
+        >>> exitkit.build_strategy("cagrad", c=0.4).c
+        0.4
+    """
 
     paper: ClassVar[str] = "Liu et al., Conflict-Averse Gradient Descent for Multi-task Learning, NeurIPS 2021"
 
     variant: Variant = setting("paper", "convex solver, or the 21 steps of Meta-GF's compiled rival")
-    c: float = setting(0.5, "how far from the mean gradient, in its lengths")
+    c: float = setting(0.5, "largest distance from the mean gradient, as a multiple of its length")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -140,114 +152,158 @@ class CAGrad(Aggregated):
         """Return the mean gradient, moved towards the worst-off exit."""
         if self.variant == "paper":
             return super().combine(run, matrix)
-        return _released_weights(matrix @ matrix.t(), self.c) @ matrix
+        return descent_weights(matrix @ matrix.t(), self.c) @ matrix
 
 
-@torch.enable_grad()
-def _released_weights(gramian: Tensor, c: float) -> Tensor:
-    """Return  (1/K + lambda w) / (1 + c^2)  by stochastic gradient descent on  g_w . g_mean + c |g_mean| |g_w|."""
-    dots = gramian.detach().double().cpu()
-    dots = dots / (dots.diagonal() + 1e-4).sqrt().mean() ** 2
-    to_mean = dots.mean(1)
-    radius = c * (to_mean.mean() + 1e-4).sqrt()
-    scores = torch.zeros(len(dots), dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.SGD([scores], lr=25, momentum=0.5)
-    best, lowest = scores.detach().clone(), math.inf
-    for _ in range(21):
-        w = scores.softmax(0)
-        value = w @ to_mean + radius * (w @ dots @ w + 1e-4).sqrt()
-        if value.item() < lowest:
-            best, lowest = scores.detach().clone(), value.item()
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-    w = best.softmax(0)
-    reach = radius / ((w @ dots @ w + 1e-4).sqrt() + 1e-4)
-    return ((1 / len(dots) + reach * w) / (1 + c**2)).to(gramian)
+def wrapped(name: str, make: Callable[[], aggregation.Aggregator], paper: str, doc: str, *, is_mean: bool) -> Any:
+    """Return a method that hands the exits' gradients to one of torchjd's aggregators.
+
+    Args:
+        name: the class's name.
+        make: returns the aggregator.
+        paper: authors, title, venue and year.
+        doc: the class's documentation: summary, link, formula, example.
+        is_mean: see `Aggregated`.
+    """
+    parts = {"__doc__": doc, "__module__": __name__, "make": staticmethod(make), "paper": paper, "is_mean": is_mean}
+    return dataclass(eq=False)(type(name, (Aggregated,), parts))
 
 
-@dataclass(eq=False)
-class MGDA(Aggregated):
-    """MGDA: the shortest vector between the exits' gradients."""
+MGDA = wrapped(
+    "MGDA",
+    aggregation.MGDA,
+    "Sener and Koltun, Multi-Task Learning as Multi-Objective Optimization, NeurIPS 2018",
+    """MGDA: the shortest vector in the convex hull of the exits' gradients.
 
-    paper: ClassVar[str] = "Sener and Koltun, Multi-Task Learning as Multi-Objective Optimization, NeurIPS 2018"
+    Sener and Koltun, Multi-Task Learning as Multi-Objective Optimization, NeurIPS 2018,
+    https://arxiv.org/abs/1810.04650
 
-    def aggregator(self, exits: int) -> aggregation.Aggregator:
-        """Return torchjd's MGDA."""
-        return aggregation.MGDA()
+    d [D] = G^T a, with a [K] = argmin |G^T a| over a >= 0, sum_k a_k = 1.
 
+    Example:
+        >>> exitkit.build_strategy("mgda").scale(readers=4, exits=4)
+        1.0
+    """,
+    is_mean=True,
+)
+IMTLG = wrapped(
+    "IMTLG",
+    aggregation.IMTLG,
+    "Liu et al., Towards Impartial Multi-task Learning, ICLR 2021",
+    """IMTL-G: the direction with equal projections on all exits' gradients.
 
-@dataclass(eq=False)
-class IMTLG(Aggregated):
-    """IMTL-G: the direction with equal projections on all exits' gradients."""
+    Liu et al., Towards Impartial Multi-task Learning, ICLR 2021, https://discovery.ucl.ac.uk/id/eprint/10120667/
 
-    paper: ClassVar[str] = "Liu et al., Towards Impartial Multi-task Learning, ICLR 2021"
+    d [D] = G^T a, with a [K] such that <d, g_k / |g_k|> is the same for all k, and sum_k a_k = 1.
 
-    def aggregator(self, exits: int) -> aggregation.Aggregator:
-        """Return torchjd's IMTL-G."""
-        return aggregation.IMTLG()
+    Example:
+        >>> exitkit.build_strategy("imtlg").scale(readers=4, exits=4)
+        1.0
+    """,
+    is_mean=True,
+)
+AlignedMTL = wrapped(
+    "AlignedMTL",
+    aggregation.AlignedMTL,
+    "Senushkin et al., Independent Component Alignment for Multi-Task Learning, CVPR 2023",
+    """Aligned-MTL: the mean of the exits' gradients after making them orthogonal and equally long.
 
+    Senushkin et al., Independent Component Alignment for Multi-Task Learning, CVPR 2023,
+    https://openaccess.thecvf.com/content/CVPR2023/html/Senushkin_Independent_Component_Alignment_for_Multi-Task_Learning_CVPR_2023_paper.html
 
-@dataclass(eq=False)
-class AlignedMTL(Aggregated):
-    """Aligned-MTL: the exits' gradients made orthogonal and equally long first."""
+    d [D] = 1/K sum_k h_k, with H [K, D] = s U V^T for the singular values s_1 >= ... >= s of G = U S V^T.
 
-    paper: ClassVar[str] = "Senushkin et al., Independent Component Alignment for Multi-Task Learning, CVPR 2023"
+    Example:
+        >>> exitkit.build_strategy("aligned", size="sum").scale(readers=4, exits=4)
+        4.0
+    """,
+    is_mean=True,
+)
+GradDrop = wrapped(
+    "GradDrop",
+    aggregation.GradDrop,
+    "Chen et al., Just Pick a Sign: Gradient Sign Dropout, NeurIPS 2020",
+    """GradDrop: where the signs of the exits' gradients differ, draw one, and drop the gradients of the other.
 
-    def aggregator(self, exits: int) -> aggregation.Aggregator:
-        """Return torchjd's Aligned-MTL."""
-        return aggregation.AlignedMTL()
+    Chen et al., Just Pick a Sign: Optimizing Deep Multitask Models with Gradient Sign Dropout, NeurIPS 2020,
+    https://arxiv.org/abs/2010.06808
 
+    d_i = sum of the g_ki of one sign, the positive one with probability 1/2 (1 + sum_k g_ki / sum_k |g_ki|), for each
+    i = 1..D.
 
-@dataclass(eq=False)
-class GradDrop(Aggregated):
-    """GradDrop: where signs differ, one sign is drawn, and the gradients of the other are dropped."""
+    Example:
+        >>> exitkit.build_strategy("graddrop", size="sum").scale(readers=4, exits=4)
+        1.0
+    """,
+    is_mean=False,
+)
+UPGrad = wrapped(
+    "UPGrad",
+    aggregation.UPGrad,
+    "Quinton and Rey, Jacobian Descent for Multi-Objective Optimization, 2024",
+    """UPGrad: the mean of the exits' gradients, each projected to where it conflicts with none.
 
-    paper: ClassVar[str] = "Chen et al., Just Pick a Sign: Gradient Sign Dropout, NeurIPS 2020"
+    Quinton and Rey, Jacobian Descent for Multi-Objective Optimization, 2024, https://arxiv.org/abs/2406.16232
 
-    def aggregator(self, exits: int) -> aggregation.Aggregator:
-        """Return torchjd's GradDrop."""
-        return aggregation.GradDrop()
+    d [D] = 1/K sum_k P(g_k), P the projection onto { x [D] : G x >= 0 }.
 
+    Example:
+        >>> exitkit.build_strategy("upgrad", size="sum").scale(readers=4, exits=4)
+        4.0
+    """,
+    is_mean=True,
+)
+DualProj = wrapped(
+    "DualProj",
+    aggregation.DualProj,
+    "Lopez-Paz and Ranzato, Gradient Episodic Memory, NeurIPS 2017",
+    """DualProj: the mean gradient, projected to where it conflicts with no exit's.
 
-@dataclass(eq=False)
-class UPGrad(Aggregated):
-    """UPGrad: every exit's gradient brought to where it contradicts none, then summed up."""
+    Lopez-Paz and Ranzato, Gradient Episodic Memory for Continual Learning, NeurIPS 2017,
+    https://arxiv.org/abs/1706.08840
 
-    paper: ClassVar[str] = "Quinton and Rey, Jacobian Descent for Multi-Objective Optimization, 2024"
+    d [D] = P(1/K sum_k g_k), P the projection onto { x [D] : G x >= 0 }.
 
-    def aggregator(self, exits: int) -> aggregation.Aggregator:
-        """Return torchjd's UPGrad."""
-        return aggregation.UPGrad()
+    Example:
+        >>> exitkit.build_strategy("dualproj", size="sum").scale(readers=4, exits=4)
+        4.0
+    """,
+    is_mean=True,
+)
+ConFIG = wrapped(
+    "ConFIG",
+    aggregation.ConFIG,
+    "Liu et al., ConFIG: Conflict-free Training of Physics Informed Neural Networks, 2024",
+    """ConFIG: the direction at equal angles to all exits' gradients.
 
+    Liu et al., ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks, 2024,
+    https://arxiv.org/abs/2408.11104
 
-@dataclass(eq=False)
-class DualProj(Aggregated):
-    """DualProj: the mean gradient brought to where it contradicts no exit's."""
+    d [D] = (sum_k <g_k, u>) u, with u [D] of length 1 and <u, g_k / |g_k|> the same for all k.
 
-    paper: ClassVar[str] = "Lopez-Paz and Ranzato, Gradient Episodic Memory, NeurIPS 2017"
-
-    def aggregator(self, exits: int) -> aggregation.Aggregator:
-        """Return torchjd's DualProj."""
-        return aggregation.DualProj()
-
-
-@dataclass(eq=False)
-class ConFIG(Aggregated):
-    """ConFIG: the direction at equal angles to all exits' gradients."""
-
-    paper: ClassVar[str] = "Liu et al., ConFIG: Conflict-free Training of Physics Informed Neural Networks, 2024"
-
-    def aggregator(self, exits: int) -> aggregation.Aggregator:
-        """Return torchjd's ConFIG."""
-        return aggregation.ConFIG()
+    Example:
+        >>> exitkit.build_strategy("config", size="sum").scale(readers=4, exits=4)
+        1.0
+    """,
+    is_mean=False,
+)
 
 
 @dataclass(eq=False)
 class NashMTL(Aggregated):
-    """Nash-MTL: the exits bargain about the direction; each step begins at the bargain of the one before."""
+    """Nash-MTL: the exits bargain about the direction; each step begins at the bargain of the one before.
+
+    Navon et al., Multi-Task Learning as a Bargaining Game, ICML 2022, https://arxiv.org/abs/2202.01017
+
+    d [D] = G^T a, with a [K] > 0 the solution of G G^T a = 1 / a; a longer d than `max_norm` is shortened to it.
+
+    Example:
+        >>> exitkit.build_strategy("nashmtl", max_norm=2.0).max_norm
+        2.0
+    """
 
     paper: ClassVar[str] = "Navon et al., Multi-Task Learning as a Bargaining Game, ICML 2022"
+    is_mean: ClassVar[bool] = False
 
     max_norm: float = setting(1.0, "longest direction; 0: no limit")
 
@@ -260,7 +316,7 @@ class NashMTL(Aggregated):
         try:
             aggregation.NashMTL(2)
         except ImportError:
-            raise UserError("nashmtl needs a solver that is not here; pip install 'exitkit[nashmtl]'") from None
+            raise UserError("nashmtl needs a solver that is not installed; pip install 'exitkit[nashmtl]'") from None
 
     def prepare(self, run: Run) -> None:
         """Begin without a bargain."""
@@ -283,7 +339,7 @@ class NashMTL(Aggregated):
         return {} if self._bargain is None else {"bargain": torch.as_tensor(self._bargain.weighting.prvs_alpha)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from it."""
+        """Resume from it."""
         self._bargain = None
         if state:
             bargain = self.aggregator(len(state["bargain"]))

@@ -1,39 +1,45 @@
-"""Distillation: the exits learn what the network's own last exit, or another run's, says of an image beside the label.
+"""Distillation: every exit learns from the label and from the network's own last exit, or another run's.
 
-Paper: Phuong and Lampert, Distillation-Based Training for Multi-Exit Architectures, ICCV 2019; it is "KD" in table 5 of
-Meta-GF (Sun et al., ECCV 2022), with few labels (150 images a class). With exits k = 0..K-1, logits z_k and labels y
+Paper: Phuong and Lampert, Distillation-Based Training for Multi-Exit Architectures, ICCV 2019,
+https://openaccess.thecvf.com/content_ICCV_2019/html/Phuong_Distillation-Based_Training_for_Multi-Exit_Architectures_ICCV_2019_paper.html
+It is "KD" in table 5 of Meta-GF (Sun et al., ECCV 2022), with few labels (150 images per class).
+
+With exits k = 0..K-1, logits z_k and labels y
 
     L_k = (1 - w) CE(z_k, y) + w T^2 KL(softmax(z_{K-1} / T) || softmax(z_k / T))     for k < K-1
     L_{K-1} = CE(z_{K-1}, y)
 
-and the last exit's logits are held fixed in the others' losses. With `teacher`, another run's last exit stands in its
-place and teaches all K exits. Neither the weight w nor the temperature T behind that
-table is in the paper, nor is its code published: nothing differs that could be known. The defaults here are even parts
-and a mild softening.
+and the last exit's logits are held fixed in the others' losses. With `teacher`, the last exit of another run takes its
+place and teaches all K exits. The paper states neither the weight w nor the temperature T behind that table, and its
+code is not published, so that nothing is known to differ. The defaults here are equal parts and a mild softening.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
-from exitkit.distillation import distillation_losses
-from exitkit.errors import UserError
-from exitkit.plugins import setting
-from exitkit.strategy import OBJECTIVE, TrainingStrategy
-
-if TYPE_CHECKING:
-    from exitkit.data.base import Batch
-    from exitkit.network import Outputs
-    from exitkit.run import Run
+from exitkit.methods.distillation import distillation_losses
+from exitkit.networks import Outputs
+from exitkit.strategy import OBJECTIVE, Batch, Run, TrainingStrategy, UserError, setting
 
 
 @dataclass(eq=False)
 class SelfDistillation(TrainingStrategy):
-    """Distillation: every exit learns from the label and from the last exit, or from another run."""
+    """Distillation: every exit learns from the label and from the last exit, or from another run.
+
+    Phuong and Lampert, ICCV 2019,
+    https://openaccess.thecvf.com/content_ICCV_2019/html/Phuong_Distillation-Based_Training_for_Multi-Exit_Architectures_ICCV_2019_paper.html
+
+    L_k [B] = (1 - w) CE(z_k, y) + w T^2 KL(softmax(z_{K-1} / T) || softmax(z_k / T)), k < K-1, for logits z_k [B, C].
+
+    Example:
+        >>> exitkit.build_strategy("kd", teacher="joint").teachers()
+        ('joint',)
+    """
 
     slots: ClassVar[frozenset[str]] = frozenset({OBJECTIVE})
     paper: ClassVar[str] = "Phuong and Lampert, Distillation-Based Training for Multi-Exit Architectures, ICCV 2019"
@@ -60,7 +66,10 @@ class SelfDistillation(TrainingStrategy):
         else:
             teacher, pupils = run.teacher(self.teacher, batch[0]).logits[-1], outputs.logits
         taught = [distillation_losses(logits, teacher, self.temperature) for logits in pupils]
-        mixed = [(1 - self.weight) * own + self.weight * given for own, given in zip(plain, taught, strict=False)]
+        mixed = [
+            (1 - self.weight) * label_loss + self.weight * teacher_loss
+            for label_loss, teacher_loss in zip(plain, taught, strict=False)
+        ]
         return mixed + plain[len(mixed) :]
 
     def teachers(self) -> tuple[str, ...]:

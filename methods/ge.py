@@ -1,16 +1,15 @@
-"""Gradient Equilibrium: every exit pulls on the trunk with the same strength.
+"""Gradient Equilibrium: every exit has the same share in the gradient of every stage.
 
-Paper: Li et al., Improved Techniques for Training Adaptive Deep Networks, ICCV 2019, section 3.2, equations 4 and 5.
+Paper: Li et al., Improved Techniques for Training Adaptive Deep Networks, ICCV 2019, section 3.2, equations 4 and 5,
+https://arxiv.org/abs/1908.06294
+
 With exits k = 0..K-1: on the branch into head k the gradient is multiplied by 1/(K-k), on the branch onward by
 (K-k-1)/(K-k). Every exit's gradient then reaches stage k with the factor 1/(K-k), and heads keep their own gradient.
 
 What differs from the published code. On MSDNet it rescales only the coarsest scale, which gives the factors of
 equation 5 only along paths that never leave that scale; `ge_scope = "coarsest"` (`variant = "released"`) does the same.
-`ge_scope = "all"`, the default, rescales every tensor handed on, and equation 5 then holds for every parameter.
-On VGG and ResNet with internal classifiers (Meta-GF's code) it multiplies by 1/(K-k) at the *input* of the unit that
-bears exit k and by K-k-1 at its output, so that these units feel the plain sum of their exits' gradients while all
-others feel equation 5; `variant = "released"` does so there. The released WideResNet counts units where it means exits
-(factors of zero, and negative ones), RANet and MobileNet have no released form: none of these is reproduced.
+`ge_scope = "all"`, the default, rescales every tensor handed on, and equation 5 then holds for every parameter. On VGG
+and ResNet with internal classifiers, `variant = "released"` is the placement of `released/ge.py`.
 """
 
 from __future__ import annotations
@@ -20,11 +19,9 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from exitkit.errors import UserError
-from exitkit.gradients import rescale
-from exitkit.network import GradientTap, MultiExitNetwork, State, map_tensors
-from exitkit.plugins import resolve_variant, setting
-from exitkit.strategy import GRADIENT_TAP, TrainingStrategy, Variant
+from exitkit.methods.released.ge import CHAINS, ReleasedChainTap
+from exitkit.networks import GradientTap, MultiExitNetwork, State, map_tensors, rescale
+from exitkit.strategy import GRADIENT_TAP, TrainingStrategy, UserError, Variant, resolve_variant, setting
 
 Scope = Literal["all", "coarsest"]
 
@@ -51,43 +48,20 @@ class EquilibriumTap(GradientTap):
         return map_tensors(lambda tensor: rescale(tensor, factor), state)
 
 
-@dataclass(frozen=True)
-class ReleasedChainTap(GradientTap):
-    """The rescalings of Meta-GF's code for internal classifiers: around the unit that bears the exit."""
-
-    def into_last_unit(self, network: MultiExitNetwork, index: int, state: State) -> State:
-        """Multiply what flows back from the exit-bearing unit by 1/(K-k)."""
-        if index == network.num_exits - 1:
-            return state
-        return map_tensors(lambda tensor: rescale(tensor, 1 / (network.num_exits - index)), state)
-
-    def onward(self, network: MultiExitNetwork, index: int, state: State) -> State:
-        """Multiply what flows back from the later stages by K-k-1."""
-        return map_tensors(lambda tensor: rescale(tensor, float(network.num_exits - index - 1)), state)
-
-
-RELEASED: dict[str, type[GradientTap]] = {
-    "msdnet": EquilibriumTap,
-    "sdn-vgg": ReleasedChainTap,
-    "sdn-resnet": ReleasedChainTap,
-}
-"""The families whose released placement is reproduced."""
-
-
 def add_equilibrium(network: MultiExitNetwork, scope: Scope, variant: Variant) -> None:
     """Add the tap, after checking that a released variant exists for this network and that the scope means anything.
 
     Raises:
         UserError: there is no released code for this family, or no coarsest scale.
     """
-    if variant == "released" and network.family not in RELEASED:
-        raise UserError(
-            f"no released Gradient Equilibrium code is reproduced for {network.family} networks, only for "
-            f"{', '.join(RELEASED)}; use variant=paper"
-        )
-    if variant == "released" and RELEASED[network.family] is ReleasedChainTap:
+    if variant == "released" and network.family in CHAINS:
         network.add_tap(ReleasedChainTap())
         return
+    if variant == "released" and network.family != "msdnet":
+        raise UserError(
+            f"no released Gradient Equilibrium code is reproduced for {network.family} networks, only for "
+            f"{', '.join(('msdnet', *CHAINS))}; use variant=paper"
+        )
     if scope == "coarsest" and network.family != "msdnet":
         raise UserError(
             f"ge_scope=coarsest is about MSDNet's scales, and this network is {network.family}; use ge_scope=all"
@@ -97,7 +71,20 @@ def add_equilibrium(network: MultiExitNetwork, scope: Scope, variant: Variant) -
 
 @dataclass(eq=False)
 class GradientEquilibrium(TrainingStrategy):
-    """Gradient Equilibrium: joint training with the gradients rescaled at every exit."""
+    """Gradient Equilibrium: joint training with the gradients rescaled at every exit.
+
+    Li et al., ICCV 2019, https://arxiv.org/abs/1908.06294
+
+    At boundary k = 0..K-1, with v_k what head k reads and s_k what stage k + 1 reads (tensors [B, C, H, W]):
+    dL/dv_k is multiplied by 1/(K-k), dL/ds_k by (K-k-1)/(K-k).
+
+    Example:
+        >>> strategy = exitkit.build_strategy("ge")
+        >>> network = exitkit.build_network("msdnet-tiny")
+        >>> strategy.adapt(network)
+        >>> network.taps
+        [EquilibriumTap(scope='all')]
+    """
 
     slots: ClassVar[frozenset[str]] = frozenset({GRADIENT_TAP})
     paper: ClassVar[str] = "Li et al., Improved Techniques for Training Adaptive Deep Networks, ICCV 2019"

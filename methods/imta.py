@@ -1,8 +1,9 @@
 """IMTA: knowledge from the exits before (ISC), knowledge from the last exit (OFA), and two phases of training.
 
-Paper: Li et al., Improved Techniques for Training Adaptive Deep Networks, ICCV 2019. The first phase trains the network
-with Gradient Equilibrium (its section 3.2, our ge.py). The second freezes it and trains new classifiers in the place of
-the old ones, on the features p_k that those read:
+Paper: Li et al., Improved Techniques for Training Adaptive Deep Networks, ICCV 2019, https://arxiv.org/abs/1908.06294
+
+The first phase trains the network with Gradient Equilibrium (section 3.2, our ge.py). The second freezes it and trains
+new classifiers in the place of the old ones, on the features p_k that those read:
 
 - Inline Subnetwork Collaboration (section 3.3): exit k also gets h_k, what a small path makes of the logits o_{k-1} of
   the exit before: h_k = ReLU(BN(Linear(o_{k-1}))), as wide as p_k, and o_k = Linear([p_k, h_k]). With the identity
@@ -23,39 +24,38 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from exitkit.distillation import distillation_losses
-from exitkit.errors import UserError
-from exitkit.methods.ge import GradientEquilibrium, Scope
-from exitkit.network import Carry, LogitLink, MultiExitNetwork
-from exitkit.plugins import resolve_variant, setting
+from exitkit.methods.distillation import distillation_losses
+from exitkit.methods.ge import GradientEquilibrium
+from exitkit.networks import Carry, LogitLink, MultiExitNetwork, Outputs
 from exitkit.strategy import (
-    GRADIENT_TAP,
     LOGIT_LINK,
     OBJECTIVE,
     PHASES,
-    Composition,
+    SLOTS,
+    Batch,
     Phase,
+    Run,
     TrainingStrategy,
+    UserError,
     Variant,
+    build_strategy,
+    forwarded,
+    forwards,
+    method_parts,
+    resolve_variant,
+    setting,
 )
 
-if TYPE_CHECKING:
-    from exitkit.data.base import Batch
-    from exitkit.network import Outputs
-    from exitkit.run import Run
-
-Path = Literal["learned", "identity", "none"]
-Reduction = Literal["batchmean", "mean"]
 PAPER = "Li et al., Improved Techniques for Training Adaptive Deep Networks, ICCV 2019"
 
 
 class KnowledgeLink(LogitLink):
-    """o_k from the feature p_k and the logits o_{k-1} of the exit before; the heads' own classifiers are not asked.
+    """o_k from the feature p_k and the logits o_{k-1} of the exit before; the heads' own classifiers are not used.
 
     Args:
         widths: d_k, the width of each exit's feature.
@@ -64,7 +64,7 @@ class KnowledgeLink(LogitLink):
         detach: whether no gradient passes from exit k to exit k - 1.
     """
 
-    def __init__(self, widths: Sequence[int], classes: int, path: Path, detach: bool) -> None:
+    def __init__(self, widths: Sequence[int], classes: int, path: str, detach: bool) -> None:
         super().__init__()
         self.config = (tuple(widths), classes, path, detach)
         self.path, self.detach = path, detach
@@ -77,7 +77,7 @@ class KnowledgeLink(LogitLink):
         )
 
     def forward(self, index: int, raw: Tensor, embedding: Tensor, carry: Carry) -> tuple[Tensor, Carry]:
-        """Return o_k [B, C] twice: as the exit's output, and for the next exit."""
+        """Return o_k [B, C] twice: as the exit's output, and as the carry for the next exit."""
         feature = embedding.flatten(1)
         if index == 0 or self.path == "none":
             answer = self.answers[index](feature)
@@ -92,13 +92,26 @@ class KnowledgeLink(LogitLink):
 
 @dataclass(eq=False)
 class InlineCollaboration(TrainingStrategy):
-    """Inline Subnetwork Collaboration: every exit also gets what the exit before it said."""
+    """Inline Subnetwork Collaboration: every exit also reads the logits of the exit before it.
+
+    Li et al., ICCV 2019, section 3.3, https://arxiv.org/abs/1908.06294
+
+    o_k [B, C] = Linear([p_k, h_k]), h_k [B, d_k] = ReLU(BN(Linear(o_{k-1}))), for the feature p_k [B, d_k] of exit k.
+
+    Example:
+        >>> network = exitkit.build_network("msdnet-tiny")
+        >>> exitkit.build_strategy("isc").adapt(network)
+        >>> type(network.link).__name__
+        'KnowledgeLink'
+    """
 
     slots: ClassVar[frozenset[str]] = frozenset({LOGIT_LINK})
     paper: ClassVar[str] = PAPER
 
     variant: Variant = setting("paper", "follow the paper's equations or the released code")
-    path: Path = setting("learned", "how the logits of the exit before come in; none: new classifiers alone")
+    path: Literal["learned", "identity", "none"] = setting(
+        "learned", "how the logits of the exit before come in; none: new classifiers alone"
+    )
     isc_detach: bool | None = setting(
         None, "no gradient passes to the exit before", variant={"paper": True, "released": False}
     )
@@ -120,7 +133,16 @@ class InlineCollaboration(TrainingStrategy):
 
 @dataclass(eq=False)
 class OneForAll(TrainingStrategy):
-    """One-for-all distillation: every exit but the last also learns from the last one."""
+    """One-for-all distillation: every exit but the last also learns from the last one.
+
+    Li et al., ICCV 2019, section 3.4, https://arxiv.org/abs/1908.06294
+
+    L_k [B] = (1 - g) CE(o_k, y) + g T^2 KL(softmax(z_K / T) || softmax(o_k / T)), k < K, for logits [B, C].
+
+    Example:
+        >>> exitkit.build_strategy("ofa", variant="released").kd_reduction
+        'mean'
+    """
 
     slots: ClassVar[frozenset[str]] = frozenset({OBJECTIVE})
     paper: ClassVar[str] = PAPER
@@ -128,7 +150,7 @@ class OneForAll(TrainingStrategy):
     variant: Variant = setting("paper", "follow the paper's equations or the released code")
     gamma: float = setting(0.1, "share of the teacher in what an exit learns from; the rest is the label's")
     temperature: float = setting(1.0, "T, how much both are softened before they are compared")
-    kd_reduction: Reduction | None = setting(
+    kd_reduction: Literal["batchmean", "mean"] | None = setting(
         None,
         "true divergence, or that divided by the number of classes",
         variant={"paper": "batchmean", "released": "mean"},
@@ -151,38 +173,39 @@ class OneForAll(TrainingStrategy):
         teacher = outputs.raw[-1] if self.teacher == "head" else outputs.logits[-1]
         share = self.gamma / (teacher.shape[1] if self.kd_reduction == "mean" else 1)
         taught = [distillation_losses(logits, teacher, self.temperature) for logits in outputs.logits[:-1]]
-        return [*((1 - self.gamma) * own + share * given for own, given in zip(early, taught, strict=True)), last]
+        return [
+            *(
+                (1 - self.gamma) * label_loss + share * teacher_loss
+                for label_loss, teacher_loss in zip(early, taught, strict=True)
+            ),
+            last,
+        ]
 
 
 @dataclass(eq=False)
+@forwards(GradientEquilibrium, InlineCollaboration, OneForAll, without=("teacher",))
 class IMTA(TrainingStrategy):
-    """IMTA: Gradient Equilibrium, then ISC and OFA with new classifiers on the frozen network."""
+    """IMTA: Gradient Equilibrium, then ISC and OFA with new classifiers on the frozen network.
 
-    slots: ClassVar[frozenset[str]] = frozenset({PHASES, GRADIENT_TAP, LOGIT_LINK, OBJECTIVE})
+    Li et al., ICCV 2019, https://arxiv.org/abs/1908.06294
+
+    Phase 1 trains the network by `first`; phase 2 trains the link's parameters alone, by `second`. The settings of GE,
+    ISC and OFA are forwarded to the phase that uses them; the formulas stand there.
+
+    Example:
+        >>> [(phase.name, phase.epochs) for phase in exitkit.build_strategy("imta").phases(epochs=300, exits=5)]
+        [('network', 300), ('classifiers', 180)]
+    """
+
+    slots: ClassVar[frozenset[str]] = SLOTS
     paper: ClassVar[str] = PAPER
 
     variant: Variant = setting("paper", "follow the paper's equations or the released code")
-    first: Literal["ge", "joint"] = setting("ge", "how the first phase trains the network")
-    second: Literal["isc+ofa", "isc", "ofa", "none"] = setting(
-        "isc+ofa", "what the second phase trains new classifiers with; none: there is no second phase"
-    )
-    ratio: float = setting(0.6, "length of the second phase, in lengths of the first")
-    path: Literal["learned", "identity"] = setting("learned", "how ISC brings in the logits of the exit before")
-    gamma: float = setting(0.1, "OFA's share of the teacher; the rest is the label's")
-    temperature: float = setting(1.0, "OFA's T, how much teacher and exit are softened")
-    isc_detach: bool | None = setting(
-        None, "no gradient passes to the exit before", variant={"paper": True, "released": False}
-    )
-    kd_reduction: Reduction | None = setting(
-        None,
-        "true divergence, or that divided by the number of classes",
-        variant={"paper": "batchmean", "released": "mean"},
-    )
+    first: str = setting("ge", "the method, or several as a+b, of the first phase")
+    second: str = setting("isc+ofa", "the same of the second phase, on new classifiers; none: no second phase")
+    ratio: float = setting(0.6, "length of the second phase, as a multiple of the first")
     batchnorm: Literal["frozen", "train"] | None = setting(
         None, "batch norm of the frozen network", variant={"paper": "frozen", "released": "train"}
-    )
-    ge_scope: Scope | None = setting(
-        None, "which onward tensors are rescaled", variant={"paper": "all", "released": "coarsest"}
     )
 
     def __post_init__(self) -> None:
@@ -190,41 +213,39 @@ class IMTA(TrainingStrategy):
         resolve_variant(self)
         if not (self.ratio > 0 and math.isfinite(self.ratio)):
             raise UserError(f"ratio is {self.ratio}; expected above 0 (the paper's is 0.6 on CIFAR)")
-        self.phases(1, 1)  # whatever is wrong with the values of the phases is wrong here
+        self.phases(1, 1)  # refuses whatever is wrong with the settings of the phases
 
     def claims(self) -> frozenset[str]:
-        """Claim what the two phases use."""
-        taps = {GRADIENT_TAP} if self.first == "ge" else set()
-        link = {LOGIT_LINK} if self.second != "none" else set()
-        objective = {OBJECTIVE} if "ofa" in self.second else set()
-        return frozenset({PHASES} | taps | link | objective)
+        """Return the slots that the methods of the two phases claim, and the phases."""
+        return frozenset({PHASES}).union(*(phase.strategy.claims() for phase in self.phases(1, 1)))
 
     def phases(self, epochs: int, exits: int) -> list[Phase]:
         """Return the training of the network, and that of the new classifiers on it."""
-        smoothing = self.label_smoothing
-        first: TrainingStrategy = TrainingStrategy(label_smoothing=smoothing)
-        if self.first == "ge":
-            first = GradientEquilibrium(variant=self.variant, ge_scope=self.ge_scope, label_smoothing=smoothing)
-        trunk = Phase("network", first, epochs)
+        network = Phase("network", self._strategy("first", self.first), epochs)
         if self.second == "none":
-            return [trunk]
-        parts: dict[str, TrainingStrategy] = {
-            "isc": InlineCollaboration(
-                variant=self.variant,
-                path=self.path if "isc" in self.second else "none",
-                isc_detach=self.isc_detach,
-                label_smoothing=smoothing,
-            )
-        }
-        if "ofa" in self.second:
-            parts["ofa"] = OneForAll(
-                variant=self.variant,
-                gamma=self.gamma,
-                temperature=self.temperature,
-                kd_reduction=self.kd_reduction,
-                teacher="head",
-                label_smoothing=smoothing,
-            )
+            return [network]
+        second = self._strategy("second", self.second)
+        if LOGIT_LINK not in second.claims():  # new classifiers alone, without paths between them
+            second = self._strategy("second", f"isc+{self.second}", {"path": "none"})
         assert self.batchnorm is not None  # set by the variant
         length = max(round(self.ratio * epochs), 1)
-        return [trunk, Phase("classifiers", Composition(parts), length, train="new", batchnorm=self.batchnorm)]
+        return [network, Phase("classifiers", second, length, train="new", batchnorm=self.batchnorm)]
+
+    def _strategy(self, phase: str, method: str, changed: Mapping[str, object] = {}) -> TrainingStrategy:
+        """Return the strategy of a phase, with the settings that are forwarded to its methods."""
+        settings: dict[str, object] = {"label_smoothing": self.label_smoothing}
+        sources = {"ge": GradientEquilibrium, "isc": InlineCollaboration, "ofa": OneForAll}
+        try:
+            parts = method_parts(method)
+            for part in parts:
+                values = forwarded(self, sources[part]) if part in sources else {}
+                values |= {"teacher": "head"} if part == "ofa" and phase == "second" else {}
+                own = {name: value for name, value in (values | changed).items() if name in values}
+                prefix = f"{part}." if len(parts) > 1 else ""
+                settings |= {f"{prefix}{name}": value for name, value in own.items() if name != "label_smoothing"}
+            strategy = build_strategy(method, **settings)
+        except UserError as error:
+            raise UserError(f"{phase} phase of imta: {error}") from None
+        if PHASES in strategy.claims():
+            raise UserError(f"{phase} is {method}, which has phases of its own; expected a method of one phase")
+        return strategy

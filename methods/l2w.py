@@ -1,6 +1,7 @@
-"""L2W-DEN: a small network, meta-learned beside the other, predicts how much each image counts at each exit.
+"""L2W-DEN: a small meta-learned network predicts the weight of each image at each exit.
 
-Paper: Han et al., Learning to Weight Samples for Dynamic Early-exiting Networks, ECCV 2022. Of B images, K exits:
+Paper: Han et al., Learning to Weight Samples for Dynamic Early-exiting Networks, ECCV 2022,
+https://arxiv.org/abs/2209.08310. For B images and K exits:
 
 - The weight prediction network g reads an image's K losses (its `inputs`) and gives K numbers in (-1, 1). The weights
   are w = 1 + epsilon (g - mean g), the mean taken over an image's exits, over the batch, or over both: they average 1.
@@ -15,10 +16,10 @@ The pseudo step is linear in the weights, so that with v = dL_meta/dtheta^ the m
 
     dL_meta/dw_ik = -(lr / N) <dl_ik/dtheta, v>
 
-for all i and k at once by one forward-mode product (`gradient=forward`); `gradient=double` is the backward through the
-backward that the published code does. Both give the same numbers. The training half runs forward once for the pseudo
-step and once for the real one, which begin at the same parameters: to keep the graph of the first meanwhile would save
-a tenth of the time and cost as much memory as joint training takes (docs/performance.md).
+for all i and k at once by one forward-mode product; the tests hold it equal to the backward pass through the backward
+pass that the published code does. The training half runs forward once for the pseudo step and once for the real one,
+which begin at the same parameters: to keep the graph of the first meanwhile would save a tenth of the time and cost as
+much memory as joint training takes (docs/performance.md).
 
 What differs from the published code: its halves are the first and the second of the (shuffled) batch, ours the even and
 the odd images, so that several machines can share both; it seeds nothing between the pseudo step and the real one, ours
@@ -28,30 +29,34 @@ draw the same dropout; and a last batch of fewer than four images makes one step
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from exitkit.allocation import allocate, confidences
-from exitkit.errors import UserError
-from exitkit.plugins import setting
-from exitkit.strategy import UPDATE, TrainingStrategy, weighted_sum
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from exitkit.data.base import Batch
-    from exitkit.network import Outputs
-    from exitkit.run import Part, Run
+from exitkit.methods.allocation import allocate, confidences
+from exitkit.networks import Outputs
+from exitkit.strategy import UPDATE, Batch, Run, TrainingStrategy, UserError, setting, weighted_sum
 
 
 @dataclass(eq=False)
 class LearnedWeights(TrainingStrategy):
-    """L2W-DEN: a meta-learned network weighs every image at every exit."""
+    """L2W-DEN: a meta-learned network weighs every image at every exit.
+
+    Han et al., ECCV 2022, https://arxiv.org/abs/2209.08310
+
+    L = sum_k mean_i w_ik l_ik, with losses l [B, K] and weights w = 1 + epsilon (g(l) - mean g(l)) [B, K] by a network
+    g that is trained on dL_meta/dw_ik = -(lr / N) <dl_ik/dtheta, dL_meta/dtheta^>.
+
+    Example:
+        >>> exitkit.build_strategy("l2w", epsilon=0.3, normalise="all", interval=100).epsilon
+        0.3
+    """
 
     slots: ClassVar[frozenset[str]] = frozenset({UPDATE})
+    removed: ClassVar[frozenset[str]] = frozenset({"gradient"})
     paper: ClassVar[str] = "Han et al., Learning to Weight Samples for Dynamic Early-exiting Networks, ECCV 2022"
 
     weights: Literal["predicted", "frozen", "fixed", "allocated"] = setting(
@@ -74,9 +79,6 @@ class LearnedWeights(TrainingStrategy):
     hidden: int = setting(500, "width of the network's hidden layer")
     meta_lr: float = setting(1e-4, "learning rate of the network (Adam, cosine)")
     meta_weight_decay: float = setting(1e-4, "weight decay of the network")
-    gradient: Literal["forward", "double"] = setting(
-        "forward", "meta-gradient by one forward-mode product, or by a backward through the backward"
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,108 +108,109 @@ class LearnedWeights(TrainingStrategy):
         if self.frozen_from is not None:
             run.load_auxiliary("weights", self.frozen_from)
 
+    def ingredients(self) -> tuple[str, ...]:
+        """Return the run whose network weighs the images, if there is one."""
+        return () if self.frozen_from is None else (self.frozen_from,)
+
     def train_step(self, run: Run, batch: Batch) -> None:
-        """Make two steps, each half training once and being the meta half once."""
+        """Make two steps: each half of the batch is the training half once, and the meta half once."""
         halves = run.halves(batch)
         if halves is None:
-            self._real_step(run, *run.losses_and_outputs(batch))
+            losses, outputs = run.losses_and_outputs(batch)
+            self._real_step(run, batch, losses, outputs)
             return
         for number, (training, meta) in enumerate((halves, halves[::-1])):
             if self.weights == "predicted" and self._batch_number(run) % self.interval == 0:
                 self._meta_step(run, training, meta, number)
-            with run.on(training) as mine:
-                with run.seeded(f"half {number}", alike=False):
-                    losses, outputs = run.losses_and_outputs(mine)
-                self._real_step(run, losses, outputs)
+            with run.seeded(f"half {number}", alike=False):
+                losses, outputs = run.losses_and_outputs(training)
+            self._real_step(run, training, losses, outputs)
 
-    def _real_step(self, run: Run, losses: Sequence[Tensor], outputs: Outputs) -> None:
+    def _real_step(self, run: Run, batch: Batch, losses: Sequence[Tensor], outputs: Outputs) -> None:
         """Step on  sum_k a_k mean_i w_ik l_ik,  with the exits' own weights a_k."""
         with torch.no_grad():
-            weights = self.sample_weights(run, losses, outputs)
-        run.step(_weighed(run, losses, weights))
+            weights = self._sample_weights(run, batch, losses, outputs)
+        run.step(weighted_losses(run, losses, weights), batch)
 
-    def _meta_step(self, run: Run, training: Part, meta: Part, number: int) -> None:
+    def _meta_step(self, run: Run, training: Batch, meta: Batch, number: int) -> None:
         """Move the weight prediction network down the gradient of L_meta at the pseudo step."""
         side = run.auxiliaries["weights"]
         for group in side.optimizer.param_groups:
             group["lr"] = self.meta_lr * 0.5 * (1 + math.cos(math.pi * run.position.fraction))
-        with run.on(training) as mine:
-            with run.seeded(f"half {number}", alike=False):
-                outputs = run.functional({}, mine[0], batchnorm="kept")
-            losses = run.strategy.exit_losses(run, outputs, mine)
-            predicted = self._predicted(run, losses, outputs)
-            weights = self._normalised(run, predicted.detach()).requires_grad_(self.gradient == "double")
-            loss = _weighed(run, losses, weights)
-            if self.gradient == "double":
-                shared = run.weighed(loss)
-                own = torch.autograd.grad(shared, run.parameters, create_graph=True, allow_unused=True)
-                pseudo = run.pseudo_step(run.averaged(own))
-            else:
-                pseudo = run.pseudo_step(run.gradients(loss, run.parameters))
-        del outputs, losses, loss  # and the graph, before another is made of the meta half
-        with run.on(meta):
-            slope = self._meta_gradient(run, meta.batch, pseudo.parameters, number)
-        direction = {name: pseudo.slopes[name] * value for name, value in slope.items()}
-        with run.on(training) as mine:
-            if self.gradient == "double":
-                reached = zip(pseudo.parameters, (g for g in own if g is not None), strict=True)
-                pairs = [(gradient, direction[name]) for name, gradient in reached if name in direction]
-                changes, along = zip(*pairs, strict=True)
-                rates = torch.autograd.grad(changes, weights, along, retain_graph=True)[0]
-                rates = rates / torch.autograd.grad(run.weighed(weights.mean(0).sum()), weights)[0]  # for one image
-            else:
-                with run.seeded(f"half {number}", alike=False):
-                    rates = torch.stack(run.loss_tangents(mine, direction), 1)
-                rates = rates * rates.new_tensor(list(run.exit_weights()))
-            # dL/dg = epsilon (I - mean) dL/dw, and the projection that takes the mean away is its own transpose.
-            pull = self.epsilon * (rates - self._mean(run, rates))
-            side.step((pull.to(predicted.dtype) * predicted).sum(1).mean())
+        predicted, rates = self._meta_gradient(run, training, meta, number)
+        # dL/dg = epsilon (I - mean) dL/dw, and the projection that takes the mean away is its own transpose.
+        pull = self.epsilon * (rates - self._mean(run, rates, training))
+        side.step((pull.to(predicted.dtype) * predicted).sum(1).mean(), training)
 
-    def _meta_gradient(self, run: Run, batch: Batch, parameters: dict[str, Tensor], number: int) -> dict[str, Tensor]:
+    def _meta_gradient(self, run: Run, training: Batch, meta: Batch, number: int) -> tuple[Tensor, Tensor]:
+        """Return the predictions g [B, K] for the training half, and N dL_meta/dw [B, K]."""
+        # theta^ = where a step on  sum_k mean_i w_ik l_ik  would lead
+        with run.seeded(f"half {number}", alike=False):
+            outputs = run.functional({}, training[0], batchnorm="kept")
+        losses = run.objective(outputs, training)
+        predicted = self._predicted(run, losses, outputs)
+        loss = weighted_losses(run, losses, self._normalised(run, predicted.detach(), training))
+        pseudo = run.pseudo_step(run.gradients(loss, run.parameters, training))
+        del outputs, losses, loss  # and the graph, before another is made of the meta half
+        # v = dL_meta/dtheta^
+        slope = self._meta_slope(run, meta, pseudo.parameters, number)
+        # dL_meta/dw_ik = -(lr / N) <dl_ik/dtheta, v>
+        direction = {name: pseudo.slopes[name] * value for name, value in slope.items()}
+        with run.seeded(f"half {number}", alike=False):
+            rates = torch.stack(run.loss_tangents(training, direction), 1)
+        return predicted, rates * rates.new_tensor(list(run.weights()))
+
+    def _meta_slope(self, run: Run, meta: Batch, parameters: dict[str, Tensor], number: int) -> dict[str, Tensor]:
         """Return v = dL_meta/dtheta^ by parameter name."""
         with run.seeded(f"meta {number}", alike=False):
-            outputs = run.functional(parameters, batch[0], batchnorm="kept")
-        losses = run.strategy.exit_losses(run, outputs, batch)
-        loss = _weighed(run, losses, self._allocation(run, outputs) if self.objective == "allocated" else None)
-        found = run.gradients(loss, list(parameters.values()))
-        return {name: gradient for name, gradient in zip(parameters, found, strict=True) if gradient is not None}
+            outputs = run.functional(parameters, meta[0], batchnorm="kept")
+        losses = run.objective(outputs, meta)
+        loss = weighted_losses(run, losses, self._allocation(run, outputs) if self.objective == "allocated" else None)
+        gradients = run.gradients(loss, list(parameters.values()), meta)
+        return {name: value for name, value in zip(parameters, gradients, strict=True) if value is not None}
 
     def sample_weights(self, run: Run, losses: Sequence[Tensor], outputs: Outputs) -> Tensor | None:
         """Return the weights [B, K], or None where all are 1."""
+        return self._sample_weights(run, None, losses, outputs)
+
+    def _sample_weights(
+        self, run: Run, batch: Batch | None, losses: Sequence[Tensor], outputs: Outputs
+    ) -> Tensor | None:
         if self.weights == "fixed":
             return None
         if self.weights == "allocated":
             return self._allocation(run, outputs)
-        return self._normalised(run, self._predicted(run, losses, outputs))
+        return self._normalised(run, self._predicted(run, losses, outputs), batch)
 
     def _allocation(self, run: Run, outputs: Outputs) -> Tensor:
-        mine = confidences(outputs)
-        return run.own(allocate(run.gather(mine), self.q), len(mine))
+        """Return 1, normalised, where an image of the global batch would leave, and 0 elsewhere, [B, K]."""
+        local = confidences(outputs)
+        return run.local_rows(allocate(run.gather(local), self.q), local)
 
     def _predicted(self, run: Run, losses: Sequence[Tensor], outputs: Outputs) -> Tensor:
-        """Return what the weight prediction network says of each image, [B, K]."""
+        """Return the weight prediction network's output for each image, [B, K]."""
         network = run.auxiliaries["weights"].module
-        seen = [torch.stack([loss.detach() for loss in losses], 1)] if self.inputs != "confidence" else []
-        seen += [confidences(outputs)] if self.inputs != "loss" else []
-        predicted: Tensor = network(torch.cat(seen, 1).to(next(network.parameters()).dtype))
+        inputs = [torch.stack([loss.detach() for loss in losses], 1)] if self.inputs != "confidence" else []
+        inputs += [confidences(outputs)] if self.inputs != "loss" else []
+        predicted: Tensor = network(torch.cat(inputs, 1).to(next(network.parameters()).dtype))
         return predicted
 
-    def _normalised(self, run: Run, predicted: Tensor) -> Tensor:
-        return 1 + self.epsilon * (predicted - self._mean(run, predicted))
+    def _normalised(self, run: Run, predicted: Tensor, batch: Batch | None) -> Tensor:
+        return 1 + self.epsilon * (predicted - self._mean(run, predicted, batch))
 
-    def _mean(self, run: Run, values: Tensor) -> Tensor:
+    def _mean(self, run: Run, values: Tensor, batch: Batch | None) -> Tensor:
         """Return the mean of [B, K] over what the weights are normalised over, to be subtracted from it."""
         if self.normalise == "exits":
             return values.mean(1, keepdim=True)
-        return run.mean(values.mean(0, keepdim=True) if self.normalise == "samples" else values.mean())
+        return run.mean(values.mean(0, keepdim=True) if self.normalise == "samples" else values.mean(), batch)
 
     @staticmethod
     def _batch_number(run: Run) -> int:
         return run.position.epoch * run.position.steps + run.position.step
 
 
-def _weighed(run: Run, losses: Sequence[Tensor], weights: Tensor | None) -> Tensor:
+def weighted_losses(run: Run, losses: Sequence[Tensor], weights: Tensor | None) -> Tensor:
     """Return  sum_k a_k mean_i w_ik l_ik,  with the exits' own weights a_k."""
     if weights is not None:
         losses = [column * loss for column, loss in zip(weights.unbind(1), losses, strict=True)]
-    return weighted_sum(losses, run.exit_weights())
+    return weighted_sum(losses, run.weights())

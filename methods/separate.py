@@ -1,7 +1,7 @@
-"""Separate training: no parameter is asked for two things at once; the two simple rivals of joint training.
+"""Separate training: every parameter is trained by one objective alone; two simple alternatives to joint training.
 
 Paper: none of its own; Scardapane et al., Why Should We Add Early Exits to Neural Networks?, Cognitive Computation
-2020, reviews both beside joint training.
+2020, https://arxiv.org/abs/2004.12814, reviews both beside joint training.
 
 - `classifier`: the trunk and the last head are trained as an ordinary network; then the trunk is frozen, and all other
   heads are trained on it.
@@ -17,14 +17,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from exitkit.errors import UserError
-from exitkit.plugins import setting
-from exitkit.strategy import EXIT_WEIGHTS, PHASES, Phase, TrainingStrategy
-
-if TYPE_CHECKING:
-    from exitkit.run import Run
+from exitkit.strategy import EXIT_WEIGHTS, PHASES, Phase, Run, TrainingStrategy, UserError, setting
 
 
 @dataclass(eq=False)
@@ -42,7 +37,17 @@ class Chosen(TrainingStrategy):
 
 @dataclass(eq=False)
 class Separate(TrainingStrategy):
-    """Separate training: the trunk for the last exit, then the heads; or branch by branch."""
+    """Separate training: the trunk for the last exit, then the heads; or branch by branch.
+
+    Reviewed in Scardapane et al., Cognitive Computation 2020, https://arxiv.org/abs/2004.12814
+
+    Phase k trains the parameters theta_k on L_k = mean_i CE(z_k,i, y_i), for logits z_k [B, C] and labels y [B]; all
+    others are frozen.
+
+    Example:
+        >>> [phase.name for phase in exitkit.build_strategy("separate").phases(epochs=30, exits=4)]
+        ['trunk', 'heads']
+    """
 
     slots: ClassVar[frozenset[str]] = frozenset({PHASES, EXIT_WEIGHTS})
     paper: ClassVar[str] = "reviewed in Scardapane et al., Cognitive Computation 2020; no paper of its own"
@@ -50,7 +55,7 @@ class Separate(TrainingStrategy):
     order: Literal["classifier", "branch"] = setting(
         "classifier", "trunk and last head, then the other heads; or stage by stage, each with its head"
     )
-    shares: tuple[float, ...] | None = setting(None, "share of the epochs that each phase gets; none: all the same")
+    shares: tuple[float, ...] | None = setting(None, "share of the epochs per phase; none: equal shares")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,10 +88,10 @@ class Separate(TrainingStrategy):
         return Chosen(exits=exits, label_smoothing=self.label_smoothing)
 
     def _lengths(self, epochs: int, count: int) -> list[int]:
-        """Split the epochs by the shares, whole ones, at least one a phase."""
+        """Split the epochs by the shares, whole ones, at least one per phase."""
         shares = self.shares or (1.0,) * count
         if len(shares) != count:
-            raise UserError(f"shares has {len(shares)} values; expected {count}, one a phase")
+            raise UserError(f"shares has {len(shares)} values; expected {count}, one per phase")
         if epochs < count:
             raise UserError(f"separate training has {count} phases here, and {epochs} epochs can't be split among them")
         bounds = [round(epochs * sum(shares[: index + 1]) / sum(shares)) for index in range(count)]

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 
 import exitkit
-from exitkit.engine import Engine
+from exitkit.engine.engine import Engine
 from exitkit.plugins import registered
-from exitkit.run import Run
+from exitkit.strategy.run import Run
 
 from toy import batches, chain, sgd
 

@@ -10,11 +10,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import exitkit
-from exitkit.backbones.attach import attach_exits
-from exitkit.backbones.torchvision_models import TorchvisionModel
 from exitkit.data.torchvision_import import torchvision
 from exitkit.errors import Note, UserError
-from exitkit.network import Head, map_tensors
+from exitkit.networks.attach.exits import attach_exits
+from exitkit.networks.attach.torchvision import TorchvisionModel
+from exitkit.networks.cascade import Head, map_tensors
 
 from toy import exit_gradients
 

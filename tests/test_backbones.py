@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import exitkit
 from exitkit import plugins
-from exitkit.backbones.base import home
-from exitkit.network import map_tensors
+from exitkit.networks.cascade import map_tensors
+from exitkit.networks.families.base import home
 
 
 def small(name):

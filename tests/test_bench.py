@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import exitkit
-from exitkit.benchmarks import bench, stopwatch
-from exitkit.benchmarks.energy import energy_meter
-from exitkit.runs import RunFolder
+from exitkit.benchmarks.commands import bench
+from exitkit.benchmarks.timing import stopwatch
+from exitkit.benchmarks.timing.energy import energy_meter
+from exitkit.runs.folder import RunFolder
 
 from toy import FEW
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exitkit.calibration import (
+from exitkit.errors import UserError
+from exitkit.inference.calibration import (
     COLDEST,
     HOTTEST,
     calibration_error,
@@ -16,8 +17,7 @@ from exitkit.calibration import (
     fit_temperatures,
     point_calibration,
 )
-from exitkit.errors import UserError
-from exitkit.evaluation import confidence, correct, leave_at
+from exitkit.inference.thresholds import confidence, correct, leave_at
 
 
 def loop_error(claimed, hits, bins):

@@ -10,9 +10,9 @@ from pathlib import Path
 import click
 import pytest
 
-from exitkit.catalogue import entries, outline
 from exitkit.cli import cli as root
 from exitkit.cli import doctor_checks
+from exitkit.cli.catalogue import entries, outline
 from exitkit.cli.completion import SHELLS, names
 from exitkit.cli.completion import runs as complete_runs
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import exitkit
-from exitkit.compilation import compile_parts
+from exitkit.networks.compilation import compile_parts
 
 METHODS = {
     "joint": {},

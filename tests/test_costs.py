@@ -107,7 +107,7 @@ def test_a_chain_by_hand():
 def test_pooling_and_relu_by_hand():
     from torch import nn
 
-    from exitkit.network import Head, MultiExitNetwork
+    from exitkit.networks.cascade import Head, MultiExitNetwork
 
     stage = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.AvgPool2d(2))
     head = Head(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), nn.Linear(4, 2))
@@ -141,7 +141,7 @@ def by_hand(inplace=False):
     """One exit whose head also normalises a 1x1 map, which in training mode one image alone can't."""
     from torch import nn
 
-    from exitkit.network import Head, MultiExitNetwork
+    from exitkit.networks.cascade import Head, MultiExitNetwork
 
     stages = [
         nn.Sequential(nn.Conv2d(2, 4, 3, 2, 1, groups=2), nn.ReLU(inplace), nn.Dropout(0.5)),
@@ -163,7 +163,7 @@ def test_groups_missing_biases_and_in_place_relu_by_hand(inplace):
 def test_a_logit_link_is_counted_where_it_first_works():
     from torch import nn
 
-    from exitkit.network import LogitLink
+    from exitkit.networks.cascade import LogitLink
 
     class Path(LogitLink):
         def __init__(self):

@@ -24,7 +24,7 @@ from exitkit.data.digits import Digits
 from exitkit.data.folder import ImageFolder
 from exitkit.data.split import Split
 from exitkit.errors import Note, UserError
-from exitkit.recipe import Recipe
+from exitkit.runs.recipe import Recipe
 
 NETWORK = ("blocks=2", "base=1", "step=1", "channels=4", "growth=4", "growth_factors=1,1", "bottleneck_factors=1,1")
 NOTE = "does not fit this torch"

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from exitkit.build import build_dataset
+from exitkit.data.base import build_dataset
 from exitkit.data.thinning import thin
 from exitkit.errors import UserError
-from exitkit.exit_outputs import load_data
-from exitkit.recipe import Recipe
+from exitkit.runs.job import load_data
+from exitkit.runs.recipe import Recipe
 
 
 @pytest.fixture(scope="module")

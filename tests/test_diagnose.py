@@ -11,12 +11,12 @@ import torch.nn.functional as F
 
 import exitkit
 from exitkit.benchmarks.diagnose import figures
+from exitkit.benchmarks.diagnose.measures import pruning_damage, rank_consistency
 from exitkit.benchmarks.diagnose.toy import START, gradient_methods, losses, path
 from exitkit.data.base import Batch
-from exitkit.diagnostics import pruning_damage, rank_consistency
 from exitkit.files import load_tensors
 from exitkit.plugins import registered
-from exitkit.probe import CHUNKS, probe
+from exitkit.training.probe import CHUNKS, probe
 
 from toy import FEW, batches, chain, exit_gradients, sgd
 
@@ -85,7 +85,7 @@ def test_a_run_with_probes_is_the_run_without_and_goes_on_where_it_was_cut(tmp_p
     a, b = (load_tensors(each.path / "weights.safetensors") for each in (plain, run))
     assert all(torch.equal(value, b[name]) for name, value in a.items())
     assert run.probes()["epoch"].tolist() == [2, 4] and not plain.probes()
-    from exitkit import training
+    from exitkit.training import loop as training
 
     real, calls = training._end_epoch, []
 

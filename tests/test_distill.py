@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import exitkit
-from exitkit.distillation import distillation_losses
 from exitkit.errors import UserError
+from exitkit.methods.distillation import distillation_losses
 
 from toy import batches, chain, sgd
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from exitkit.synced_batchnorm import SyncedBatchNorm, synchronise_batchnorm
+from exitkit.engine.batchnorm import SyncedBatchNorm, synchronise_batchnorm
 
 HERE = Path(__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from exitkit import exit_outputs
 from exitkit.benchmarks.report import figures
 from exitkit.cli import main
-from exitkit.costs import cost
 from exitkit.data import digits
+from exitkit.networks.costs import cost
 from exitkit.plugins import load, registered
+from exitkit.runs import evaluate as exit_outputs
 
 from doc_pages import PACKAGES, ROOT, blocks, installed, pages
 

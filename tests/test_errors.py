@@ -157,7 +157,7 @@ TRAIN = ("train", "--epochs", "2", *FEW_OPTIONS, "--out", "runs")
 @pytest.fixture
 def unfinished(cli, monkeypatch, tmp_path):
     """A run that was stopped after its first epoch."""
-    from exitkit import session
+    from exitkit.training import setup as session
 
     save, calls = session.Session.save, []
 

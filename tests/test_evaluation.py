@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from exitkit.errors import UserError
-from exitkit.evaluation import (
+from exitkit.inference.thresholds import (
     PAPER_SHARES,
     anytime_accuracy,
     budgeted,

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from exitkit.errors import UserError
-from exitkit.evaluation import confidence, correct, leave_at, thresholds
-from exitkit.exit_rules import SCORES, patience_thresholds, scores
+from exitkit.inference.scores import SCORES, patience_thresholds, scores
+from exitkit.inference.thresholds import confidence, correct, leave_at, thresholds
 
 PROBABILITIES = ("confidence", "margin", "entropy")
 LOGITS = arrays(np.float64, st.tuples(*[st.integers(1, 5)] * 3), elements=st.floats(-30, 30))

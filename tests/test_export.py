@@ -16,12 +16,12 @@ from torch import nn
 import exitkit
 from exitkit.cli.export import export as command
 from exitkit.errors import UserError
-from exitkit.inference import export as exporting
 from exitkit.inference.adaptive import AdaptiveInference
-from exitkit.inference.programs import pieces, without_taps
+from exitkit.inference.export import export as exporting
+from exitkit.inference.export.programs import pieces, without_taps
+from exitkit.inference.export.runner import Runner, sureness
 from exitkit.inference.rule import ExitRule
-from exitkit.inference.runner import Runner, sureness
-from exitkit.network import Head, MultiExitNetwork
+from exitkit.networks.cascade import Head, MultiExitNetwork
 
 from toy import FEW
 
@@ -156,7 +156,7 @@ def test_run_py_says_that_an_export_is_damaged(damage, deployed, tmp_path, capsy
 
 @pytest.mark.parametrize("score", ["confidence", "margin", "entropy"])
 def test_the_runner_scores_as_the_library_does(score):
-    from exitkit.exit_rules import exit_scores
+    from exitkit.inference.scores import exit_scores
 
     logits = 4 * np.random.default_rng(0).standard_normal((30, 5))
     np.testing.assert_allclose(sureness(logits, score), exit_scores(logits, score)[0], rtol=1e-9, atol=1e-12)

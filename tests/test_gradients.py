@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from exitkit.gradients import owners, rescale
-from exitkit.network import Head, MultiExitNetwork
+from exitkit.networks.cascade import Head, MultiExitNetwork
+from exitkit.networks.ownership import owners
+from exitkit.networks.rescaling import rescale
 
 from toy import chain
 

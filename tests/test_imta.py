@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import exitkit
 from exitkit.errors import UserError
-from exitkit.session import train_mode
+from exitkit.training.phase import train_mode
 
 from toy import batches, chain, sgd
 

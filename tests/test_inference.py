@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 import exitkit
 from exitkit.errors import Note, UserError
-from exitkit.evaluation import leave_at
-from exitkit.exit_rules import SCORES, scores
 from exitkit.inference.rule import ExitRule, _score_there
+from exitkit.inference.scores import SCORES, scores
+from exitkit.inference.thresholds import leave_at
 
 NETWORKS = ("msdnet-tiny", "ranet-tiny", "sdn-tiny")
 METHODS = ("joint", "boostnet", "isc")

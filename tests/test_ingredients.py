@@ -11,8 +11,8 @@ import exitkit
 from exitkit.cli import cli
 from exitkit.errors import UserError
 from exitkit.files import load_tensors
-from exitkit.recipe import Recipe
-from exitkit.runs import RunFolder
+from exitkit.runs.folder import RunFolder
+from exitkit.runs.recipe import Recipe
 
 from toy import batches, chain, sgd
 
@@ -58,7 +58,7 @@ def test_a_run_goes_on_where_its_start_is_gone(ge, tmp_path, monkeypatch):
     recipe = {"method": "joint", "init_from": str(source), **SHORT}
     whole = exitkit.train(recipe, tmp_path / "whole")
     resolved = Recipe.make(**recipe).resolve()
-    from exitkit import training
+    from exitkit.training import loop as training
 
     real, calls = training._end_epoch, []
 

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch.func import functional_call
 
 import exitkit
-from exitkit.allocation import allocate
 from exitkit.data.base import Batch
 from exitkit.errors import UserError
-from exitkit.evaluation import leave_at, thresholds
-from exitkit.functional import pseudo_step
+from exitkit.inference.thresholds import leave_at, thresholds
+from exitkit.methods.allocation import allocate
+from exitkit.strategy.functional import pseudo_step
 
 from toy import batches, chain, sgd
 

@@ -12,13 +12,13 @@ import threading
 import pandas as pd
 import pytest
 
-from exitkit.benchmarks import campaign as campaigns
-from exitkit.benchmarks.campaign import Campaign
-from exitkit.benchmarks.launchers import Event, Here, Processes, default_jobs, make_launcher
-from exitkit.benchmarks.record import failure
+from exitkit.benchmarks.campaign import queue as campaigns
+from exitkit.benchmarks.campaign.launchers import Event, Here, Processes, default_jobs, make_launcher
+from exitkit.benchmarks.campaign.queue import Campaign
+from exitkit.benchmarks.campaign.record import failure
 from exitkit.errors import UserError
-from exitkit.recipe import Recipe
-from exitkit.runs import RunFolder
+from exitkit.runs.folder import RunFolder
+from exitkit.runs.recipe import Recipe
 
 from toy import FEW
 

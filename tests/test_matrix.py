@@ -13,12 +13,12 @@ import pytest
 import torch
 
 import exitkit
-from exitkit.engine import Engine
+from exitkit.engine.engine import Engine
+from exitkit.engine.randomness import derive
 from exitkit.errors import UserError
 from exitkit.plugins import registered
-from exitkit.randomness import derive
-from exitkit.run import Run
-from exitkit.session import train_mode
+from exitkit.strategy.run import Run
+from exitkit.training.phase import train_mode
 
 HERE = Path(__file__).parent
 NETWORKS = {
@@ -139,7 +139,7 @@ def test_what_should_move_moves_and_a_run_goes_on_to_the_same_bits(method, famil
 
 
 def readers(network):
-    from exitkit.gradients import owners
+    from exitkit.networks.ownership import owners
 
     found = owners(network)
     return {name: found.get(name, ()) for name, _ in network.named_parameters()}

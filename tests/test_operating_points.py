@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from exitkit.errors import UserError
-from exitkit.operating_points import betting_p_values, held, oracle_curve, risk_controlled, stitched
+from exitkit.inference.operating_points import betting_p_values, held, oracle_curve, risk_controlled, stitched
 
 LEVELS = st.integers(0, 5).map(lambda level: level / 5)
 """Few values, so that many are equal."""

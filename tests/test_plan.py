@@ -6,16 +6,16 @@ from importlib.metadata import entry_points
 import pytest
 
 import exitkit
-from exitkit import exit_outputs
-from exitkit.benchmarks import estimate as estimates
-from exitkit.benchmarks import usable
-from exitkit.benchmarks.compare import _values
-from exitkit.benchmarks.estimate import Estimate, Timing, in_words, wall_time
-from exitkit.benchmarks.plan import Plan
-from exitkit.build import build_network
+from exitkit.benchmarks.campaign import estimate as estimates
+from exitkit.benchmarks.campaign import usable
+from exitkit.benchmarks.campaign.estimate import Estimate, Timing, in_words, wall_time
+from exitkit.benchmarks.campaign.plan import Plan
+from exitkit.benchmarks.commands.compare import _values
 from exitkit.errors import Note, UserError
+from exitkit.networks.build import build_network
 from exitkit.plugins import configure
-from exitkit.recipe import Recipe
+from exitkit.runs import evaluate as exit_outputs
+from exitkit.runs.recipe import Recipe
 
 PLAIN = {"epochs": 1, "seeds": 1, "methods": "ge", "backbone": "msdnet-tiny", "dataset": "digits"}
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 import pytest
 
-from exitkit.catalogue import entries
+from exitkit.cli.catalogue import entries
 from exitkit.errors import UserError
 from exitkit.plugins import (
     check_value,

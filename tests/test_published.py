@@ -8,8 +8,7 @@ import torch
 import exitkit
 from exitkit.benchmarks.published import load_published, published_for
 from exitkit.plugins import registered
-from exitkit.recipe import Recipe
-from exitkit.runs import flat_identity
+from exitkit.runs.recipe import Recipe, flat_identity
 
 PUBLISHED = load_published()
 

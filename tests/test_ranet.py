@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import exitkit
-from exitkit.backbones import ranet
 from exitkit.errors import UserError
+from exitkit.networks.families import ranet
 
 from toy import exit_gradients
 

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from exitkit.catalogue import entries, recipe_files
+from exitkit.cli.catalogue import entries, recipe_files
 from exitkit.errors import UserError
 from exitkit.plugins import check_value, type_name
-from exitkit.recipe import EXECUTION, Recipe
+from exitkit.runs.recipe import EXECUTION, Recipe
 
 
 def test_resolving_fills_in_the_house_recipe_and_every_field():

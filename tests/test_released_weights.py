@@ -13,13 +13,13 @@ from torch import nn
 
 import exitkit
 from exitkit import plugins
-from exitkit.backbones import sdn
-from exitkit.backbones.msdnet import MSDNet
-from exitkit.backbones.ranet import RANet
 from exitkit.cli.import_weights import import_weights
 from exitkit.errors import UserError
-from exitkit.released_layouts import LAYOUTS
-from exitkit.released_weights import load_released_weights, read_released_file
+from exitkit.networks.families import sdn
+from exitkit.networks.families.msdnet import MSDNet
+from exitkit.networks.families.ranet import RANet
+from exitkit.networks.released.layouts import LAYOUTS
+from exitkit.networks.released.weights import load_released_weights, read_released_file
 
 MSDNET = {"blocks": 3, "base": 2, "step": 1, "channels": 4, "growth": 2}
 RANET = {"scales": (1, 2), "blocks": 2, "block_step": 1, "step": 2, "channels": 4, "growth": 4}

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 import exitkit
-from exitkit.engine import Engine
+from exitkit.engine.engine import Engine
 from exitkit.errors import UserError
-from exitkit.network import Head, MultiExitNetwork
-from exitkit.recipe import Recipe
-from exitkit.run import Run
-from exitkit.strategy import weighted_sum
+from exitkit.networks.cascade import Head, MultiExitNetwork
+from exitkit.runs.recipe import Recipe
+from exitkit.strategy.base import weighted_sum
+from exitkit.strategy.run import Run
 
 from toy import batches, chain, sgd
 
@@ -140,7 +140,7 @@ class Drawn(exitkit.TrainingStrategy):
 
 
 def test_each_replica_draws_what_its_own_pass_would_draw():
-    from exitkit.strategy import Composition
+    from exitkit.strategy.composition import Composition
 
     states = []
     for branches in ("one-by-one", "side-by-side"):

@@ -23,10 +23,10 @@ from exitkit.benchmarks.report import (
     print_report,
     write_report,
 )
-from exitkit.benchmarks.report.layout import unit_for, write_costs
-from exitkit.benchmarks.report.sheets import number, sheets
+from exitkit.benchmarks.report.narrow_tables import number, sheets
+from exitkit.benchmarks.report.wide_tables import unit_for, write_costs
 from exitkit.errors import UserError
-from exitkit.evaluation import budgeted, confidence, correct, exit_counts, share_for_budget
+from exitkit.inference.thresholds import budgeted, confidence, correct, exit_counts, share_for_budget
 
 MACS = (123_456, 251_000, 322_100, 401_777)
 FILES = [f"{kind}.{suffix}" for kind in ("anytime", "budgeted") for suffix in ("csv", "md", "tex", "png", "pdf")]

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 import exitkit
-from exitkit.backbones import sdn
-from exitkit.backbones.placement import place
-from exitkit.backbones.sdn_heads import MixedPool
 from exitkit.errors import UserError
+from exitkit.networks.families import sdn
+from exitkit.networks.families.sdn_heads import MixedPool
+from exitkit.networks.placement import place
 
 from toy import exit_gradients
 

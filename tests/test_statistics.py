@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from exitkit.benchmarks.statistics import area_under_curve, holm, paired_difference
+from exitkit.benchmarks.report.statistics import area_under_curve, holm, paired_difference
 
 
 def test_a_paired_difference_is_scipys_paired_test():

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 
 import exitkit
 from exitkit.errors import UserError
-from exitkit.network import LogitLink
-from exitkit.strategy import Composition, Phase, TrainingStrategy
+from exitkit.networks.cascade import LogitLink
+from exitkit.strategy.base import Phase, TrainingStrategy
+from exitkit.strategy.composition import Composition
 
 from toy import batches, chain, exit_gradients, sgd
 

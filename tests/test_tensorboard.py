@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 
 import exitkit
-from exitkit import session
 from exitkit.errors import UserError
+from exitkit.training import setup as session
 
 from toy import FEW
 

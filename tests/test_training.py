@@ -12,15 +12,16 @@ import torch
 from torch import nn
 
 import exitkit
-from exitkit import plugins, sameness
+from exitkit import plugins
 from exitkit.data.base import TensorData
 from exitkit.errors import Note
 from exitkit.files import load_tensors
-from exitkit.network import LogitLink
-from exitkit.recipe import Recipe
-from exitkit.run import Position
-from exitkit.schedule import learning_rate
-from exitkit.strategy import PHASES, Phase, TrainingStrategy
+from exitkit.networks.cascade import LogitLink
+from exitkit.runs import fingerprints as sameness
+from exitkit.runs.recipe import Recipe
+from exitkit.strategy.base import PHASES, Phase, TrainingStrategy
+from exitkit.strategy.position import Position
+from exitkit.training.schedule import learning_rate
 
 from toy import FEW
 
@@ -143,7 +144,7 @@ def three_phases(monkeypatch):
 
 
 def test_phases_train_what_they_say_and_leave_the_rest(three_phases, monkeypatch, tmp_path):
-    from exitkit import session
+    from exitkit.training import setup as session
 
     states, save = [], session.Session.save
 
@@ -166,7 +167,7 @@ def test_phases_train_what_they_say_and_leave_the_rest(three_phases, monkeypatch
 
 @pytest.mark.parametrize("saves", [1, 2, 3, 4])
 def test_a_schedule_of_phases_goes_on_after_each_of_its_epochs(saves, three_phases, monkeypatch, tmp_path):
-    from exitkit import session
+    from exitkit.training import setup as session
 
     whole = exitkit.train({"method": "three", **FAST}, tmp_path / "whole")
     save, count = session.Session.save, []

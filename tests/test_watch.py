@@ -11,9 +11,9 @@ import pytest
 from filelock import FileLock
 
 import exitkit
-from exitkit.benchmarks import watch_command
-from exitkit.benchmarks.watching import Watched, labels, look, seconds_left
-from exitkit.heartbeat import Heartbeat
+from exitkit.benchmarks.campaign.watching import Watched, labels, look, seconds_left
+from exitkit.benchmarks.commands import watch as watch_command
+from exitkit.training.progress import Heartbeat
 
 from toy import FEW
 

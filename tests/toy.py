@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from exitkit.network import Head, MultiExitNetwork
+from exitkit.networks.cascade import Head, MultiExitNetwork
 
 # Runs on 80 digits, in batches of 32, 32 and 16: for tests of what becomes of a run, and not of what it learns.
 FEW = {"batch_size": 32, "dataset_settings": {"per_class": 8, "validation": 40}}

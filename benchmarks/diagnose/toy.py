@@ -13,16 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from exitkit.build import build_strategy
-from exitkit.network import Head, MultiExitNetwork
-from exitkit.run import Run
-from exitkit.strategy import OBJECTIVE, UPDATE, Composition, TrainingStrategy
+from exitkit.networks.cascade import Head, MultiExitNetwork
+from exitkit.strategy.base import OBJECTIVE, UPDATE, TrainingStrategy
+from exitkit.strategy.batch import LocalBatch
+from exitkit.strategy.composition import Composition, build_strategy
+from exitkit.strategy.run import Run
+from exitkit.training.local import local_run
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from exitkit.data.base import Batch
-    from exitkit.network import Outputs
+    from exitkit.networks.cascade import Outputs
 
 START = (-2.0, 0.3)
 STEPS, RATE = 120, 0.03
@@ -88,12 +90,12 @@ def path(method: str) -> np.ndarray:
         2,
     )
     strategy = Composition({"toy": _TwoWishes(), method: build_strategy(method)})
-    run = Run.local(network, strategy, torch.optim.SGD([point.w], RATE))
-    batch = [(torch.zeros(2, 1, 1, 1, dtype=torch.float64), torch.zeros(2, dtype=torch.int64))]
+    run = local_run(network, strategy, torch.optim.SGD([point.w], RATE))
+    batch = [LocalBatch.make(torch.zeros(2, 1, 1, 1, dtype=torch.float64), torch.zeros(2, dtype=torch.int64))]
     points = [point.w.detach().clone()]
     run.position.epochs = STEPS
     for step in range(STEPS):
         run.position.epoch = step
-        strategy.train_epoch(run, batch)  # type: ignore[arg-type]
+        strategy.train_epoch(run, batch)
         points.append(point.w.detach().clone())
     return torch.stack(points).numpy()

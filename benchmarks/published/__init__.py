@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
-from exitkit.benchmarks.defaults import network_fields, published_fields
+from exitkit.benchmarks.campaign.defaults import network_fields, published_fields
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from exitkit.benchmarks.report.collect import Comparison, Context, Missing, collect
+from exitkit.benchmarks.report.collect import collect
+from exitkit.benchmarks.report.comparison import Comparison, Context, Missing
 from exitkit.benchmarks.report.console import print_report
 from exitkit.benchmarks.report.figures import anytime_figure, budgeted_figure
 from exitkit.benchmarks.report.measure import FinishedRun

@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from exitkit.benchmarks.report.collect import Comparison
+from exitkit.benchmarks.report.comparison import Comparison
 from exitkit.benchmarks.report.document import mind
-from exitkit.benchmarks.report.layout import Cell, Wide, seed_count, wide_tables
-from exitkit.benchmarks.report.sheets import Sheet, sheets
+from exitkit.benchmarks.report.narrow_tables import Sheet, sheets
+from exitkit.benchmarks.report.wide_tables import Cell, Wide, seed_count, wide_tables
 
 TITLES = {"anytime": "Anytime accuracy (%)", "budgeted": "Budgeted-batch accuracy (%)"}
 ACROSS = {"anytime": "exit and its", "budgeted": "average budget in"}

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from exitkit.benchmarks.report.labels import Names
-from exitkit.runs import DIAGNOSTICS
+from exitkit.runs.folder import DIAGNOSTICS
 
 if TYPE_CHECKING:
-    from exitkit.runs import RunFolder
+    from exitkit.runs.folder import RunFolder
 
 CAPTIONS = {
     "conflict": "how far the exits' gradients agree, by stage over training and exit by exit at the end",

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from exitkit.benchmarks.report.collect import Comparison
+from exitkit.benchmarks.report.comparison import Comparison
 from exitkit.benchmarks.report.diagnostics import Picture
-from exitkit.benchmarks.report.tables import FITTED, SPECIAL
+from exitkit.benchmarks.report.formats import FITTED, SPECIAL
 
 FIGURES = {
     "anytime": "Accuracy of each exit against its cost; bands: one sd over seeds{crosses}.",

@@ -17,8 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from exitkit.benchmarks.report.collect import GROUP, Comparison
-from exitkit.benchmarks.report.layout import group_name, unit_for
+from exitkit.benchmarks.report.comparison import GROUP, Comparison
+from exitkit.benchmarks.report.wide_tables import group_name, unit_for
 
 # Okabe and Ito's colours, told apart by colour-blind readers; markers and dashes serve a grey print. The
 # three lengths share no factor, so that the combination does not repeat for many methods.

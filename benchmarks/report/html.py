@@ -8,12 +8,12 @@ from typing import Any, cast
 import pandas as pd
 
 from exitkit.benchmarks.report import page
-from exitkit.benchmarks.report.collect import GROUP, STATIC, Comparison
+from exitkit.benchmarks.report.comparison import GROUP, STATIC, Comparison
 from exitkit.benchmarks.report.diagnostics import Picture
 from exitkit.benchmarks.report.document import caption, lead, title
 from exitkit.benchmarks.report.figures import axis_of
-from exitkit.benchmarks.report.layout import Wide, group_name, wide_tables
-from exitkit.benchmarks.report.sheets import Sheet, cost_text, sheets
+from exitkit.benchmarks.report.narrow_tables import Sheet, cost_text, sheets
+from exitkit.benchmarks.report.wide_tables import Wide, group_name, wide_tables
 
 _ACCURACY = "accuracy (%)"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from exitkit.benchmarks.report.collect import GROUP, STATIC
+from exitkit.benchmarks.report.comparison import GROUP, STATIC
 
 _COLUMN = re.compile(r"(train|validation)_(accuracy|loss)_(\d+)")
 

@@ -10,23 +10,21 @@ import pandas as pd
 
 from exitkit.benchmarks.report.labels import Names
 from exitkit.benchmarks.report.options import ReportOptions
-from exitkit.budgets import exit_costs
-from exitkit.calibration import exit_calibration, fit_temperatures, point_calibration
 from exitkit.errors import UserError
-from exitkit.evaluation import (
+from exitkit.inference.budgets import exit_costs
+from exitkit.inference.calibration import exit_calibration, fit_temperatures, point_calibration
+from exitkit.inference.operating_points import held, most_accurate_within, oracle_curve, risk_controlled
+from exitkit.inference.scores import patience_thresholds, scores
+from exitkit.inference.thresholds import (
     anytime_accuracy,
     correct,
     exit_counts,
     leave_at,
     paper_shares,
+    realised,
     share_for_budget,
     thresholds,
 )
-from exitkit.exit_rules import patience_thresholds, scores
-from exitkit.operating_points import held, most_accurate_within, oracle_curve, risk_controlled
-
-COST_COLUMNS = {"macs": "macs", "papers": "papers", "latency": "milliseconds"}
-"""Column of the anytime table that each measure of cost stands in."""
 
 
 class FinishedRun(Protocol):
@@ -66,7 +64,7 @@ class Points(NamedTuple):
     limits: np.ndarray
     validation_cost: np.ndarray
     validation_accuracy: np.ndarray
-    left: np.ndarray
+    exit_index: np.ndarray
     """[P, N]: where each test sample leaves."""
     rates: np.ndarray
     """[P, K]: share of the test samples that leaves at each exit."""
@@ -117,12 +115,17 @@ class RunMeasures:
         return self._at(thresholds(self.scores_val, exit_counts(samples, exits, q)))
 
     def _at(self, limits: np.ndarray) -> Points:
-        left_val, left = leave_at(self.scores_val, limits), leave_at(self.scores_test, limits)
-        rates = np.stack([(left == k).mean(1) for k in range(limits.shape[1])], axis=1)
-        on_validation = self.hits_val[np.arange(len(self.hits_val)), left_val].mean(1)
-        accuracy = 100 * self.hits[np.arange(len(self.hits)), left].mean(1)
+        exit_index = leave_at(self.scores_test, limits)
+        validation = realised(leave_at(self.scores_val, limits), self.hits_val, self.costs)
+        test = realised(exit_index, self.hits, self.costs)
         return Points(
-            limits, self.costs[left_val].mean(1), 100 * on_validation, left, rates, rates @ self.costs, accuracy
+            limits,
+            validation.cost,
+            100 * validation.accuracy,
+            exit_index,
+            test.rates,
+            test.cost,
+            100 * test.accuracy,
         )
 
     def budgeted(self, budgets: np.ndarray) -> Points:
@@ -164,8 +167,8 @@ class RunMeasures:
 
     def _calibration(self, curve: Points) -> pd.DataFrame:
         exits = exit_calibration(self.test["logits"], self.test["labels"], self.temperatures)
-        surest = scores(self.test["logits"], "confidence", self.temperatures)
-        points = point_calibration(surest, self.hits, curve.left)
+        confidences = scores(self.test["logits"], "confidence", self.temperatures)
+        points = point_calibration(confidences, self.hits, curve.exit_index)
         where = [f"exit {k}" for k in range(1, len(exits) + 1)] + [f"point {p}" for p in range(1, len(points) + 1)]
         return pd.DataFrame({**self.same, "where": where, "error": 100 * np.concatenate([exits, points])})
 
@@ -180,7 +183,7 @@ class RunMeasures:
         hits = self.hits_val[odd]
         leaving = hits[np.arange(len(hits)), left]
         # What orders the tests must not come from the samples that they are made on, either.
-        mean_cost = self.costs[leave_at(self.scores_val[even], limits)].mean(1)
+        mean_cost = realised(leave_at(self.scores_val[even], limits), self.hits_val[even], self.costs).cost
         chosen = risk_controlled(hits[:, -1], leaving, mean_cost, self.options.risk / 100, 1 - self.options.certainty)
         full = 100 * self.hits[:, -1].mean()
         row = {"point": np.nan, "cost": self.costs[-1], "accuracy": full, "drop": 0.0}

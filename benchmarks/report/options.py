@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from exitkit.budgets import read_budget
 from exitkit.errors import UserError
+from exitkit.inference.budgets import read_budget
 from exitkit.plugins import instantiate, setting
+
+COST_COLUMNS = {"macs": "macs", "papers": "papers", "latency": "milliseconds"}
+"""The column of the anytime table that holds each measure of cost."""
 
 
 @dataclass(frozen=True)

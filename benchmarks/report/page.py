@@ -21,7 +21,7 @@ from matplotlib.path import Path as Outline
 from matplotlib.ticker import MaxNLocator
 
 from exitkit.benchmarks.report.figures import COLOURS, DASHES, MARKERS
-from exitkit.benchmarks.report.layout import MISSING
+from exitkit.benchmarks.report.wide_tables import MISSING
 
 WIDTH, HEIGHT, TOP, RIGHT, BOTTOM = 720, 400, 34, 16, 48  # a chart and its margins in SVG's units; the page scales it
 LINE, MARKER = 1.8, 8.5  # width of a line, by which its dashes are scaled (as in matplotlib); size of a marker

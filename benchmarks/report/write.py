@@ -12,14 +12,14 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from exitkit.benchmarks.report import figures
-from exitkit.benchmarks.report.collect import Comparison
+from exitkit.benchmarks.report.comparison import Comparison
 from exitkit.benchmarks.report.diagnostics import diagnostics
 from exitkit.benchmarks.report.document import latex_document, markdown_document
+from exitkit.benchmarks.report.formats import latex, markdown, sheets_latex, sheets_markdown
 from exitkit.benchmarks.report.html import html_report
-from exitkit.benchmarks.report.layout import wide_tables
 from exitkit.benchmarks.report.learning import learning_curves, sweeps
-from exitkit.benchmarks.report.sheets import sheets
-from exitkit.benchmarks.report.tables import latex, markdown, sheets_latex, sheets_markdown
+from exitkit.benchmarks.report.narrow_tables import sheets
+from exitkit.benchmarks.report.wide_tables import wide_tables
 from exitkit.files import make_folder, written_whole
 
 FORMATS = ("csv", "md", "latex", "html", "pdf", "png")

@@ -12,7 +12,7 @@ import numpy as np
 
 from exitkit.benchmarks.speed.row import Row, judged
 from exitkit.benchmarks.speed.timing import Ratio, median_interval
-from exitkit.evaluation import PAPER_SHARES, budgeted, exit_counts
+from exitkit.inference.thresholds import PAPER_SHARES, budgeted, exit_counts
 
 SAMPLES, EXITS = 10_000, 10
 

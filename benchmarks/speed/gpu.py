@@ -12,10 +12,11 @@ from exitkit.benchmarks.speed.loading import noise_images
 from exitkit.benchmarks.speed.row import Row, judged, not_run
 from exitkit.benchmarks.speed.timing import paired_ratios
 from exitkit.benchmarks.speed.work import Work
-from exitkit.compilation import compile_parts
 from exitkit.data.augment import crops_and_flips
-from exitkit.data.base import Batch, TensorData
-from exitkit.engine import Engine
+from exitkit.data.base import TensorData
+from exitkit.engine.devices import process_settings
+from exitkit.engine.engine import Engine
+from exitkit.networks.compilation import compile_parts
 
 _BATCH, _BATCHES, _WORKERS = 64, 50, 4
 
@@ -30,7 +31,8 @@ def gpu_rows(work: Work) -> Iterator[Row]:
         yield not_run(faster, 5.0)
         yield not_run(metagf, exits / 2)
         return
-    ratio = paired_ratios(eager(small), prepared(small), small.rounds)
+    with process_settings(torch.device("cuda")):
+        ratio = paired_ratios(eager(small), prepared(small), small.rounds)
     yield judged(faster, 5.0, ratio, at_least=True)
     branches = small.epoch("metagf", _BATCHES, branches="side-by-side")
     yield judged(metagf, exits / 2, paired_ratios(branches, small.epoch("joint", _BATCHES), small.rounds))
@@ -39,8 +41,7 @@ def gpu_rows(work: Work) -> Iterator[Row]:
 def prepared(work: Work) -> Callable[[], None]:
     """Return an epoch as exitkit trains: images on the device, channels last, bf16, compiled stages and heads."""
     engine = Engine(torch.device(work.device), precision="bf16")
-    engine.set_arithmetic()
-    run = work.run("joint", precision=engine.precision)
+    run = work.run("joint", precision="bf16")
     engine.place(run.network)
     compile_parts(run.network)
     data = noise_images(work, work.batch * _BATCHES).on(engine.device)
@@ -48,16 +49,16 @@ def prepared(work: Work) -> Callable[[], None]:
     def epoch() -> None:
         order = torch.randperm(work.batch * _BATCHES).split(work.batch)
         for batch in data.batches("train", order, augment=True, seed=0):
-            run.strategy.train_step(run, Batch(engine.images(batch.images), batch.labels))
+            run.train_step((engine.placement.images(batch.images), batch.labels))
 
     return epoch
 
 
 def eager(work: Work) -> Callable[[], None]:
     """Return an epoch as the papers' code trains: workers augment image by image, the network runs eagerly in fp32."""
-    images = _OneByOne(noise_images(work, work.batch * _BATCHES))
+    dataset = _OneByOne(noise_images(work, work.batch * _BATCHES))
     loader = DataLoader(
-        images,
+        dataset,
         work.batch,
         shuffle=True,
         num_workers=_WORKERS,
@@ -68,7 +69,8 @@ def eager(work: Work) -> Callable[[], None]:
 
     def epoch() -> None:
         for batch in loader:
-            run.strategy.train_step(run, Batch(*(part.to(work.device, non_blocking=True) for part in batch)))
+            images, labels = (part.to(work.device, non_blocking=True) for part in batch)
+            run.train_step((images, labels))
 
     return epoch
 

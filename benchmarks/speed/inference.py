@@ -11,12 +11,12 @@ import torch
 from exitkit.benchmarks.speed.row import Row, judged, not_run
 from exitkit.benchmarks.speed.timing import Ratio, paired_ratios
 from exitkit.benchmarks.speed.work import Work
-from exitkit.costs import cost
-from exitkit.evaluation import exit_counts, share_for_budget, thresholds
-from exitkit.exit_rules import scores
 from exitkit.inference.adaptive import AdaptiveInference
 from exitkit.inference.rule import ExitRule
-from exitkit.network import MultiExitNetwork
+from exitkit.inference.scores import scores
+from exitkit.inference.thresholds import exit_counts, share_for_budget, thresholds
+from exitkit.networks.cascade import MultiExitNetwork
+from exitkit.networks.costs import cost
 
 _BATCH = 256
 

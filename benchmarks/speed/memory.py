@@ -10,7 +10,7 @@ import torch
 
 from exitkit.benchmarks.speed.row import Row
 from exitkit.benchmarks.speed.work import Work
-from exitkit.memory import begin_peak, give_back_freed, peak_mib
+from exitkit.engine.memory import begin_peak, give_back_freed, peak_mib
 
 
 def step_mib(work: Work, method: str, **settings: Any) -> float:

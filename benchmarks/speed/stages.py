@@ -13,8 +13,8 @@ from exitkit.benchmarks.speed.inference import halved
 from exitkit.benchmarks.speed.work import Work
 from exitkit.cli import main
 from exitkit.errors import UserError
-from exitkit.evaluation import exit_counts
-from exitkit.network import map_tensors
+from exitkit.inference.thresholds import exit_counts
+from exitkit.networks.cascade import map_tensors
 
 
 class Shares(NamedTuple):

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
+from exitkit.benchmarks.campaign.usable import usable
 from exitkit.benchmarks.speed.memory import step_mib
 from exitkit.benchmarks.speed.row import Row, judged
 from exitkit.benchmarks.speed.timing import Ratio, paired_ratios
 from exitkit.benchmarks.speed.work import Step, Work, bare
-from exitkit.benchmarks.usable import usable
-from exitkit.build import build_strategy
 from exitkit.plugins import registered
+from exitkit.strategy.composition import build_strategy
 
 LIMITS = dict.fromkeys(("ge", "boostnet", "ofa", "isc"), 1.08)
 """Methods that change how gradients flow or what is asked: one forward and one backward, as joint training."""

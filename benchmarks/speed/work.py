@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from exitkit.build import build_network, build_strategy
 from exitkit.data.base import Batch
-from exitkit.engine import Precision
-from exitkit.run import Run
+from exitkit.engine.precision import Precision
+from exitkit.networks.build import build_network
+from exitkit.strategy.composition import build_strategy
+from exitkit.training.local import LocalRun, local_run
 
 if TYPE_CHECKING:
-    from exitkit.network import MultiExitNetwork
+    from exitkit.networks.cascade import MultiExitNetwork
 
 Step = Callable[[], None]
 
@@ -43,23 +44,24 @@ class Work:
         labels = torch.randint(self.classes, (self.batch,), generator=generator)
         return Batch(images.to(self.device), labels.to(self.device))
 
-    def run(self, method: str, *, precision: Precision = "fp32", **settings: Any) -> Run:
+    def run(self, method: str, *, precision: Precision = "fp32", **settings: Any) -> LocalRun:
         """Return a run of a method in memory."""
         network = self.build()
         # So small a rate that nothing becomes infinite on noise, however many steps are timed.
         optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
-        return Run.local(network, build_strategy(method, **settings), optimizer, precision=precision)
+        return local_run(network, build_strategy(method, **settings), optimizer, precision=precision)
 
     def step(self, method: str, *, at: int = 0, **settings: Any) -> Step:
         """Return what makes one step of a method, as number `at` of an epoch."""
         run, batch = self.run(method, **settings), self.data()
         run.position.steps, run.position.step = 1000, at
-        return lambda: run.strategy.train_step(run, batch)
+        return lambda: run.train_step(batch)
 
     def epoch(self, method: str, batches: int, **settings: Any) -> Step:
         """Return what trains one epoch of a few batches."""
         run, batch = self.run(method, **settings), self.data()
-        return lambda: run.strategy.train_epoch(run, [batch] * batches)
+        run.position.epochs = 10**9  # however many are timed
+        return lambda: run.train_epoch([batch] * batches)
 
 
 def bare(work: Work) -> Step:

@@ -18,9 +18,9 @@ from docutils.parsers.rst import Directive
 from docutils.statemachine import StringList
 
 from exitkit import build_strategy
-from exitkit.catalogue import entries, settings_of
+from exitkit.cli.catalogue import entries, settings_of
 from exitkit.plugins import load, underlying
-from exitkit.strategy import TrainingStrategy
+from exitkit.strategy.base import TrainingStrategy
 
 HOOKS = (
     "adapt",

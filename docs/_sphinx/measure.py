@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from exitkit import build_network, build_strategy, cost
-from exitkit.backbones.base import home
-from exitkit.costs import ExitCost
+from exitkit.networks.costs import ExitCost
+from exitkit.networks.families.base import home
 from exitkit.plugins import load, registered
 
 MEASURED = Path(__file__).with_name("measured.json")

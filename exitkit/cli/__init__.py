@@ -12,7 +12,6 @@ from typing import Any
 
 import click
 
-from exitkit import __version__
 from exitkit.cli.interrupts import stopped_for_good, stopping_at_once
 from exitkit.errors import Interrupted, UserError, format_warning, unknown
 
@@ -90,7 +89,7 @@ class Broken(click.Command):
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-@click.version_option(__version__, prog_name="exitkit")
+@click.version_option(package_name="exitkit", prog_name="exitkit")
 @click.pass_context
 def cli(context: click.Context) -> None:
     """Hold the verbs; alone, say what to do next."""

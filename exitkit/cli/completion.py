@@ -30,7 +30,7 @@ def names(kind: str) -> Completer:
     """
 
     def known() -> Mapping[str, str]:
-        from exitkit.catalogue import outline
+        from exitkit.cli.catalogue import outline
 
         return outline(kind)
 

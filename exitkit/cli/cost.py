@@ -50,12 +50,14 @@ def cost(
       exitkit cost --backbone msdnet-tiny
       exitkit cost --backbone msdnet --set blocks=5 --set growth=8 --json
     """
-    from exitkit.build import build_network, build_strategy
-    from exitkit.costs import cost as count
+    from exitkit.networks.build import build_network
+    from exitkit.networks.costs import cost as count
+    from exitkit.runs.job import adapt
+    from exitkit.strategy.composition import build_strategy
 
     network = build_network(backbone, num_classes=num_classes, input_shape=_shape(input_shape), **parse_sets(sets))
-    for phase in build_strategy(method).phases(1, network.num_exits) if method else ():
-        phase.strategy.adapt(network)
+    if method:
+        adapt(network, build_strategy(method))
     rows = [row._asdict() for row in count(network)]
     if as_json:
         facts = {"backbone": backbone, "num_classes": network.num_classes, "input_shape": network.input_shape}

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import click
 
-from exitkit import __version__, plugins
+from exitkit import plugins
 from exitkit.cli import Broken, cli
 from exitkit.errors import UserError
 
@@ -33,7 +33,7 @@ class Finding(NamedTuple):
 
 def checks(data_dir: Path | None, out: Path) -> Iterator[Finding]:
     """Look at everything, and yield what is found as it is found."""
-    yield Finding("exitkit", "ok", f"{__version__}, Python {platform.python_version()} ({sys.executable})")
+    yield Finding("exitkit", "ok", f"{version('exitkit')}, Python {platform.python_version()} ({sys.executable})")
     yield from _guarded("torch", _torch())
     yield from _guarded("torchvision", _torchvision())
     yield from _guarded("devices", _devices())
@@ -99,8 +99,8 @@ def _devices() -> Iterator[Finding]:
 
 def _data(data_dir: Path | None) -> Iterator[Finding]:
     """Read every data set that lies here, as a run would."""
-    from exitkit.build import build_dataset
-    from exitkit.recipe import Recipe
+    from exitkit.data.base import build_dataset
+    from exitkit.runs.recipe import Recipe
 
     always = Recipe.model_fields["dataset"].default
     for name in plugins.registered("dataset"):
@@ -122,7 +122,7 @@ def _why_absent(message: str) -> str:
 
 
 def _folders(out: Path) -> Iterator[Finding]:
-    from exitkit.catalogue import store
+    from exitkit.cli.catalogue import store
 
     for what, path, needed in (("output", out, True), ("cache", store().parent, False)):
         there = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())

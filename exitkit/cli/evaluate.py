@@ -28,8 +28,8 @@ def evaluate(run: str, device: str | None, data_dir: str | None, as_json: bool) 
 
     with loading("torch"):
         import torch  # noqa: F401
-    from exitkit.exit_outputs import evaluate as evaluate_run
-    from exitkit.runs import RunFolder
+    from exitkit.runs.evaluate import evaluate as evaluate_run
+    from exitkit.runs.folder import RunFolder
 
     with working("evaluating") as tell:
         evaluate_run(run, device=device, data_dir=data_dir, tell=tell)

@@ -14,8 +14,8 @@ from exitkit.errors import UserError
 
 if TYPE_CHECKING:
     from exitkit.data.base import Data
-    from exitkit.inference.export import Format
-    from exitkit.runs import RunFolder
+    from exitkit.inference.export.export import Format
+    from exitkit.runs.folder import RunFolder
 
 _CHECKED = 64
 """Real test images that an export is checked on."""
@@ -71,16 +71,16 @@ def export(
 
     with loading("torch"):
         import torch
-    from exitkit.exit_outputs import load_network, load_run_data
-    from exitkit.inference.export import ENDINGS
-    from exitkit.inference.export import export as write
-    from exitkit.inference.rule import ExitRule
-    from exitkit.runs import RunFolder
+    from exitkit.inference.choose import rule_of_run
+    from exitkit.inference.export.export import ENDINGS
+    from exitkit.inference.export.export import export as write
+    from exitkit.runs.folder import RunFolder
+    from exitkit.runs.job import load_network, load_run_data
 
     folder = RunFolder(run)
     if form not in ENDINGS:
         raise UserError(f"--format is {form!r}; expected {' or '.join(ENDINGS)}")
-    rule = ExitRule.from_run(folder, budget=budget, score=score, calibrated=calibrated)
+    rule = rule_of_run(folder, budget=budget, score=score, calibrated=calibrated)
     target = Path(out) if out else Path(f"{folder.path.name}-{form}")
     torch.set_num_threads(folder.recipe.threads)
     data = load_run_data(folder, data_dir)

@@ -14,8 +14,8 @@ from exitkit.cli.options import parse_sets
 from exitkit.errors import UserError
 
 if TYPE_CHECKING:
-    from exitkit.network import MultiExitNetwork
-    from exitkit.strategy import TrainingStrategy
+    from exitkit.networks.cascade import MultiExitNetwork
+    from exitkit.strategy.base import TrainingStrategy
 
 
 @click.command(short_help="Bring the authors' released weights onto a network of ours.")
@@ -49,9 +49,9 @@ def import_weights(
       exitkit import-weights model_best.pth.tar --backbone msdnet-cifar-k7
       exitkit import-weights ranet.pth --backbone ranet-imagenet-64 --out ranet.st
     """
-    from exitkit.build import build_strategy
     from exitkit.files import exists, save_tensors
-    from exitkit.released_weights import load_released_weights, read_released_file
+    from exitkit.networks.released.weights import load_released_weights, read_released_file
+    from exitkit.strategy.composition import build_strategy
 
     source = Path(file)
     target = Path(out) if out else Path(re.sub(r"(\.(pth|pt|tar|safetensors))+$", "", source.name) + ".safetensors")
@@ -74,11 +74,12 @@ def _network(
     backbone: str, settings: Mapping[str, Any], strategy: TrainingStrategy | None, classes: int | None
 ) -> MultiExitNetwork:
     """Build the network, with what every phase of the method puts into it."""
-    from exitkit.build import build_network
+    from exitkit.networks.build import build_network
+    from exitkit.runs.job import adapt
 
     network = build_network(backbone, num_classes=classes, **settings)
-    for phase in strategy.phases(1, network.num_exits) if strategy else ():
-        phase.strategy.adapt(network)
+    if strategy:
+        adapt(network, strategy)
     return network
 
 
@@ -96,7 +97,7 @@ def _classes(
     """
     import torch
 
-    from exitkit.released_weights import released_classes
+    from exitkit.networks.released.weights import released_classes
 
     with torch.device("meta"):
         outline = _network(backbone, settings, strategy, given)

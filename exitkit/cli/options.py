@@ -11,7 +11,7 @@ from exitkit.cli.completion import folders, names, one_of, recipes, runs
 from exitkit.errors import UserError, unknown
 
 if TYPE_CHECKING:
-    from exitkit.recipe import Recipe
+    from exitkit.runs.recipe import Recipe
 
 COMPARISON_KEYS = (
     "title",
@@ -118,15 +118,15 @@ def read_recipe(name: str | None) -> dict[str, Any]:
     """Return the values of the recipe called `name` (a file, a run folder or a shipped recipe), or none."""
     if name is None:
         return {}
-    from exitkit.catalogue import find_recipe
-    from exitkit.recipe import Recipe
+    from exitkit.cli.catalogue import find_recipe
+    from exitkit.runs.recipe import Recipe
 
     return Recipe.read(find_recipe(name))
 
 
 def make_recipe(values: Mapping[str, Any], given: Mapping[str, Any]) -> Recipe:
     """Make a recipe from a file's values and what the command line gives over them (None: not given)."""
-    from exitkit.recipe import Recipe
+    from exitkit.runs.recipe import Recipe
 
     return Recipe.make(**(dict(values) | {key: value for key, value in given.items() if value is not None}))
 

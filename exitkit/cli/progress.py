@@ -18,7 +18,7 @@ from rich.text import Text
 from exitkit.cli.interrupts import interruptible, speaks_for_all
 
 if TYPE_CHECKING:
-    from exitkit.feed import Progress as TrainingProgress
+    from exitkit.training.progress import Progress as TrainingProgress
 
 _LINE_INTERVAL = 5.0  # seconds between lines where there is no terminal
 

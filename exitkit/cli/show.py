@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from exitkit.runs import RunFolder
+    from exitkit.runs.folder import RunFolder
 
 
 @click.command(short_help="Show one run.")
@@ -32,8 +32,8 @@ def show(run: str, as_json: bool) -> None:
       exitkit show runs/boostnet-msdnet-tiny-digits-s0-1a2b3c4d
       exitkit show RUN --json
     """
-    from exitkit.catalogue import kind_of
-    from exitkit.runs import RunFolder
+    from exitkit.cli.catalogue import kind_of
+    from exitkit.runs.folder import RunFolder
 
     if not exists(Path(run)) and (kind := kind_of(run)):
         raise UserError(f"run folder {run} does not exist; {run} is one of the {kind}: exitkit list {kind} {run}")

@@ -44,7 +44,7 @@ def train(sets: tuple[str, ...], recipe_file: str | None, out: str, resume: bool
 
     with loading("torch"):
         import torch._dynamo  # noqa: F401  the first optimiser would import it, and this may take seconds
-    from exitkit.training import train as train_run
+    from exitkit.training.loop import train as train_run
 
     try:
         with interruptible(), TrainProgress() as progress:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
@@ -15,7 +15,7 @@ from torch import Tensor
 from exitkit.data.augment import crops_and_flips
 from exitkit.data.split import Split
 from exitkit.errors import UserError
-from exitkit.plugins import setting
+from exitkit.plugins import configure, setting
 
 Part = Literal["train", "validation", "test"]
 
@@ -172,3 +172,9 @@ class TensorData(Data):
             if draws is not None:
                 chosen = crops_and_flips(chosen, self.padding, draws[0][batch], draws[1][batch])
             yield Batch((chosen - mean) * scale, labels[batch])
+
+
+def build_dataset(name: str, settings: Mapping[str, Any]) -> DataSet:
+    """Return the description of a data set; its `load` reads the images."""
+    dataset: DataSet = configure("dataset", name, settings)
+    return dataset

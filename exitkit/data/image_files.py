@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from exitkit.data.base import Batch, Data, Part
 from exitkit.data.torchvision_import import torchvision
+from exitkit.engine.randomness import derive
 from exitkit.errors import UserError
-from exitkit.randomness import derive
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 _LOOKED_AT = 20_000  # images whose headers are looked at beforehand: a few seconds

@@ -1,1 +1,1 @@
-"""Early exit that really happens: exit rules found on a run, the executor that drops what has left, and export."""
+"""Early exit: scores, thresholds and rules, from stored outputs; the executor that drops what has left; export."""

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from exitkit.errors import UserError
 from exitkit.inference.rule import ExitRule
-from exitkit.network import MultiExitNetwork, map_tensors
+from exitkit.networks.cascade import MultiExitNetwork, map_tensors
 
 
 class Answers(NamedTuple):

@@ -51,8 +51,8 @@ MAY_BE_GONE = ("results.json", "latency.json", "learned.json", "probes.safetenso
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A folder with a finished, measured run and a plan."""
-    from exitkit.benchmarks.plan import Plan
-    from exitkit.benchmarks.record import write_plan
+    from exitkit.benchmarks.campaign.plan import Plan
+    from exitkit.benchmarks.campaign.record import write_plan
 
     out = tmp_path_factory.mktemp("whole") / "runs"
     run = exitkit.train(RECIPE, out)

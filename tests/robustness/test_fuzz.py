@@ -12,9 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from exitkit import plugins
-from exitkit.build import build_dataset, build_network, build_strategy
+from exitkit.data.base import build_dataset
 from exitkit.errors import Note, UserError
-from exitkit.recipe import Recipe
+from exitkit.networks.build import build_network
+from exitkit.runs.recipe import Recipe
+from exitkit.strategy.composition import build_strategy
 
 CHECKS = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
 QUICK = settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=CHECKS, database=None)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from exitkit import MultiExitNetwork, UserError, setting
-from exitkit.backbones.base import Backbone, preset
-from exitkit.network import Head
+from exitkit.networks.cascade import Head
+from exitkit.networks.families.base import Backbone, preset
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,299 @@
+"""Where the runs of a campaign are trained: in this process, in processes of their own, or by Slurm."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from exitkit.benchmarks.campaign.worker import outcome
+from exitkit.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from exitkit.runs.recipe import ResolvedRecipe
+
+LAUNCHERS = ("processes", "here", "slurm", "submitit-local")
+_LAUNCHED = ("WORLD_SIZE", "RANK", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a campaign says while it goes: run number `index` has `kind`.
+
+    Kinds: "begun", "progress", "done", "failed" (facts hold a message), "held" (another process is at it).
+    """
+
+    index: int
+    kind: str
+    facts: Mapping[str, Any]
+
+
+class Launcher(Protocol):
+    """Trains runs, `slots` at once."""
+
+    slots: int
+
+    def start(self, index: int, recipe: ResolvedRecipe, out: Path) -> None:
+        """Begin a run."""
+
+    def wait(self) -> Event:
+        """Return the next thing that happens to the runs that were begun."""
+
+    def close(self) -> None:
+        """End all that is still going on; what was being trained goes on from its checkpoint another time."""
+
+
+def make_launcher(name: str, jobs: int, recipe: ResolvedRecipe, out: Path, slurm: Mapping[str, str]) -> Launcher:
+    """Make a launcher by name.
+
+    Args:
+        name: one of `LAUNCHERS`.
+        jobs: how many runs at once.
+        recipe: any of those to come; its device and threads count.
+        out: where run folders go.
+        slurm: parameters of submitit (`timeout_min=60`, `slurm_partition=gpu`).
+
+    Raises:
+        UserError: an unknown name, or submitit is not installed.
+    """
+    if name not in LAUNCHERS:
+        raise unknown("launcher", name, LAUNCHERS)
+    if slurm and name not in ("slurm", "submitit-local"):
+        raise UserError(f"--slurm goes with --launcher slurm, not with {name}")
+    if name == "here":
+        return Here()
+    if name == "processes":
+        return Processes(jobs, recipe.threads)
+    return Submitit("slurm" if name == "slurm" else "local", jobs, out, slurm)
+
+
+def default_jobs(device: str, threads: int) -> int:
+    """Return how many runs to have at once: one a GPU, or as many as there are cores for their threads."""
+    import torch
+
+    from exitkit.engine.devices import choose_device
+
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.cuda.device_count()
+    if choose_device(device).type != "cpu":
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(cores // threads, 1)
+
+
+class Here:
+    """Trains one run after the other in this process: the simplest to debug."""
+
+    slots = 1
+
+    def __init__(self) -> None:
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._next: Callable[[], None] | None = None
+        self.on_progress: Callable[[Event], None] = lambda event: None
+
+    def start(self, index: int, recipe: ResolvedRecipe, out: Path) -> None:
+        """See `Launcher`."""
+
+        def train() -> None:
+            def tell(kind: str, **facts: Any) -> None:
+                (self._events.put if kind != "progress" else self.on_progress)(Event(index, kind, facts))
+
+            outcome({"recipe": recipe.model_dump(mode="json"), "out": str(out)}, tell)
+
+        self._next = train
+
+    def wait(self) -> Event:
+        """See `Launcher`."""
+        assert self._next is not None
+        self._next()
+        return self._events.get()
+
+    def close(self) -> None:
+        """See `Launcher`."""
+
+
+class _Worker:
+    """One worker process and the thread that listens to it."""
+
+    def __init__(
+        self, number: int, threads: int, answers: queue.SimpleQueue[tuple[_Worker, dict[str, Any] | None]]
+    ) -> None:
+        self.index, self.number = -1, number
+        # Whatever launched the campaign may have left its ranks' variables; a run here is one process.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHED)}
+        environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "exitkit.benchmarks.campaign.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for the campaign, which then ends its workers
+        )
+        threading.Thread(target=self._listen, args=(answers,), daemon=True).start()
+
+    def _listen(self, answers: queue.SimpleQueue[tuple[_Worker, dict[str, Any] | None]]) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            answers.put((self, json.loads(line)))
+        answers.put((self, None))
+
+    def give(self, index: int, recipe: ResolvedRecipe, out: Path) -> None:
+        """Hand over a run."""
+        self.index = index
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # a worker that is dead already says so by its closed output
+            self.process.stdin.write(json.dumps({"recipe": recipe.model_dump(mode="json"), "out": str(out)}) + "\n")
+            self.process.stdin.flush()
+
+    def end(self) -> None:
+        """End the process, now."""
+        self.process.kill()
+        self.process.wait()
+
+
+class Processes:
+    """Trains runs in worker processes on this machine: one a GPU, or one a group of cores.
+
+    Args:
+        slots: how many.
+        threads: CPU threads of each.
+    """
+
+    def __init__(self, slots: int, threads: int) -> None:
+        self.slots, self._threads = slots, threads
+        self._answers: queue.SimpleQueue[tuple[_Worker, dict[str, Any] | None]] = queue.SimpleQueue()
+        self._idle: list[_Worker] = []
+        self._busy: list[_Worker] = []
+
+    def start(self, index: int, recipe: ResolvedRecipe, out: Path) -> None:
+        """See `Launcher`; the first `slots` runs each start a worker."""
+        import torch
+
+        if not self._idle:
+            taken = {worker.number for worker in self._busy}
+            number = next(n for n in range(self.slots) if n not in taken)
+            self._idle.append(_Worker(number, self._threads, self._answers))
+        worker = self._idle.pop(0)
+        self._busy.append(worker)
+        if torch.cuda.is_available() and recipe.device in ("auto", "cuda"):
+            recipe = recipe.with_values(device=f"cuda:{worker.number % torch.cuda.device_count()}")
+        worker.give(index, recipe, out)
+
+    def wait(self) -> Event:
+        """See `Launcher`; a worker that died has failed at its run, and is replaced."""
+        while True:
+            worker, answer = self._answers.get()
+            if worker not in self._busy:
+                if answer is None and worker in self._idle:
+                    self._idle.remove(worker)
+                continue
+            if answer is None:
+                self._busy.remove(worker)
+                code = worker.process.wait()
+                message = f"its process ended by itself (exit code {code}; out of memory?)"
+                return Event(worker.index, "failed", {"message": message})
+            kind = answer.pop("event")
+            if kind != "progress":
+                self._busy.remove(worker)
+                self._idle.append(worker)
+            return Event(worker.index, kind, answer)
+
+    def close(self) -> None:
+        """See `Launcher`."""
+        for worker in [*self._busy, *self._idle]:
+            worker.end()
+
+
+class Submitit:
+    """Hands runs to Slurm as arrays, or to processes that stand in for it (`cluster="local"`), through submitit.
+
+    Args:
+        cluster: "slurm" or "local".
+        slots: how many jobs may run at once.
+        out: where run folders go; the jobs' logs go into `slurm` there.
+        parameters: of submitit's executor.
+
+    Raises:
+        UserError: submitit is not installed, or does not know a parameter.
+    """
+
+    _POLL = 0.5
+
+    def __init__(self, cluster: str, slots: int, out: Path, parameters: Mapping[str, str]) -> None:
+        try:
+            import submitit
+        except ImportError:
+            raise UserError("--launcher slurm needs submitit; install it with: pip install 'exitkit[slurm]'") from None
+        self.slots = slots
+        known = {"timeout_min": 240, "slurm_array_parallelism": slots, "cpus_per_task": 1}
+        values = known | {key: _number(text) for key, text in parameters.items()}
+        try:
+            with tempfile.TemporaryDirectory() as folder:  # an executor makes its folder before it is told anything
+                submitit.AutoExecutor(folder=folder, cluster=cluster).update_parameters(**values)
+            # Only Slurm puts a job's number in place of %j wherever it stands.
+            logs = out / "slurm" / "%j" if cluster == "slurm" else out / "slurm"
+            self._executor = submitit.AutoExecutor(folder=logs, cluster=cluster)
+        except (NameError, TypeError, ValueError, AssertionError, RuntimeError) as error:
+            raise UserError(f"--launcher {cluster}: {' '.join(str(error).split())}") from None
+        self._executor.update_parameters(**values)
+        self._waiting: list[tuple[int, dict[str, Any]]] = []
+        self._jobs: dict[int, Any] = {}
+
+    def start(self, index: int, recipe: ResolvedRecipe, out: Path) -> None:
+        """See `Launcher`; what is begun between two waits becomes one array."""
+        request = {"recipe": recipe.model_dump(mode="json"), "out": str(out.resolve())}
+        self._waiting.append((index, request))
+
+    def wait(self) -> Event:
+        """See `Launcher`."""
+        if self._waiting:
+            with self._executor.batch():
+                jobs = [(index, self._executor.submit(_train_there, request)) for index, request in self._waiting]
+            self._jobs |= dict(jobs)
+            self._waiting = []
+        while True:
+            for index, job in self._jobs.items():
+                if job.done():
+                    del self._jobs[index]
+                    return Event(index, *_result(job))
+            time.sleep(self._POLL)
+
+    def close(self) -> None:
+        """See `Launcher`."""
+        for job in self._jobs.values():
+            job.cancel()
+
+
+def _number(text: str) -> int | float | str:
+    """Read a number where it is one."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def _train_there(request: dict[str, Any]) -> list[Any]:
+    """Train one run in a job, and return what became of it."""
+    events: list[Any] = []
+    outcome(request, lambda kind, **facts: events.append([kind, facts]) if kind != "progress" else None)
+    return list(events[-1])
+
+
+def _result(job: Any) -> tuple[str, dict[str, Any]]:
+    try:
+        kind, facts = job.result()
+    except Exception as error:  # submitit has many ways to say that a job is gone
+        last = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+        return "failed", {"message": f"its job {job.job_id} ended by itself ({last[0]})"}
+    return kind, dict(facts)

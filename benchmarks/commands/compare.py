@@ -1,0 +1,295 @@
+"""`exitkit compare`: methods, networks, data and seeds under one recipe; tables and curves at the end."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from exitkit.benchmarks.campaign.plan import BASELINE, DEFAULT_METHODS, Plan
+from exitkit.cli.completion import names, one_of
+from exitkit.cli.interrupts import interruptible
+from exitkit.cli.options import json_option, parse_sets, read_recipe, recipe_options
+from exitkit.errors import Interrupted, Note, UserError
+from exitkit.files import exists
+
+if TYPE_CHECKING:
+    from exitkit.benchmarks.campaign.plan import Planned
+    from exitkit.benchmarks.report.options import ReportOptions
+    from exitkit.runs.recipe import ResolvedRecipe
+
+
+@click.command(short_help="Train several methods and print their tables.")
+@click.option(
+    "--methods",
+    metavar="A,B,...",
+    shell_complete=names("methods"),
+    help=f"Methods, or all.  [default: {DEFAULT_METHODS}]",
+)
+@click.option(
+    "--baseline",
+    metavar="NAME",
+    shell_complete=names("methods"),
+    help=f"What differences are taken to.  [default: {BASELINE}]",
+)
+@click.option("--seeds", type=int, help="How many seeds each.  [default: 2]")
+@click.option("--seed", type=int, help="The first seed.  [default: 0]")
+@click.option("--sweep", "sweeps", metavar="FIELD=A,B,...", multiple=True, help="Try these values; repeatable.")
+@click.option("--static", is_flag=True, help="Also train each exit as a network of its own, as reference points.")
+@click.option("--plan", "only_plan", is_flag=True, help="Show what would be run, and about how long; run nothing.")
+@click.option("--jobs", type=int, help="Runs at once.  [default: one a core, or one a GPU]")
+@click.option(
+    "--launcher",
+    metavar="NAME",
+    default="processes",
+    shell_complete=one_of("processes", "here", "slurm", "submitit-local"),
+    help="processes, here, slurm or submitit-local.",
+)
+@click.option("--slurm", "slurm", metavar="KEY=VALUE", multiple=True, help="A parameter of submitit; repeatable.")
+@click.option("--resume", is_flag=True, help="What compare always does: skip what is finished, go on with the rest.")
+@json_option("the plan, with --plan; else all tables, as `exitkit report --json` does")
+@recipe_options
+def compare(
+    sets: tuple[str, ...],
+    sweeps: tuple[str, ...],
+    recipe_file: str | None,
+    out: str,
+    only_plan: bool,
+    jobs: int | None,
+    launcher: str,
+    slurm: tuple[str, ...],
+    resume: bool,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Train methods side by side, the baseline always among them, and print accuracy against cost.
+
+    Methods, --backbone and --dataset may be lists with commas; every combination is run, with every seed. Started
+    again, it skips what is finished, goes on with what is not and tries again what failed; several may share a folder.
+    Tables and figures go into OUT/report.
+
+    \b
+    Examples:
+      exitkit compare --methods ge,boostnet,metagf
+      exitkit compare --recipe imta-table2-quick --out study
+      exitkit compare --methods boostnet --sweep boostnet.temperature=0,0.5,1
+      exitkit compare --methods ge --backbone msdnet-cifar-lg4,msdnet-cifar-lg5
+      exitkit compare --methods all --dataset cifar100 --data-dir data
+      exitkit compare --recipe metagf-table1 --plan --json
+    """
+    from exitkit.cli.progress import loading
+
+    with loading("torch"):
+        import torch  # noqa: F401
+    plan = Plan.make(_values(read_recipe(recipe_file), given, parse_sets(sets), parse_sweeps(sweeps)))
+    folder = Path(out)
+    if exists(folder) and not folder.is_dir():
+        raise UserError(f"--out {out} is a file; expected a folder, or a name that is free")
+    if "toy" in plan.figures:
+        if only_plan:
+            click.echo("plan: the problem of two exits; seconds")
+            return
+        from exitkit.benchmarks.commands.diagnose import draw_toy
+
+        draw_toy(folder / "report")
+        return
+    runs = plan.runs()
+
+    from exitkit.benchmarks.campaign.launchers import default_jobs, make_launcher
+    from exitkit.benchmarks.report.options import ReportOptions
+
+    first = runs[0].recipe
+    workers = default_jobs(first.device, first.threads) if jobs is None else jobs
+    if workers < 1:
+        raise UserError(f"--jobs is {workers}; expected at least 1")
+    recipes = {each.recipe.id: each.recipe for each in runs}
+    needed = recipes | {teacher.id: teacher for teacher in _teachers(list(recipes.values()))}
+    starter = make_launcher(launcher, workers, first, folder, parse_sets(slurm, "--slurm"))
+    try:
+        with interruptible():
+            todo = _announce(needed, folder, starter.slots, only_plan, as_json, ReportOptions.make(plan.report))
+            if only_plan:
+                return
+            failed = _train(todo, len(needed), folder, starter, plan, runs)
+    except KeyboardInterrupt:
+        raise Interrupted("stopped; the same command goes on where it was") from None
+    wrong = [_told(failed, len(needed))] if failed else []
+    if len(failed) < len(needed):
+        try:
+            publish(folder, plan, recipes, as_json)
+        except UserError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise UserError("; ".join(wrong))
+
+
+def _values(
+    values: Mapping[str, Any], given: Mapping[str, Any], sets: Mapping[str, str], sweeps: Mapping[str, list[str]]
+) -> dict[str, Any]:
+    """Put what the command line gives over what the recipe says, in each of its parts, too."""
+    said = {key: value for key, value in given.items() if value is not None and value is not False}
+    for key in said.keys() & {"backbone", "dataset"}:
+        said[key] = _instead([name.strip() for name in said[key].split(",") if name.strip()], values.get(key))
+
+    def over(table: Mapping[str, Any], keep: bool) -> dict[str, Any]:
+        merged = {key: value for key, value in table.items() if key not in said} | (said if keep else {})
+        for key, more in (("set", sets), ("sweep", sweeps)):
+            if more and (keep or key in table):
+                earlier = table.get(key, {})
+                merged[key] = {**(earlier if isinstance(earlier, Mapping) else {}), **more}
+        return merged
+
+    merged = over(values, keep=True)
+    if isinstance(values.get("parts"), list):
+        parts = values["parts"]
+        merged["parts"] = [over(part, keep=False) if isinstance(part, Mapping) else part for part in parts]
+    return merged
+
+
+def _instead(names: list[str], before: Any) -> list[Any]:
+    """Return names that take the place of those before, in order; each stands for what the one before it stood for."""
+    entries = before if isinstance(before, list) else [before]
+    there = [entry.get("stands_for") if isinstance(entry, Mapping) else None for entry in entries]
+    there += [None] * (len(names) - len(there))
+    return [{"name": n, "stands_for": s} if s else n for n, s in zip(names, there, strict=False)]
+
+
+def parse_sweeps(sweeps: Sequence[str]) -> dict[str, list[str]]:
+    """Read `field=a,b,c` (or `field=1,2;1,3` where values have commas themselves).
+
+    Raises:
+        UserError: one without an equals sign, without a value, or a field given twice.
+    """
+    found = {}
+    for field, text in parse_sets(tuple(sweeps), "--sweep").items():
+        found[field] = [value.strip() for value in text.split(";" if ";" in text else ",") if value.strip()]
+        if not found[field]:
+            raise UserError(f"--sweep {field}= has no values; expected such as {field}=0,0.5,1")
+    return found
+
+
+def _announce(
+    needed: Mapping[str, ResolvedRecipe], folder: Path, workers: int, whole: bool, as_json: bool, options: ReportOptions
+) -> list[ResolvedRecipe]:
+    """Show the plan with an estimate, and return what is to be trained.
+
+    Raises:
+        UserError: images are missing, a network can't be built, or no exit is within a budget that the report is to
+            have: told before anything is trained.
+    """
+    from exitkit.benchmarks.campaign.display import announce
+    from exitkit.benchmarks.campaign.estimate import Estimate, wall_time
+    from exitkit.cli.progress import loading
+    from exitkit.runs.fingerprints import check_same
+    from exitkit.runs.folder import RESULTS, RunFolder
+
+    todo = [recipe for recipe in needed.values() if not exists(folder / recipe.id / RESULTS)]
+    check_same((RunFolder(folder / name), recipe) for name, recipe in needed.items() if recipe not in todo)
+    with loading("the data, and timing a few steps"):
+        estimate = Estimate(folder)
+        seconds = {recipe.id: estimate.seconds(recipe) for recipe in todo}
+        if todo and options.budgets and options.cost != "latency":
+            firsts = [estimate.costs(recipe)[0] for recipe in needed.values()]
+            options.check_reach(min(getattr(first, options.cost) for first in firsts))
+    if whole and as_json:
+        runs = [_planned(name, recipe, seconds.get(name)) for name, recipe in needed.items()]
+        about = {"runs": runs, "at_once": workers, "seconds": wall_time(list(seconds.values()), workers)}
+        click.echo(json.dumps(about, indent=2))
+    else:
+        announce(list(needed.values()), seconds, workers, whole)
+    return todo
+
+
+def _planned(name: str, recipe: ResolvedRecipe, seconds: float | None) -> dict[str, Any]:
+    """Return what `--plan --json` says of a run; `seconds` is about how long it takes, None of a finished one."""
+    what = {key: getattr(recipe, key) for key in ("method", "backbone", "dataset", "seed", "epochs")}
+    return {"run": name, **what, "finished": seconds is None, "seconds": seconds or 0.0}
+
+
+def _train(
+    todo: list[ResolvedRecipe], planned: int, folder: Path, launcher: Any, plan: Plan, runs: Sequence[Planned]
+) -> dict[str, str]:
+    """Train what is left, and return {name: reason} of what failed."""
+    from exitkit.benchmarks.campaign.display import CampaignDisplay
+    from exitkit.benchmarks.campaign.queue import Campaign
+    from exitkit.benchmarks.campaign.record import write_plan
+
+    write_plan(folder, plan, runs, _command_line())
+    if not todo:
+        return {}
+    with CampaignDisplay(todo, planned) as display:
+        launcher.on_progress = display
+        failed = Campaign(todo, folder, launcher, display).run()
+    return {todo[index].id: reason for index, reason in failed.items()}
+
+
+_HERE = ("out", "data_dir", "device", "jobs", "launcher", "slurm", "resume", "threads", "tensorboard", "as_json")
+"""Options that say where and how runs are made, not what they are."""
+
+
+def _command_line() -> str:
+    """Return the command as it was given, but for what is of this machine alone."""
+    context = click.get_current_context()
+    words = ["exitkit", "compare"]
+    for parameter in context.command.params:
+        value = context.params.get(str(parameter.name))
+        if parameter.name in _HERE or value in (None, False, ()):
+            continue
+        for each in value if isinstance(value, tuple) else (value,):
+            words += [parameter.opts[0]] + ([] if each is True else [str(each)])
+    return shlex.join(words)
+
+
+def _told(failed: Mapping[str, str], planned: int) -> str:
+    """Say which runs failed and why, runs with one reason together."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in failed.items():
+        reasons.setdefault(reason, []).append(name)
+    if len(reasons) == 1 and len(failed) == planned:
+        return next(iter(reasons))
+    return "; ".join(f"left out {', '.join(names)}: {reason}" for reason, names in reasons.items())
+
+
+def _teachers(recipes: list[ResolvedRecipe]) -> list[ResolvedRecipe]:
+    """Return the recipes of the runs that some of these learn from."""
+    from exitkit.runs.ingredients import teacher_recipes
+
+    return [teacher for recipe in recipes for teacher in teacher_recipes(recipe).values()]
+
+
+def publish(out: Path, plan: Plan, recipes: Mapping[str, ResolvedRecipe], as_json: bool = False) -> None:
+    """Write and print the report of those runs that are finished, and draw what the plan asks for."""
+    from rich.console import Console
+
+    from exitkit.benchmarks.campaign.record import read_plan
+    from exitkit.benchmarks.commands.report import as_data
+    from exitkit.benchmarks.report import ReportOptions, collect, print_report, write_report
+    from exitkit.cli.progress import working
+    from exitkit.runs.folder import DIAGNOSTICS, RESULTS, RunFolder
+
+    context, options, _ = read_plan(out)
+    runs = [RunFolder(out / name) for name in recipes if exists(out / name / RESULTS)]
+    if "diagnose" in plan.figures:
+        from exitkit.benchmarks.commands.diagnose import draw_run, told_apart
+
+        for run in runs:
+            if run.recipe.seed != plan.base.seed:
+                continue
+            try:
+                with told_apart(as_json):
+                    draw_run(run, run.path / DIAGNOSTICS, data_dir=recipes[run.path.name].data_dir)
+            except UserError as error:
+                warnings.warn(Note(f"not diagnosed: {error}"), stacklevel=2)
+    with working(f"tables and figures of {len(runs)} runs"):
+        comparison = collect(runs, options=ReportOptions.make(options), context=context)
+        files = write_report(comparison, out / "report", runs=runs)
+    if as_json:
+        click.echo(as_data(comparison, files))
+    else:
+        print_report(comparison, Console())
+    click.echo(f"tables and figures: {out / 'report'}", err=as_json)

@@ -1,0 +1,206 @@
+"""`exitkit diagnose`: what went on between a run's exits, as figures and numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from exitkit.cli.completion import runs
+from exitkit.cli.options import data_dir_option, json_option
+from exitkit.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from exitkit.runs.folder import RunFolder
+
+
+@click.command(short_help="Draw how a run's exits got on with one another.")
+@click.argument("run", metavar="RUN", required=False, shell_complete=runs)
+@click.option("--toy", is_flag=True, help="Draw every gradient method's path on a toy problem of two exits instead.")
+@click.option("--share", type=float, default=0.01, show_default=True, help="Share of the parameters that is pruned.")
+@click.option("--out", metavar="DIR", help="Where to write.  [default: RUN/diagnostics, or toy]")
+@data_dir_option
+@json_option("an object of what was drawn, {name: its PNG file}; .pdf and .csv lie beside it")
+def diagnose(run: str | None, toy: bool, share: float, out: str | None, data_dir: str | None, as_json: bool) -> None:
+    """Draw what went on between a run's exits: figures (PNG, PDF) and their numbers (CSV).
+
+    Always: how consistently the exits rank the images, and what each loses when the parameters that matter to another
+    are pruned. With probes (train with --probe-every N): gradient conflict, magnitude and variance, valid images, and
+    the weights of images where the method has any.
+
+    \b
+    Examples:
+      exitkit train --method ge --probe-every 2
+      exitkit diagnose runs/ge-msdnet-tiny-digits-s0-1a2b3c4d
+      exitkit diagnose RUN --json
+      exitkit diagnose --toy
+    """
+    if toy == (run is not None):
+        raise UserError("expected either a RUN or --toy")
+    if not 0 < share < 1:
+        raise UserError(f"--share is {share}; expected above 0 and below 1")
+    if toy:
+        with told_apart(as_json):
+            drawn = draw_toy(Path(out or "toy"))
+        _answer(drawn, Path(out or "toy"), as_json)
+        return
+    from exitkit.runs.folder import DIAGNOSTICS, RunFolder
+
+    trained = RunFolder(str(run))
+    trained.results()  # says how to go on with one that is not finished
+    from exitkit.cli.progress import loading, working
+
+    with loading("torch"):
+        import torch  # noqa: F401
+    folder = Path(out) if out else trained.path / DIAGNOSTICS
+    with working("looking at the exits"), told_apart(as_json):
+        drawn = draw_run(trained, folder, share, data_dir)
+    if "conflict" not in drawn:
+        click.echo(
+            "gradient conflict, magnitude and valid images are seen during training only; "
+            f"train with probes: exitkit train --recipe {trained.path / 'recipe.json'} --probe-every 1",
+            err=as_json,
+        )
+    _answer(drawn, folder, as_json)
+
+
+def told_apart(as_json: bool) -> contextlib.AbstractContextManager[object]:
+    """With --json, say on standard error what is for people: standard output is the answer's alone."""
+    return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+
+
+def _answer(drawn: Drawn, folder: Path, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps({name: str(folder / f"{name}.png") for name in drawn}, indent=2))
+
+
+Drawn = dict[str, tuple[Any, Mapping[str, Any]]]
+"""{name: (figure, columns of its table)}."""
+
+
+def draw_toy(folder: Path) -> Drawn:
+    """Draw every gradient method's path on the toy problem into a folder, and say so."""
+    drawn = _toy()
+    _write(drawn, folder)
+    return drawn
+
+
+def draw_run(run: RunFolder, folder: Path, share: float = 0.01, data_dir: str | None = None) -> Drawn:
+    """Draw all that a finished run can show into a folder, and say so.
+
+    Args:
+        run: the run.
+        folder: where to.
+        share: of the parameters that is pruned.
+        data_dir: where its images lie now, if elsewhere than they did.
+    """
+    drawn = _probed(run) | _finished(run, share, data_dir)
+    _write(drawn, folder)
+    return drawn
+
+
+def _toy() -> Drawn:
+    from exitkit.benchmarks.campaign.usable import usable
+    from exitkit.benchmarks.diagnose import figures, toy
+    from exitkit.plugins import registered
+
+    paths = {name: toy.path(name) for name in toy.gradient_methods(usable(list(registered("method"))))}
+    rows = [(name, step, *point) for name, points in paths.items() for step, point in enumerate(points)]
+    columns = dict(zip(("method", "step", "w1", "w2"), zip(*rows, strict=True), strict=True))
+    return {"toy": (figures.toy_figure(paths), columns)}
+
+
+def _probed(run: RunFolder) -> Drawn:
+    from exitkit.benchmarks.diagnose import figures
+
+    probes = run.probes()
+    if not probes:
+        return {}
+    drawn: Drawn = {
+        "conflict": (
+            figures.conflict_figure(probes),
+            _long(probes["cosine"], probes["epoch"], ("stage", "exit", "other"), "cosine"),
+        ),
+        "magnitude": (
+            figures.magnitude_figure(probes),
+            _long(probes["total_norm"], probes["epoch"], ("stage",), "norm")
+            | {"variance": probes["total_variance"].ravel()},
+        ),
+        "validity": (
+            figures.validity_figure(probes),
+            _long(probes["valid"], probes["epoch"], ("exit",), "valid") | {"loss": probes["loss"].ravel()},
+        ),
+    }
+    if "weights" in probes:
+        table = _long(probes["weights"], probes["epoch"], ("image", "exit"), "weight")
+        drawn["weights"] = (figures.weights_figure(probes), table | {"loss": probes["losses"].ravel()})
+    return drawn
+
+
+def _finished(run: RunFolder, share: float, data_dir: str | None) -> Drawn:
+    from exitkit.benchmarks.diagnose import figures
+    from exitkit.benchmarks.diagnose.measures import pruning_damage, rank_consistency
+    from exitkit.runs.job import load_network, load_run_data
+
+    ranks = rank_consistency(run.outputs("test")["logits"])
+    data = load_run_data(run, data_dir)
+    damage = pruning_damage(
+        load_network(run, data), *_images(data, "validation", 512), *_images(data, "test", 2000), share
+    )
+    return {
+        "ranks": (figures.ranks_figure(ranks), _square(ranks, ("exit", "other"), "correlation")),
+        "pruning": (figures.pruning_figure(damage), _square(damage, ("pruned_for", "exit"), "points_lost")),
+    }
+
+
+def _images(data: Any, part: Any, most: int) -> tuple[Any, Any]:
+    """Return up to `most` images and labels of a part, evenly spread over it."""
+    import torch
+
+    count = len(data.labels(part))
+    positions = torch.linspace(0, count - 1, min(count, most)).round().long()
+    (batch,) = data.batches(part, [positions], augment=False, seed=0)
+    return batch.images, batch.labels
+
+
+def _long(values: np.ndarray, epochs: np.ndarray, names: tuple[str, ...], measure: str) -> dict[str, Any]:
+    """Return an array [T, ...] as columns: epoch, the numbers (from 1) of its other dimensions, and the value."""
+    import numpy as np
+
+    places = np.indices(values.shape)
+    numbers = {name: place.ravel() + 1 for name, place in zip(names, places[1:], strict=True)}
+    return {"epoch": epochs[places[0].ravel()], **numbers, measure: values.ravel()}
+
+
+def _square(values: np.ndarray, names: tuple[str, str], measure: str) -> dict[str, Any]:
+    import numpy as np
+
+    rows, columns = np.indices(values.shape)
+    return {names[0]: rows.ravel() + 1, names[1]: columns.ravel() + 1, measure: values.ravel()}
+
+
+def _write(drawn: Drawn, folder: Path) -> None:
+    import pandas as pd
+
+    from exitkit.benchmarks.report.figures import save_figure
+    from exitkit.files import make_folder, written_whole
+
+    make_folder(folder)
+    for name, (figure, columns) in drawn.items():
+        writers: dict[str, Callable[[Path], object]] = {
+            "csv": partial(pd.DataFrame(columns).to_csv, index=False),
+            "png": partial(save_figure, figure, kind="png"),
+            "pdf": partial(save_figure, figure, kind="pdf"),
+        }
+        for suffix, write in writers.items():
+            with written_whole(folder / f"{name}.{suffix}") as temporary:
+                write(temporary)
+    click.echo(f"wrote {', '.join(drawn)} (.png, .pdf, .csv) to {folder}")

@@ -1,0 +1,121 @@
+"""`exitkit recipes`: list the recipes of the papers' tables and figures, copy one to edit, check one."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from pathlib import Path
+
+import click
+
+from exitkit.cli.completion import names
+from exitkit.cli.completion import recipes as complete_recipes
+from exitkit.cli.options import json_option
+from exitkit.errors import UserError
+from exitkit.files import exists, write_text
+
+
+@click.group(short_help="List, copy and check recipes of comparisons.")
+def recipes() -> None:
+    """List, copy and check recipes: one for every table and figure of the papers, with a `-quick` twin each.
+
+    \b
+    Examples:
+      exitkit recipes list
+      exitkit recipes show imta-table2
+      exitkit recipes copy imta-table2 mine.toml
+      exitkit recipes validate mine.toml
+      exitkit compare --recipe mine.toml
+    """
+
+
+@recipes.command("list", short_help="Name all recipes.")
+@json_option("an array of objects with name, summary and values")
+def list_recipes(as_json: bool) -> None:
+    """Name all recipes, with what each is.
+
+    \b
+    Example:
+      exitkit recipes list
+    """
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from exitkit.cli.catalogue import entries
+
+    if as_json:
+        click.echo(json.dumps(entries("recipes"), indent=2))
+        return
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold cyan", no_wrap=True)
+    table.add_column()
+    for entry in entries("recipes"):
+        table.add_row(escape(entry["name"]), escape(entry["summary"]))
+    Console().print(table)
+
+
+@recipes.command("show", short_help="Print a recipe.")
+@click.argument("name", metavar="NAME", shell_complete=names("recipes"))
+def show_recipe(name: str) -> None:
+    """Print a recipe's file.
+
+    \b
+    Example:
+      exitkit recipes show imta-table2
+    """
+    click.echo(_text(name), nl=False)
+
+
+@recipes.command("copy", short_help="Copy a recipe, to edit it.")
+@click.argument("name", metavar="NAME", shell_complete=names("recipes"))
+@click.argument("file", metavar="[FILE]", required=False)
+def copy_recipe(name: str, file: str | None) -> None:
+    """Copy a recipe into FILE (by default NAME.toml, here), to edit it.
+
+    \b
+    Example:
+      exitkit recipes copy imta-table2 mine.toml
+    """
+    target = Path(file or f"{name}.toml")
+    text = _text(name)
+    if exists(target):
+        raise UserError(f"{target} is there already; name another file")
+    write_text(target, text)
+    click.echo(f"wrote {target}; run it with: exitkit compare --recipe {target}")
+
+
+@recipes.command("validate", short_help="Check a recipe.")
+@click.argument("file", metavar="FILE", shell_complete=complete_recipes)
+def validate_recipe(file: str) -> None:
+    """Check a recipe (a file, or the name of a shipped one): every key and every value; nothing is run or loaded.
+
+    \b
+    Example:
+      exitkit recipes validate mine.toml
+    """
+    from exitkit.benchmarks.campaign.plan import Plan
+    from exitkit.cli.options import read_recipe
+
+    plan = Plan.make(read_recipe(file))
+    if "toy" in plan.figures:
+        click.echo(f"{file} is valid: it draws the toy problem of two exits")
+        return
+    runs = plan.runs()
+    methods, networks, data = (
+        list(dict.fromkeys(str(getattr(each.recipe, kind)) for each in runs))
+        for kind in ("method", "backbone", "dataset")
+    )
+    told = f"{file} is valid: {len(runs)} runs of {', '.join(methods)} on {', '.join(networks)} and {', '.join(data)}"
+    click.echo(textwrap.fill(told, 110, subsequent_indent="  ", break_on_hyphens=False))
+
+
+def _text(name: str) -> str:
+    from exitkit.cli.catalogue import find_recipe
+
+    try:
+        return find_recipe(name).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"recipe {name} can't be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"recipe {name} is no text; expected TOML") from None

@@ -1,0 +1,191 @@
+"""`exitkit reproducibility`: what our runs reproduce of the papers, as one Markdown document made from run folders."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import click
+
+from exitkit.errors import UserError
+from exitkit.files import exists, write_text
+
+if TYPE_CHECKING:
+    from exitkit.benchmarks.report import Comparison
+    from exitkit.runs.folder import RunFolder
+
+CONFIDENCE = 0.95
+_HEADS = [
+    *("method", "network", "data", "epochs", "n", "ours (mean)", "ours (last exit)", "published (mean, last)"),
+    *("against the paper", "against the baseline", "training"),
+]
+_MARK = "<!-- made by `exitkit reproducibility` -->"
+_LEGEND = f"""\
+# Reproducibility
+
+{_MARK}
+
+What runs of exitkit gave, beside what the papers print. Accuracies are top-1 on the test images in percent, as the
+mean over all exits and at the last exit, ± standard deviation over n seeds (n - 1).
+
+*Against the paper*: "as published" where the paper's mean over the exits lies in the {CONFIDENCE:.0%} prediction
+interval for one more run of ours (Student's t on our seeds), "above" or "below" where it does not; "one seed" where
+that can't be said; and in what ours is another experiment, where it is one: then the two numbers can't be compared,
+and no verdict is given.
+
+*Against the baseline*: the difference of the mean height of the budgeted-batch curve, seed by seed, with its 95 %
+interval; "*" where it is more than noise (p < 0.05 after Holm's correction for the methods of the table).
+"""
+
+
+class Score(NamedTuple):
+    """Means over seeds, in percent, of the accuracy over all exits and at the last, with their sd (NaN for n = 1)."""
+
+    mean: float
+    mean_sd: float
+    last: float
+    last_sd: float
+    n: int
+
+
+@click.command(short_help="Write what runs reproduce of the papers.")
+@click.argument("folders", metavar="FOLDER...", nargs=-1, required=True)
+@click.option("--out", metavar="FILE", default="REPRODUCIBILITY.md", show_default=True, help="Where to write.")
+def reproducibility(folders: tuple[str, ...], out: str) -> None:
+    """Write one document about all comparisons in the FOLDERs: ours, published, verdict, command, hardware, time.
+
+    Each FOLDER is one that `exitkit compare` (or `train`) wrote to. Nothing is trained.
+
+    \b
+    Examples:
+      exitkit reproducibility runs
+      exitkit reproducibility studies/* --out docs/REPRODUCIBILITY.md
+    """
+    target = Path(out)
+    if target.is_dir():
+        raise UserError(f"--out {target} is a folder; expected a file")
+    if exists(target) and _MARK not in target.read_text(encoding="utf-8", errors="replace"):
+        raise UserError(f"{target} was not made by this command; name another file with --out")
+    sections = [section(Path(folder)) for folder in folders]
+    write_text(target, "\n".join([_LEGEND, *sections]))
+    click.echo(f"wrote {target}: {len(sections)} comparison{'s' if len(sections) > 1 else ''}")
+
+
+def section(folder: Path) -> str:
+    """Return the part of the document that is about one folder of runs.
+
+    Raises:
+        UserError: it holds no finished run, or something there is damaged.
+    """
+    from exitkit.benchmarks.campaign.record import command, read_plan
+    from exitkit.benchmarks.report import ReportOptions, collect
+    from exitkit.benchmarks.report.document import lead, title
+    from exitkit.runs.table import find_runs
+
+    context, options, order = read_plan(folder)
+    place = {name: number for number, name in enumerate(order)}
+    runs = sorted(find_runs(folder), key=lambda run: (place.get(run.path.name, len(place)), run.path.name))
+    if order:
+        runs = [run for run in runs if run.path.name in place]  # teachers are no part of the table
+    comparison = collect(runs, options=ReportOptions.make(options), context=context)
+    facts = [f"- command: `{command(folder)}`", f"- hardware: {_hardware(runs)}", f"- time: {_time(runs)}"]
+    for row in comparison.missing.itertuples():
+        facts.append(f"- missing: {row.method} on {row.backbone}, {row.dataset}, seed {row.seed} ({row.reason})")
+    parts = [f"## {title(comparison) if context.title else folder.name}", *lead(comparison), "\n".join(facts)]
+    return "\n\n".join([*parts, _table(comparison, runs)]) + "\n"
+
+
+def _table(comparison: Comparison, runs: Sequence[RunFolder]) -> str:
+    import pandas as pd
+
+    from exitkit.benchmarks.campaign.estimate import in_words
+
+    groups: dict[Any, list[RunFolder]] = {}
+    for run in runs:
+        groups.setdefault(comparison.names[run.path.name], []).append(run)
+    rows = []
+    for names, mine in groups.items():
+        score = _score([run.results()["test"] for run in mine])
+        theirs = _of(comparison.published, names)
+        paper, verdict = _against_paper(score, theirs)
+        seconds = sum(run.training_cost()["seconds"] for run in mine) / len(mine)
+        ours = [_spread(score.mean, score.mean_sd), _spread(score.last, score.last_sd)]
+        facts = [*names, str(mine[0].recipe.epochs), str(score.n), *ours, paper, verdict]
+        rows.append([*facts, _against_baseline(_of(comparison.differences, names)), in_words(seconds)])
+    align = ["left"] * 3 + ["right"] * 4 + ["left"] * 3 + ["right"]
+    frame = pd.DataFrame(rows, columns=list(_HEADS))
+    return str(frame.to_markdown(index=False, disable_numparse=True, colalign=align))
+
+
+def _of(frame: Any, names: Any) -> Any:
+    return frame[(frame[["method", "backbone", "dataset"]] == list(names)).all(axis=1)]
+
+
+def _score(accuracies: Sequence[Sequence[float]]) -> Score:
+    import numpy as np
+
+    every = np.asarray(accuracies, dtype=np.float64)
+    means, last, n = every.mean(1), every[:, -1], len(every)
+    spread = [float(values.std(ddof=1)) if n > 1 else math.nan for values in (means, last)]
+    return Score(float(means.mean()), spread[0], float(last.mean()), spread[1], n)
+
+
+def _against_paper(score: Score, theirs: Any) -> tuple[str, str]:
+    """Return the published accuracies, one of each table, and what ours say of them."""
+    from exitkit.benchmarks.report.narrow_tables import unlike_published
+
+    told, verdicts = [], []
+    for (paper, table), rows in theirs.groupby(["paper", "table"], sort=False):
+        by_exit = rows.set_index("exit")["published"].sort_index()
+        told.append(f"{by_exit.mean():.2f}, {by_exit.iloc[-1]:.2f} ({paper}, {table})")
+        unlike = unlike_published(rows)
+        verdicts.append(f"not comparable: other {', '.join(unlike)}" if unlike else verdict(score, by_exit.mean()))
+    return "; ".join(told) or "–", "; ".join(dict.fromkeys(verdicts)) or "–"
+
+
+def verdict(score: Score, published: float) -> str:
+    """Say whether a published mean could be one more run of ours: "as published", "above", "below" or "one seed".
+
+    Above means that ours is.
+    """
+    from scipy import stats
+
+    if score.n < 2:
+        return "one seed"
+    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, score.n - 1)) * score.mean_sd * math.sqrt(1 + 1 / score.n)
+    if abs(score.mean - published) <= reach:
+        return "as published"
+    return "above" if score.mean > published else "below"
+
+
+def _against_baseline(rows: Any) -> str:
+    area = rows[rows["measure"] == "area"]
+    if not len(area):
+        return "–"
+    row = area.iloc[0]
+    star = "*" if row["p_holm"] < 0.05 else ""
+    interval = "" if math.isnan(row["low"]) else f" [{row['low']:+.2f}, {row['high']:+.2f}]"
+    return f"{row['mean']:+.2f}{star}{interval} to {row['baseline']}"
+
+
+def _spread(mean: float, sd: float) -> str:
+    return f"{mean:.2f}" if math.isnan(sd) else f"{mean:.2f} ± {sd:.2f}"
+
+
+def _hardware(runs: Sequence[RunFolder]) -> str:
+    told: dict[str, None] = {}
+    for run in runs:
+        facts = run.environment()
+        device = facts.get("gpu") or facts.get("processor") or facts["device"]
+        how = f"{run.recipe.threads} thread{'s' if run.recipe.threads > 1 else ''} a run, " if not facts["gpu"] else ""
+        told.setdefault(f"{device} ({how}PyTorch {facts['torch']}, exitkit {facts['exitkit']})")
+    return "; ".join(told)
+
+
+def _time(runs: Sequence[RunFolder]) -> str:
+    from exitkit.benchmarks.campaign.estimate import in_words
+
+    seconds = sum(run.training_cost()["seconds"] for run in runs)
+    return f"{in_words(seconds)} of training in all {len(runs)} runs"

@@ -1,0 +1,195 @@
+"""`exitkit watch`: the runs of a folder, live, whoever trains them and wherever."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from exitkit.cli.completion import folders
+from exitkit.cli.interrupts import interruptible
+from exitkit.errors import Interrupted, UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+    from exitkit.benchmarks.campaign.watching import Watched
+
+_STYLES = {
+    "running": "bold cyan",
+    "stalled": "bold yellow",
+    "failed": "bold red",
+    "waiting": "dim",
+    "finished": "green",
+}
+
+
+@click.command(short_help="Watch the runs of a folder while they train.")
+@click.argument("folder", metavar="FOLDER", default="runs", shell_complete=folders)
+@click.option("--once", is_flag=True, help="Print it once, and end.")
+@click.option("--interval", type=click.FloatRange(0.1), default=2.0, show_default=True, help="Seconds between looks.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, once.")
+def watch(folder: str, once: bool, interval: float, as_json: bool) -> None:
+    """Show the runs of FOLDER while they train: state, epoch, loss and accuracy of the first and last exit, time left.
+
+    It reads the run folders alone, so that it can run anywhere that sees them, beside any number of `train` and
+    `compare` on any machines. Accuracy is of validation, of test once a run is finished. A run is "stalled" when its
+    process is gone, or has said nothing for long. Watching ends when all runs are finished or failed, or by Ctrl-C;
+    what trains goes on.
+
+    \b
+    Examples:
+      exitkit watch
+      exitkit watch study --once
+      exitkit watch study --json
+    """
+    from rich.console import Console
+
+    from exitkit.benchmarks.campaign.watching import look
+
+    place = Path(folder)
+    if not place.is_dir():
+        raise UserError(f"folder {folder} {'is a file' if place.exists() else 'does not exist'}; expected one of runs")
+    console = Console(highlight=False)
+    if as_json:
+        click.echo(json.dumps(_facts(place, look(place)), indent=2))
+    elif once:
+        console.print(_view(place, look(place), None))
+    else:
+        try:
+            with interruptible():
+                (_live if console.is_terminal else _lines)(console, place, interval)
+        except KeyboardInterrupt:
+            raise Interrupted("stopped watching; what trains goes on") from None
+
+
+def _live(console: Console, folder: Path, interval: float) -> None:
+    """Show the folder's runs until all have ended."""
+    from rich.live import Live
+
+    from exitkit.benchmarks.campaign.watching import look
+
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
+            runs = look(folder)
+            live.update(_view(folder, runs, max(console.height - 4, 3)), refresh=True)
+            if _all_ended(runs):
+                return
+            time.sleep(interval)
+
+
+def _lines(console: Console, folder: Path, interval: float) -> None:
+    """Print a line whenever a run's state or epoch changes, until all have ended."""
+    from exitkit.benchmarks.campaign.watching import labels, look
+
+    told: dict[str, str] = {}
+    while True:
+        runs = look(folder)
+        for run, label in zip(runs, labels(runs), strict=True):
+            loss, accuracy = _first_and_last(run)
+            line = f"{label}: {_state_words(run)}"
+            line += f", loss {loss}, accuracy {accuracy} %" if accuracy else ""
+            key = f"{run.state} {run.epoch} {run.phase}"
+            if told.get(run.run) != key:
+                told[run.run] = key
+                console.print(f"{time.strftime('%H:%M:%S')}  {line}", soft_wrap=True, markup=False)
+        if _all_ended(runs):
+            return
+        time.sleep(interval)
+
+
+def _all_ended(runs: Sequence[Watched]) -> bool:
+    return bool(runs) and all(run.state in ("finished", "failed") for run in runs)
+
+
+def _facts(folder: Path, runs: Sequence[Watched]) -> dict[str, Any]:
+    from exitkit.benchmarks.campaign.watching import STATES, labels, seconds_left
+
+    counts = Counter(run.state for run in runs)
+    named = []
+    for run, label in zip(runs, labels(runs), strict=True):
+        what = {key: run.recipe.get(key) for key in ("method", "backbone", "dataset", "seed")}
+        rest = {key: value for key, value in asdict(run).items() if key != "recipe"}
+        named.append({"label": label, **what, **rest})
+    states = {state: counts[state] for state in STATES}
+    return {"folder": str(folder), "states": states, "seconds_left": seconds_left(runs), "runs": named}
+
+
+def _view(folder: Path, runs: Sequence[Watched], height: int | None) -> RenderableType:
+    """Draw the table, of at most so many lines, what is of most interest first, and a line about all."""
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    from exitkit.benchmarks.campaign.watching import STATES, labels
+
+    if not runs:
+        return Text(f"no runs in {folder} yet")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
+    table.add_column("run", overflow="ellipsis", no_wrap=True, ratio=None)
+    table.add_column("state", no_wrap=True, min_width=8)
+    table.add_column("epoch", justify="right", no_wrap=True)
+    table.add_column("loss", justify="right", no_wrap=True)
+    table.add_column("accuracy %", justify="right", no_wrap=True)
+    table.add_column("left", justify="right", no_wrap=True)
+    order: Callable[[tuple[Watched, str]], int] = lambda pair: STATES.index(pair[0].state)  # noqa: E731
+    rows = list(zip(runs, labels(runs), strict=True))
+    rows = sorted(rows, key=order) if height else rows
+    shown = rows if height is None or len(rows) <= height else rows[: height - 1]
+    notes: dict[str, list[str]] = {}
+    for run, label in shown:
+        loss, accuracy = _first_and_last(run)
+        left = _duration(run.seconds_left) if run.seconds_left is not None else ""
+        state = Text("evaluating" if _evaluates(run) else run.state, style=_STYLES[run.state])
+        table.add_row(Text(label), state, Text(_epoch(run)), loss, accuracy, left)
+        if run.note:
+            notes.setdefault(run.note, []).append(label)
+    told = [Text(f"{', '.join(names)}: {note}", style="dim") for note, names in notes.items()]
+    more = [Text(f"and {len(rows) - len(shown)} more", style="dim")] if len(shown) < len(rows) else []
+    return Group(table, *more, *told, Text(_about(runs)))
+
+
+def _about(runs: Sequence[Watched]) -> str:
+    from exitkit.benchmarks.campaign.watching import STATES, seconds_left
+
+    counts = Counter(run.state for run in runs)
+    words = [f"{counts[state]} {state}" for state in reversed(STATES) if counts[state]]
+    left = seconds_left(runs)
+    return f"{len(runs)} runs: {', '.join(words)}" + (f"; about {_duration(left)} left" if left is not None else "")
+
+
+def _state_words(run: Watched) -> str:
+    reason = f" ({run.note})" if run.note else ""
+    where = f", epoch {_epoch(run)}" if run.state == "running" and run.epoch else ""
+    return f"{run.state}{where}{reason}"
+
+
+def _evaluates(run: Watched) -> bool:
+    return run.state == "running" and run.fraction >= 1
+
+
+def _epoch(run: Watched) -> str:
+    if not run.epochs or run.state == "waiting":
+        return ""
+    phase = f"{run.phase} " if run.phase not in ("", "train", "None") else ""
+    return f"{phase}{run.epoch}/{run.epochs}"
+
+
+def _first_and_last(run: Watched) -> tuple[str, str]:
+    """Write loss and accuracy of the first and the last exit."""
+    accuracies = run.test_accuracies or run.validation_accuracies
+    loss = f"{run.train_losses[0]:.2f} {run.train_losses[-1]:.2f}" if run.train_losses else ""
+    return loss, f"{accuracies[0]:.1f} {accuracies[-1]:.1f}" if accuracies else ""
+
+
+def _duration(seconds: float) -> str:
+    from exitkit.benchmarks.campaign.estimate import in_words
+
+    return in_words(seconds)

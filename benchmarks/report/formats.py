@@ -1,0 +1,111 @@
+"""The wide tables as Markdown and as LaTeX (booktabs)."""
+
+from __future__ import annotations
+
+import re
+
+import pandas as pd
+
+from exitkit.benchmarks.report.narrow_tables import Sheet
+from exitkit.benchmarks.report.wide_tables import Cell, Wide
+
+PREAMBLE = "% needs \\usepackage{booktabs} and \\usepackage{graphicx} (to shrink what is too wide)\n"
+
+TABLE = r"""\begin{table*}[!htbp]
+\centering
+\caption{%s}
+\label{tab:%s}
+%s
+\end{table*}
+"""
+
+FITTED = r"""\sbox0{%%
+%s}%%
+\ifdim\wd0>\textwidth\sbox0{\resizebox{\textwidth}{!}{\usebox0}}\fi
+\ifdim\ht0>0.8\textheight\sbox0{\resizebox{!}{0.8\textheight}{\usebox0}}\fi
+\usebox0"""
+"""Shrinks what is too wide or too high, with nothing but graphicx."""
+
+SPECIAL = str.maketrans(
+    {
+        **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "±": r"$\pm$",
+        "–": "--",
+        "<": "$<$",
+        ">": "$>$",
+    }
+)
+
+
+def markdown(tables: list[Wide]) -> str:
+    """Write the tables one after the other, each under its caption; best means bold."""
+    return "\n\n".join(f"{table.caption}\n\n{_markdown_table(table)}" for table in tables) + "\n"
+
+
+def _markdown_table(table: Wide) -> str:
+    costs = [cost + table.unit for _, cost in table.heads]
+    heads = [f"{name} ({cost})" for (name, _), cost in zip(table.heads, costs, strict=True)]
+    rows = []
+    for name, cells in table.cells.items():
+        texts = [f"**{cell.text()}**" if cell.best else cell.text() for cell in cells]
+        rows.append([name, *texts, table.count(name)])
+    frame = pd.DataFrame(rows, columns=["method", *(heads if table.kind == "anytime" else costs), "n"])
+    align = ("left", *["right"] * (len(heads) + 1))
+    # Left to itself, tabulate reads "97.30" as a number and writes 97.3.
+    return str(frame.to_markdown(index=False, colalign=align, disable_numparse=True))
+
+
+def sheets_markdown(given: list[Sheet]) -> str:
+    """Write narrow tables one after the other, each under its caption; best means bold."""
+    texts = []
+    for sheet in given:
+        rows = [[f"**{cell.text()}**" if cell.best else cell.text() for cell in row] for row in sheet.rows]
+        frame = pd.DataFrame(rows, columns=sheet.heads)
+        align = ["left"] * sheet.left + ["right"] * (len(sheet.heads) - sheet.left)
+        table = frame.to_markdown(index=False, disable_numparse=True, colalign=align)
+        texts.append(f"{sheet.caption} ({sheet.group})\n\n{table}")
+    return "\n\n".join(texts) + "\n"
+
+
+def sheets_latex(given: list[Sheet]) -> str:
+    """Write narrow tables one after the other, ready to be \\input; best means bold."""
+    tables = []
+    for sheet in given:
+        rows = [[_bold(cell) for cell in row] for row in sheet.rows]
+        frame = pd.DataFrame(rows, columns=[head.translate(SPECIAL) for head in sheet.heads])
+        columns = "l" * sheet.left + "r" * (len(sheet.heads) - sheet.left)
+        tabular = frame.style.hide(axis="index").to_latex(hrules=True, column_format=columns)
+        label = re.sub(r"[^a-zA-Z0-9]+", "-", f"{sheet.kind}-{sheet.group}")
+        tables.append(TABLE % (f"{sheet.caption} ({sheet.group})".translate(SPECIAL), label, FITTED % tabular))
+    return PREAMBLE + "\n".join(tables)
+
+
+def _bold(cell: Cell) -> str:
+    text = cell.text().translate(SPECIAL)
+    return rf"\textbf{{{text}}}" if cell.best else text
+
+
+def latex(tables: list[Wide]) -> str:
+    """Write the tables one after the other, two columns wide, ready to be \\input; best means bold."""
+    return PREAMBLE + "\n".join(_latex_table(table) for table in tables)
+
+
+def _latex_table(table: Wide) -> str:
+    over = "" if table.kind == "anytime" else f"average budget ({table.cost})"
+    heads = [(over or name, (cost + table.unit).translate(SPECIAL)) for name, cost in table.heads]
+    columns = pd.MultiIndex.from_tuples([*heads, ("", "$n$")])
+    rows = {name: [*(cell.text(r"$\pm$") for cell in cells), table.count(name)] for name, cells in table.cells.items()}
+    frame = pd.DataFrame.from_dict(rows, orient="index", columns=range(len(columns)))
+    frame.columns = columns
+    frame.index = [name.translate(SPECIAL) for name in rows]
+    bold = pd.DataFrame("", frame.index, frame.columns)
+    for i, cells in enumerate(table.cells.values()):
+        bold.iloc[i, :-1] = ["textbf:--rwrap;" if cell.best else "" for cell in cells]
+    tabular = frame.style.apply(lambda _: bold, axis=None).to_latex(
+        hrules=True, column_format="l" + "r" * len(columns), multicol_align="c"
+    )
+    label = re.sub(r"[^a-zA-Z0-9]+", "-", f"{table.kind}-{table.group}")
+    return TABLE % (table.caption.translate(SPECIAL), label, FITTED % tabular)

@@ -1,0 +1,174 @@
+"""The wide table of a paper, methods by exits or budgets: which text stands in which cell, in any format."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from exitkit.benchmarks.report.comparison import GROUP, Comparison
+
+UNITS = {"G": 1e9, "M": 1e6, "K": 1e3, "": 1.0}
+MISSING = "–"
+WHAT = {
+    "anytime": "Anytime accuracy (top-1, %) at each exit, with its {cost}",
+    "budgeted": "Budgeted-batch accuracy (top-1, %) at average budgets of {cost} per image",
+}
+COSTS = {"macs": "multiply-adds", "papers": "multiply-adds (the papers' count)", "latency": "milliseconds"}
+"""What each measure of cost is called."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One accuracy, as text: `mean`, `sd` (empty for one seed), and whether it is the best of its column."""
+
+    mean: str
+    sd: str
+    best: bool
+
+    def text(self, plus_minus: str = "±") -> str:
+        """Return `97.3 ± 0.4`, or the mean alone."""
+        return f"{self.mean} {plus_minus} {self.sd}" if self.sd else self.mean
+
+
+@dataclass(frozen=True)
+class Wide:
+    """One table: methods down, exits or budgets across."""
+
+    kind: str
+    """"anytime" or "budgeted"."""
+    group: str
+    """backbone and data set, for people."""
+    caption: str
+    heads: list[tuple[str, str]]
+    """For each column "exit 1" (or "budget") and its multiply-adds in `unit`, "0.12"."""
+    cost: str
+    """What cost is: "multiply-adds", "milliseconds"."""
+    unit: str
+    """" M", " K", ...: what follows the multiply-adds."""
+    cells: dict[str, list[Cell]]
+    """For each method, one cell a column."""
+    seeds: dict[str, int]
+    """For each method, over how many seeds."""
+    missing: dict[str, int]
+    """For each method that lacks some, how many seeds."""
+
+    def count(self, name: str) -> str:
+        """Return a method's number of seeds, and of how many where some are missing: "2", "1/2"."""
+        gaps = self.missing.get(name, 0)
+        return f"{self.seeds[name]}/{self.seeds[name] + gaps}" if gaps else str(self.seeds[name])
+
+
+def unit_for(costs: Iterable[float]) -> tuple[str, float]:
+    """Return the unit ("K", "M", "G") in which these multiply-adds read best, and its size."""
+    amounts = list(costs)
+    least, most = min(amounts, default=0.0), max(amounts, default=0.0)
+    # The least tells the unit, unless the greatest would have five digits before its point.
+    fit = ((name, size) for name, size in UNITS.items() if least >= size / 10 or most >= size * 10)
+    return next(fit, ("", 1.0))
+
+
+def write_costs(costs: Sequence[float]) -> list[str]:
+    """Write multiply-adds in one unit, without it, with just the decimals that tell them apart."""
+    _, size = unit_for(costs)
+    scaled = [cost / size for cost in costs]
+    least = min(scaled, default=0.0)
+    decimals = 0 if size == 1 or least >= 100 else 1 if least >= 10 else 2
+    for digits in range(decimals, decimals + 4):
+        texts = [f"{value:.{digits}f}" for value in scaled]
+        if len(set(texts)) == len(set(scaled)) and (not least or float(f"{least:.{digits}f}")):
+            break
+    return texts
+
+
+def wide_tables(comparison: Comparison, kind: str) -> list[Wide]:
+    """Return the "anytime" or "budgeted" table of each backbone and data set."""
+    frame = comparison.anytime if kind == "anytime" else comparison.budgeted
+    decimals = {group: _decimals(rows["accuracy_sd"]) for group, rows in comparison.anytime.groupby(GROUP)}
+    return [_wide(kind, rows, decimals[group], comparison) for group, rows in frame.groupby(GROUP, sort=False)]
+
+
+def _decimals(sds: pd.Series) -> int:
+    """Return 1 where seeds differ by about half a percent or more (further digits would be noise), else 2."""
+    return 1 if sds.median() >= 0.5 else 2
+
+
+def seed_count(seeds: Collection[int]) -> str:
+    """Write over how many seeds, for one count a method: "2 seeds", "1 to 3 seeds"."""
+    least, most = min(seeds), max(seeds)
+    return f"{least if least == most else f'{least} to {most}'} seed{'s' if most > 1 else ''}"
+
+
+def group_name(rows: pd.DataFrame) -> str:
+    """Return "backbone on dataset" of the rows of one group."""
+    return f"{rows['backbone'].iloc[0]} on {rows['dataset'].iloc[0]}"
+
+
+def _wide(kind: str, rows: pd.DataFrame, decimals: int, comparison: Comparison) -> Wide:
+    across = "exit" if kind == "anytime" else "budget"
+    methods = list(dict.fromkeys(rows["method"]))
+    means = rows.pivot(index="method", columns=across, values="accuracy_mean").loc[methods]
+    sds = rows.pivot(index="method", columns=across, values="accuracy_sd").loc[methods]
+    seeds = {str(method): int(n) for method, n in rows.groupby("method", sort=False)["n"].max().items()}
+    heads, unit = _heads(rows, across, comparison)
+    gaps = comparison.missing
+    gaps = gaps[(gaps["backbone"] == rows["backbone"].iloc[0]) & (gaps["dataset"] == rows["dataset"].iloc[0])]
+    missing = {str(method): int(n) for method, n in gaps["method"].value_counts(sort=False).items()}
+    cells = _cells(means, sds, decimals)
+    for name in missing:  # a method of which nothing is there has its row, too
+        cells.setdefault(name, [Cell(MISSING, "", best=False)] * len(heads))
+        seeds.setdefault(name, 0)
+    over = f", mean ± sd over {seed_count(seeds.values())}" if max(seeds.values()) > 1 else ""
+    what = WHAT[kind].format(cost=COSTS[comparison.options.cost])
+    absent = (
+        f" Missing: {', '.join(f'{name} ({n} of {n + seeds[name]})' for name, n in missing.items())}."
+        if missing
+        else ""
+    )
+    return Wide(
+        kind=kind,
+        group=group_name(rows),
+        caption=f"{what}: {group_name(rows)}{over}. Best of each column in bold.{absent}",
+        heads=heads,
+        cost=COSTS[comparison.options.cost],
+        unit=unit,
+        cells=cells,
+        seeds=seeds,
+        missing=missing,
+    )
+
+
+def _cells(means: pd.DataFrame, sds: pd.DataFrame, decimals: int) -> dict[str, list[Cell]]:
+    """Write each cell; all that read the same as the best of their column are best."""
+
+    def text(value: float, missing: str) -> str:
+        return missing if np.isnan(value) else f"{value:.{decimals}f}"
+
+    best = [text(value, MISSING) for value in means.max(axis=0)]
+    cells: dict[str, list[Cell]] = {}
+    for method, mean, sd in zip(means.index, means.to_numpy(), sds.to_numpy(), strict=True):
+        shown = [text(value, MISSING) for value in mean]
+        spread = [text(value, "") for value in sd]
+        cells[str(method)] = [
+            Cell(m, s, best=m == top != MISSING) for m, s, top in zip(shown, spread, best, strict=True)
+        ]
+    return cells
+
+
+def _heads(rows: pd.DataFrame, across: str, comparison: Comparison) -> tuple[list[tuple[str, str]], str]:
+    cost = comparison.cost_column if across == "exit" else "budget"
+    span = rows.groupby(across)[cost].agg(["min", "max"])
+    values = sorted({*span["min"], *span["max"]})
+    if comparison.options.cost == "latency":
+        unit, written = "ms", [f"{value:.3g}" for value in values]
+    else:
+        unit, written = unit_for(values)[0], write_costs(values)
+    texts = dict(zip(values, written, strict=True))
+    heads = []
+    for k, low, high in span.itertuples():
+        # Methods may widen a network (ISC): then the exit's cost is a range.
+        amount = texts[low] if low == high else f"{texts[low]}–{texts[high]}"
+        heads.append((f"exit {k}" if across == "exit" else "budget", amount))
+    return heads, f" {unit}".rstrip()

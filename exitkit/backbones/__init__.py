@@ -1,1 +1,0 @@
-"""The published networks, one family a file, each built from typed settings."""

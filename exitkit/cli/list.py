@@ -1,0 +1,161 @@
+"""`exitkit list`: methods, backbones, data sets and recipes."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from exitkit.cli.completion import names, one_of
+from exitkit.cli.options import json_option
+from exitkit.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+    from rich.console import Console
+
+    from exitkit.cli.catalogue import Entry
+
+
+def _complete(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Complete the name of an entry of the kind before it."""
+    from exitkit.cli.catalogue import CATALOGUES
+
+    kind = context.params.get("what")
+    return names(kind)(context, parameter, incomplete) if kind in CATALOGUES else []
+
+
+@click.command("list", short_help="Show methods, backbones, data sets and recipes.")
+@click.argument(
+    "what",
+    required=False,
+    metavar="[methods|backbones|datasets|recipes]",
+    shell_complete=one_of("methods", "backbones", "datasets", "recipes"),
+)
+@click.argument("name", required=False, metavar="[NAME]", shell_complete=_complete)
+@json_option("an array of objects, each with its name")
+def list_command(what: str | None, name: str | None, as_json: bool) -> None:
+    """Show what there is, with every field, its default and its meaning; of a preset, what it sets otherwise.
+
+    With a NAME, that one alone, a preset with all its fields.
+
+    \b
+    Examples:
+      exitkit list
+      exitkit list methods
+      exitkit list methods boostnet
+      exitkit list datasets --json
+    """
+    from exitkit.cli.catalogue import CATALOGUES, entries, kind_of
+
+    if what is not None and what not in CATALOGUES:
+        if kind := kind_of(what):
+            raise UserError(f"{what} is one of the {kind}; try: exitkit list {kind} {what}")
+        raise unknown("list", what, CATALOGUES)
+    if what is not None and name is not None:
+        known = {entry["name"]: entry for entry in entries(what)}
+        # Parts of a composition (ge+ofa), and the family of a model of torchvision (torchvision:resnet18).
+        parts = name.split("+") if what == "methods" else [name.partition(":")[0]]
+        for part in parts:
+            if part not in known:
+                raise unknown(_WORDS[what], part, known)
+        if as_json:
+            click.echo(json.dumps([known[part] for part in parts], indent=2))
+        else:
+            from rich.console import Console
+
+            for part in parts:
+                _print_entry(Console(highlight=False), what, known[part])
+    elif as_json:
+        wanted = {kind: entries(kind) for kind in ([what] if what else CATALOGUES)}
+        if what:
+            click.echo(json.dumps(wanted[what], indent=2))
+        else:
+            merged = [{"kind": kind.removesuffix("s"), **entry} for kind, found in wanted.items() for entry in found]
+            click.echo(json.dumps(merged, indent=2))
+    elif what is None:
+        _print_names()
+    else:
+        _print_entries(what)
+
+
+_WORDS = {"methods": "method", "backbones": "backbone", "datasets": "data set", "recipes": "recipe"}
+"""What one of each catalogue is called."""
+
+
+def _print_names() -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from exitkit.cli.catalogue import CATALOGUES, entries
+
+    console = Console()
+    for kind in CATALOGUES:
+        table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
+        table.add_column(style="bold cyan", no_wrap=True)
+        table.add_column()
+        for entry in entries(kind):
+            table.add_row(escape(entry["name"]), escape(entry["summary"]))
+        console.print(f"[bold]{kind}[/bold]")
+        console.print(table)
+    console.print(
+        "`exitkit list methods` (backbones, datasets) shows the fields that --set takes, `exitkit list methods NAME` "
+        "those of one",
+        highlight=False,
+        markup=False,
+    )
+
+
+def _print_entries(kind: str) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.padding import Padding
+
+    from exitkit.cli.catalogue import entries, settings_of
+
+    console = Console(highlight=False)
+    found = entries(kind)
+    for entry in found:
+        if entry.get("family"):
+            continue  # a preset stands under its family
+        _print_entry(console, kind, entry)
+        usual = {name: default for name, _, default, _ in settings_of(entry)}
+        for preset in found:
+            if preset.get("family") == entry["name"]:
+                own = ", ".join(f"{name} = {d}" for name, _, d, _ in settings_of(preset) if usual[name] != d)
+                title = f"\n[bold cyan]{escape(preset['name'])}[/]  {escape(preset['summary'])}"
+                console.print(Padding(title, (0, 0, 0, 2)))
+                console.print(Padding(escape(own or "the defaults above"), (0, 0, 0, 6)), style="dim")
+        console.print()
+
+
+def _print_entry(console: Console, kind: str, entry: Entry) -> None:
+    """Print one entry with all its fields."""
+    from rich.markup import escape
+    from rich.padding import Padding
+
+    from exitkit.cli.catalogue import settings_of
+
+    console.print(f"[bold cyan]{escape(entry['name'])}[/]  {escape(entry['summary'])}")
+    for line in _facts(kind, entry):
+        console.print(Padding(escape(line), (0, 0, 0, 2)), style="dim")
+    for name, values, default, meaning in settings_of(entry):
+        console.print(f"  [bold]{escape(name)}[/] = {escape(default)}  [dim]{escape(values)}[/]")
+        console.print(Padding(escape(meaning), (0, 0, 0, 6)))
+
+
+def _facts(kind: str, entry: Entry) -> list[str]:
+    if kind == "methods":
+        return [entry["paper"], f"slots: {', '.join(entry['slots']) or 'none'}"]
+    values = {"datasets": "house", "recipes": "values"}.get(kind)
+    if values is None:
+        return []
+    return [", ".join(f"{key} {_short(value)}" for key, value in entry[values].items() if key != "title" and value)]
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(f"{item:.3g}" if isinstance(item, float) else str(item) for item in value)
+    return str(value)

@@ -1,0 +1,78 @@
+"""Precision: autocast, and the loss scale that fp16 needs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from exitkit.errors import UserError
+
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+"""fp32; tf32 (fp32 with TensorFloat-32 products, CUDA); bf16 and fp16 autocast, the latter with loss scaling."""
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Arithmetic:
+    """The arithmetic of one precision on one type of device.
+
+    Args:
+        precision: see `Precision`.
+        device_type: "cpu", "cuda" or "mps".
+
+    Raises:
+        UserError: tf32 on a device other than CUDA.
+    """
+
+    def __init__(self, precision: Precision, device_type: str) -> None:
+        if precision == "tf32" and device_type != "cuda":
+            raise UserError(
+                f"precision tf32 needs a CUDA device, and this is {device_type}; expected fp32, bf16 or fp16"
+            )
+        self.precision = precision
+        self._device_type = device_type
+        self._scaler = torch.amp.GradScaler(device_type, enabled=precision == "fp16")
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the context that forward passes run in."""
+        if self.precision not in _AUTOCAST:
+            return contextlib.nullcontext()
+        return torch.autocast(self._device_type, dtype=_AUTOCAST[self.precision])
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """Return the loss times the current loss scale (1 unless fp16)."""
+        scaled: Tensor = self._scaler.scale(loss)
+        return scaled
+
+    def unscaled(self, gradient: Tensor) -> Tensor:
+        """Return a gradient of a scaled loss without the scale."""
+        scale = self._scaler.get_scale()
+        return gradient if scale == 1 else gradient / scale
+
+    def rescaled(self, gradient: Tensor) -> Tensor:
+        """Return a gradient with the scale, as `step` expects it."""
+        scale = self._scaler.get_scale()
+        return gradient if scale == 1 else gradient * scale
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Step the optimiser on scaled gradients in place; in fp16 the step is skipped if a gradient overflowed."""
+        self._scaler.step(optimizer)
+        self._scaler.update()
+
+    @property
+    def may_overflow(self) -> bool:
+        """Whether gradients may be infinite because of the loss scale, so that their step is to be skipped."""
+        return self.precision == "fp16"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the loss scale."""
+        state: dict[str, Any] = self._scaler.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the state of the loss scale."""
+        self._scaler.load_state_dict(dict(state))

@@ -1,0 +1,1 @@
+"""Export: a program per stage, the exit policy, and a runner that does not need exitkit."""

@@ -1,0 +1,135 @@
+"""Torchvision's classification networks with exits attached: `torchvision:resnet18`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from exitkit.data.torchvision_import import torchvision
+from exitkit.errors import UserError, unknown
+from exitkit.networks.attach.exits import attach_exits
+from exitkit.networks.cascade import MultiExitNetwork
+from exitkit.networks.families.base import IMAGENET, Backbone, Home
+from exitkit.plugins import setting
+
+SHARES = (0.25, 0.5, 0.75)
+"""Where exits stand when nothing says otherwise: shares of the multiply-adds."""
+
+
+@dataclass(frozen=True)
+class TorchvisionModel(Backbone):
+    """Any torchvision classifier with exits at named points or at shares of its cost."""
+
+    home: ClassVar[Home] = IMAGENET
+    named_by: ClassVar[str] = "model"
+
+    model: str = setting("resnet18", "torchvision's name of the network")
+    exits: tuple[str, ...] | None = setting(None, "points that bear exits, such as layer1,layer2; none: by fractions")
+    fractions: tuple[float, ...] | None = setting(
+        None, "shares of the cost; none: 0.25,0.5,0.75, unless exits are given"
+    )
+    weights: str | None = setting(
+        None, "pretrained weights, such as DEFAULT; for other than their 1000 classes the last layer starts anew"
+    )
+
+    def __post_init__(self) -> None:
+        if self.exits is not None and self.fractions is not None:
+            raise UserError("exits and fractions both say where the exits stand; give one of them (the other is none)")
+        known = _names()
+        if self.model not in known:
+            raise unknown("torchvision model", self.model, known)
+        if self.weights is not None:
+            choices = [*torchvision("models").get_model_weights(self.model).__members__, "DEFAULT"]
+            if self.weights not in choices:
+                raise unknown(f"weights of {self.model}", self.weights, set(choices))
+
+    def build(self, input_shape: tuple[int, int, int], num_classes: int) -> MultiExitNetwork:
+        """Build it; see `Backbone.build`. Images of one channel are shown to all three of the network's."""
+        channels, *size = input_shape
+        if channels not in (1, 3):
+            raise UserError(f"torchvision's networks read 3 channels, or 1 repeated; the images have {channels}")
+        sizes = self._sizes(size[0], size[1])
+        model = self._fresh(num_classes, sizes) if self.weights is None else self._pretrained(num_classes, sizes)
+        fractions = SHARES if self.exits is None and self.fractions is None else self.fractions
+        network = attach_exits(model, self.exits, fractions, input_shape=(3, size[0], size[1]))
+        network.family, network.input_shape = "torchvision", input_shape
+        if channels == 1:
+            _repeat_channels(network.stages[0])
+        return network
+
+    def _sizes(self, height: int, width: int) -> dict[str, Any]:
+        """Return the arguments of networks that are made for one size of images."""
+        if self.model.startswith("maxvit"):
+            return {"input_size": (height, width)}
+        if not self.model.startswith("vit_"):
+            return {}
+        patch = int(self.model.rsplit("_", 1)[1])
+        if height != width or height % patch:
+            raise UserError(
+                f"{self.model} cuts images into patches of {patch}x{patch} and takes square ones; expected a side that "
+                f"is a multiple of {patch}, the images are {height}x{width}"
+            )
+        return {"image_size": height}
+
+    def _fresh(self, num_classes: int, sizes: dict[str, Any]) -> nn.Module:
+        # Their auxiliary classifiers run in training only; without a choice the two warn about their initialisation.
+        auxiliary = {"aux_logits": False, "init_weights": True} if self.model in ("googlenet", "inception_v3") else {}
+        return self._make(num_classes=num_classes, **sizes, **auxiliary)
+
+    def _pretrained(self, num_classes: int, sizes: dict[str, Any]) -> nn.Module:
+        weights = torchvision("models").get_model_weights(self.model)[self.weights]
+        published = len(weights.meta["categories"])
+        model = self._make(weights=weights, **sizes)
+        if num_classes != published:
+            _renew_classifier(model, published, num_classes)
+        return model
+
+    def _make(self, **arguments: Any) -> nn.Module:
+        make = torchvision("models").get_model
+        device = torch.get_default_device()
+        try:
+            try:
+                made: nn.Module = make(self.model, **arguments)
+            except NotImplementedError:  # RegNet computes its widths by tensors, which need storage
+                with torch.device("cpu"):
+                    made = make(self.model, **arguments)
+        except OSError as error:  # also what a failed download raises
+            reason = " ".join(str(error).split())
+            raise UserError(f"the weights {self.weights} of {self.model} can't be had ({reason})") from error
+        except (ValueError, AssertionError) as error:
+            raise UserError(f"torchvision makes no such {self.model} ({' '.join(str(error).split())})") from error
+        return made.to(device)
+
+
+def _names() -> list[str]:
+    models = torchvision("models")
+    names: list[str] = models.list_models(module=models)
+    return names
+
+
+def _renew_classifier(model: nn.Module, published: int, num_classes: int) -> None:
+    """Replace the last layer that gives one number a class by a fresh one for other classes."""
+    layers = {name: each for name, each in model.named_modules() if isinstance(each, nn.Linear | nn.Conv2d)}
+    name = [name for name, each in layers.items() if each.weight.shape[0] == published][-1]
+    old = layers[name]
+    new: nn.Module
+    if isinstance(old, nn.Linear):
+        new = nn.Linear(old.in_features, num_classes, bias=old.bias is not None)
+    else:  # SqueezeNet's
+        new = nn.Conv2d(old.in_channels, num_classes, old.kernel_size)  # type: ignore[arg-type]
+    model.set_submodule(name, new)
+
+
+def _repeat_channels(stage: nn.Module) -> None:
+    """Let a stage of three channels read images of one; nothing of it gets another name."""
+    assert isinstance(stage, torch.fx.GraphModule)
+    images = next(iter(stage.graph.nodes))
+    readers = list(images.users)
+    with stage.graph.inserting_after(images):
+        repeated = stage.graph.call_method("expand", (images, -1, 3, -1, -1))
+    for reader in readers:
+        reader.replace_input_with(images, repeated)
+    stage.recompile()

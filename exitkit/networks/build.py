@@ -1,0 +1,46 @@
+"""Networks made from the names of their backbones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from exitkit import plugins
+from exitkit.errors import UserError
+from exitkit.networks.cascade import MultiExitNetwork
+from exitkit.networks.families.base import Backbone, home
+
+_TOO_LARGE = ("allocate memory", "Overflow", "out of memory", "Storage size calculation overflowed")
+"""What torch says of sizes that no machine, or not this one, has room for."""
+
+
+def build_network(
+    name: str,
+    *,
+    num_classes: int | None = None,
+    input_shape: tuple[int, int, int] | None = None,
+    **settings: Any,
+) -> MultiExitNetwork:
+    """Build a network by the name of its backbone.
+
+    Args:
+        name: a backbone or preset, as `exitkit list backbones` shows them.
+        num_classes: width of the logits; by default what the preset was published for.
+        input_shape: (channels, height, width) of the images; by default what the preset was published for.
+        settings: any fields of the backbone.
+
+    Raises:
+        UserError: unknown name or field, or settings that make no network.
+    """
+    backbone: Backbone = plugins.configure("backbone", name, settings)
+    home_shape, home_classes = home(plugins.load("backbone", name))
+    classes = home_classes if num_classes is None else num_classes
+    if classes < 2:
+        raise UserError(f"num_classes is {classes}; expected at least 2")
+    try:
+        return backbone.build(input_shape or home_shape, classes)
+    except (MemoryError, RuntimeError, TypeError) as error:
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in _TOO_LARGE):
+            raise
+        raise UserError(
+            f"backbone {name} does not fit into memory with these settings; expected smaller ones"
+        ) from None

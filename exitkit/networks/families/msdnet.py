@@ -1,0 +1,284 @@
+"""MSDNet: dense layers at several scales at once, every exit reading the coarsest.
+
+Paper: Huang et al., Multi-Scale Dense Networks for Resource Efficient Image Classification, ICLR 2018, figure 2.
+The scales run fine -> coarse; every layer adds `growth` channels (times the scale's factor) to each scale that is
+still alive, from the same scale and from the next finer one. Scales are dropped along the depth, finest first, with a
+1x1 convolution that halves the width after each drop.
+
+Initialisation: the released code's He rule never reaches a layer (it visits containers only), so that all published
+numbers come from PyTorch's defaults, as ours do unless `init` says `he`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from exitkit.errors import UserError
+from exitkit.networks.cascade import Head, MultiExitNetwork
+from exitkit.networks.families.base import IMAGENET, Backbone, preset
+from exitkit.networks.families.layers import (
+    HEAD,
+    INIT,
+    STEM,
+    HeadForm,
+    Init,
+    Stem,
+    conv_bn_relu,
+    first_layer,
+    he_init,
+    make_head,
+    unit,
+)
+from exitkit.plugins import setting
+
+Scales = list[Tensor]
+"""The tensors of the scales still alive, fine -> coarse."""
+
+
+class MultiScaleStem(nn.Module):
+    """The first tensor of every scale, each from the next finer one. image -> scales."""
+
+    def __init__(self, channels: int, widths: list[int], stem: Stem) -> None:
+        super().__init__()
+        first = first_layer(channels, widths[0], stem)
+        rest = [conv_bn_relu(finer, coarser, 3, 2) for finer, coarser in pairwise(widths)]
+        self.scales = nn.ModuleList([first, *rest])
+
+    def forward(self, x: Tensor) -> Scales:
+        """Return the first tensors of all scales."""
+        scales = []
+        for scale in self.scales:
+            x = scale(x)
+            scales.append(x)
+        return scales
+
+
+class Layer(nn.Module):
+    """One dense layer. scales -> scales, each wider by what the layer grew; the finest may be dropped.
+
+    Args:
+        same: for each surviving scale, the unit that reads the scale itself.
+        down: for each, the stride-2 unit that reads the next finer scale (None: there is none).
+        dropped: how many of the finest scales end here.
+    """
+
+    def __init__(self, same: list[nn.Module], down: list[nn.Module | None], dropped: int) -> None:
+        super().__init__()
+        self.same = nn.ModuleList(same)
+        self.down = nn.ModuleList([nn.Identity() if each is None else each for each in down])
+        self.has_down = [each is not None for each in down]
+        self.dropped = dropped
+
+    def forward(self, x: Scales) -> Scales:
+        """Return the surviving scales, grown."""
+        grown = []
+        for index, (same, down) in enumerate(zip(self.same, self.down, strict=True)):
+            at = index + self.dropped
+            parts = [x[at], down(x[at - 1]), same(x[at])] if self.has_down[index] else [x[at], same(x[at])]
+            grown.append(torch.cat(parts, 1))
+        return grown
+
+
+class Transition(nn.Module):
+    """A 1x1 convolution a scale that makes it narrower. scales -> scales."""
+
+    def __init__(self, pairs: list[tuple[int, int]]) -> None:
+        super().__init__()
+        self.scales = nn.ModuleList([conv_bn_relu(wide, narrow, 1) for wide, narrow in pairs])
+
+    def forward(self, x: Scales) -> Scales:
+        """Return the scales, narrowed."""
+        return [scale(tensor) for scale, tensor in zip(self.scales, x, strict=True)]
+
+
+class MSDNetwork(MultiExitNetwork):
+    """The cascade of an MSDNet: its state is the list of the scales still alive, its heads read the coarsest."""
+
+    def view(self, state: Any) -> Tensor:
+        """Return the coarsest scale; the image itself is not a state of ours."""
+        tensor: Tensor = state[-1]
+        return tensor
+
+    def with_view(self, state: Any, tensor: Tensor) -> Scales:
+        """Return the scales with the coarsest replaced."""
+        return [*state[:-1], tensor]
+
+
+@dataclass(frozen=True)
+class MSDNet(Backbone):
+    """MSDNet, any number of exits and scales (Huang et al., ICLR 2018)."""
+
+    blocks: int = setting(7, "exits")
+    base: int = setting(4, "layers before the first exit")
+    step: int = setting(2, "layers between exits")
+    step_mode: Literal["even", "lin_grow"] = setting("even", "step layers each time, or step*i + 1 before exit i")
+    channels: int = setting(16, "width unit of the stem")
+    growth: int = setting(6, "width unit that a layer adds")
+    growth_factors: tuple[int, ...] = setting((1, 2, 4), "multiple of the width units at each scale, fine to coarse")
+    bottleneck_factors: tuple[int, ...] = setting((1, 2, 4), "width of the 1x1 bottlenecks at each scale")
+    bottleneck: bool = setting(True, "use 1x1 bottlenecks")
+    prune: Literal["max", "min"] = setting("max", "scales are dropped evenly along the depth, or only at its end")
+    reduction: float = setting(0.5, "what a transition leaves of the width (0: no transitions)")
+    stem: Stem = setting("small", STEM)
+    head: HeadForm = setting("conv128", HEAD)
+    init: Init = setting("released", INIT)
+
+    def __post_init__(self) -> None:
+        for name in ("blocks", "base", "step", "channels", "growth"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if len(self.growth_factors) != len(self.bottleneck_factors) or not self.growth_factors:
+            raise UserError(
+                f"growth_factors has {len(self.growth_factors)} scales and bottleneck_factors "
+                f"{len(self.bottleneck_factors)}; expected one factor a scale in each"
+            )
+        if min(*self.growth_factors, *self.bottleneck_factors) < 1:
+            raise UserError("growth_factors and bottleneck_factors are multiples; expected at least 1 each")
+        if not 0 <= self.reduction <= 1:
+            raise UserError(f"reduction is {self.reduction}; expected a share between 0 and 1 (the paper's is 0.5)")
+        odd = [factor for factor in self.growth_factors[1:] if self.growth * factor % 2]
+        if odd:
+            raise UserError(
+                f"growth {self.growth} times the factor {odd[0]} is odd, and a coarser scale grows by two halves; "
+                f"expected an even product, such as growth {self.growth + 1}"
+            )
+
+    @property
+    def stage_lengths(self) -> list[int]:
+        """How many layers each stage has."""
+        between = [self.step if self.step_mode == "even" else self.step * i + 1 for i in range(1, self.blocks)]
+        return [self.base, *between]
+
+    def build(self, input_shape: tuple[int, int, int], num_classes: int) -> MultiExitNetwork:
+        """Build it; see `Backbone.build`."""
+        self._check_size(input_shape)
+        factors = self.growth_factors
+        layers = self._layers()
+        stages: list[nn.Module] = []
+        heads: list[Head] = []
+        for length in self.stage_lengths:
+            modules: list[nn.Module] = []
+            if not stages:
+                stem_widths = [self.channels * factor for factor in factors]
+                modules.append(MultiScaleStem(input_shape[0], stem_widths, self.stem))
+            for _ in range(length):
+                built, width = next(layers)
+                modules += built
+            stages.append(nn.Sequential(*modules))
+            heads.append(make_head(width * factors[-1], num_classes, self.head))
+        network = MSDNetwork(stages, heads, input_shape, num_classes, family="msdnet")
+        return network.apply(he_init) if self.init == "he" else network
+
+    def _check_size(self, input_shape: tuple[int, int, int]) -> None:
+        reduction = 2 ** (len(self.growth_factors) - 1) * (4 if self.stem == "large" else 1)
+        if min(input_shape[1:]) < reduction:
+            raise UserError(
+                f"images of {input_shape[1]}x{input_shape[2]} are too small for {len(self.growth_factors)} scales; "
+                f"expected at least {reduction}x{reduction}, or fewer scales"
+            )
+
+    def _alive(self, layer: int) -> tuple[int, int]:
+        """Return how many scales layer `layer` (from 1) reads and how many it leaves."""
+        total, scales = sum(self.stage_lengths), len(self.growth_factors)
+        if self.prune == "min":
+            return min(scales, total - layer + 2), min(scales, total - layer + 1)
+        interval = math.ceil(total / scales)
+        return scales - max(0, layer - 2) // interval, scales - (layer - 1) // interval
+
+    def _narrows(self, layer: int) -> bool:
+        """Whether a transition follows layer `layer`."""
+        total = sum(self.stage_lengths)
+        alive_in, alive_out = self._alive(layer)
+        dropping = alive_in > alive_out if self.prune == "max" else layer in (total // 3, 2 * total // 3)
+        return self.reduction > 0 and dropping
+
+    def _layers(self) -> Iterator[tuple[list[nn.Module], int]]:
+        """Yield the modules of each layer (with its transition, if one follows) and the width unit behind it."""
+        width = self.channels
+        for number in range(1, sum(self.stage_lengths) + 1):
+            modules: list[nn.Module] = [self._layer(width, *self._alive(number))]
+            width += self.growth
+            if self._narrows(number):
+                narrow = math.floor(self.reduction * width)
+                if narrow < 1:
+                    raise UserError(f"reduction {self.reduction} leaves no channels of {width}; expected more")
+                alive = self.growth_factors[-self._alive(number)[1] :]
+                modules.append(Transition([(width * factor, narrow * factor) for factor in alive]))
+                width = narrow
+            yield modules, width
+
+    def _layer(self, width: int, alive_in: int, alive_out: int) -> Layer:
+        factors = self.growth_factors
+        scales = len(factors)
+        same: list[nn.Module] = []
+        down: list[nn.Module | None] = []
+        for scale in range(scales - alive_out, scales):
+            squeeze = self.bottleneck_factors[scale] if self.bottleneck else None
+            grown = self.growth * factors[scale]
+            if scale == scales - alive_out and alive_in == alive_out:
+                down.append(None)
+            else:
+                finer = self.bottleneck_factors[scale - 1] if self.bottleneck else None
+                grown //= 2
+                down.append(unit(width * factors[scale - 1], grown, 2, finer))
+            same.append(unit(width * factors[scale], grown, 1, squeeze))
+        return Layer(same, down, alive_in - alive_out)
+
+
+preset(
+    MSDNet,
+    "msdnet-tiny",
+    "4 exits, 4,330 parameters: for the default data (ours, in no paper)",
+    ((1, 16, 16), 10),
+    blocks=4,
+    base=1,
+    step=1,
+    channels=2,
+    growth=4,
+    growth_factors=(1, 1, 2),
+    bottleneck_factors=(1, 1, 2),
+    head="pool",
+)
+preset(MSDNet, "msdnet-cifar-k7", "7 exits, base 4, step 2, growth 6 (the released MSDNet code's anytime network)")
+preset(MSDNet, "msdnet-cifar-k10", "10 exits, base 4, step 2, growth 6 (BoostNet table 1)", blocks=10)
+preset(MSDNet, "msdnet-cifar-k7-g16", "7 exits, base 4, step 2, growth 16 (Meta-GF tables 1 and 5)", growth=16)
+for exits, where in (
+    (4, "MSDNet's budgeted-batch family"),
+    (5, "IMTA table 2, L2W-DEN"),
+    (6, "MSDNet's budgeted-batch family"),
+    (7, "IMTA table 1"),
+    (8, "MSDNet's budgeted-batch family"),
+):
+    doc = f"{exits} exits, 1, 2, ... {exits} layers between them ({where})"
+    preset(MSDNet, f"msdnet-cifar-lg{exits}", doc, blocks=exits, base=1, step=1, step_mode="lin_grow")
+for base in (4, 8, 12):
+    doc = f"6 exits, base {base}, step 2 (BoostNet figure 4)"
+    preset(MSDNet, f"msdnet-cifar-k6-b{base}", doc, blocks=6, base=base)
+for step, where in (
+    (4, "IMTA table 3, Meta-GF table 2, L2W-DEN"),
+    (5, "IMTA's scripts"),
+    (6, "IMTA's scripts, L2W-DEN"),
+    (7, "BoostNet table 2, L2W-DEN"),
+):
+    preset(
+        MSDNet,
+        f"msdnet-imagenet-s{step}",
+        f"ImageNet, 5 exits, {step} layers each ({where})",
+        IMAGENET,
+        blocks=5,
+        base=step,
+        step=step,
+        channels=32,
+        growth=16,
+        growth_factors=(1, 2, 4, 4),
+        bottleneck_factors=(1, 2, 4, 4),
+        stem="large",
+        head="conv",
+    )

@@ -1,0 +1,1 @@
+"""The authors' released weights, and how their files name the tensors."""

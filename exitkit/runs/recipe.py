@@ -1,0 +1,219 @@
+"""A recipe: the values that a run is made from, and its identity.
+
+Two runs of one resolved recipe, on one machine, are the same to the bit. `exitkit.runs.job` resolves recipes, and makes
+the data set, the network and the strategy of one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from exitkit import plugins
+from exitkit.errors import UserError, unknown
+
+# Where a run happens is not part of what it is: it can be resumed on another device, from another data folder.
+EXECUTION = frozenset({"device", "threads", "data_dir", "download", "init_from", "tensorboard", "compile"})
+_TRUTHS = ("download", "tensorboard", "compile")
+_KINDS = ("method", "backbone", "dataset")
+
+
+class Recipe(BaseModel):
+    """What to train, on what, and how. Values left out come from the data set's house recipe (see `resolve`)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    method: str = Field("joint", description="a training method, or several as a+b")
+    backbone: str | None = Field(None, description="a backbone or preset")
+    dataset: str = Field("digits", description="a data set")
+    method_settings: dict[str, Any] = Field({}, description="fields of the method")
+    backbone_settings: dict[str, Any] = Field({}, description="fields of the backbone")
+    dataset_settings: dict[str, Any] = Field({}, description="fields of the data set")
+    init_from: str | None = Field(None, description="a finished run, or a weights file, to start from")
+    init_weights: str | None = Field(None, description="digest of those weights; filled in")
+    ingredients: dict[str, str] = Field({}, description="digests of other runs that the method reads; filled in")
+    seed: int = Field(0, ge=0, description="seed of weights, order and augmentation (not of the split)")
+    epochs: int | None = Field(None, ge=1, description="epochs of the first phase")
+    batch_size: int | None = Field(None, ge=2, description="images a step, over all ranks")
+    lr: float | None = Field(None, gt=0, description="learning rate at the start (SGD)")
+    schedule: Literal["cosine", "step", "constant"] | None = Field(None, description="how the rate falls")
+    milestones: tuple[float, ...] | None = Field(None, description="shares of the schedule at which `step` drops")
+    decay: float = Field(0.1, gt=0, lt=1, description="factor of each such drop")
+    momentum: float = Field(0.9, ge=0, lt=1, description="SGD momentum")
+    weight_decay: float | None = Field(None, ge=0, description="SGD weight decay, of every parameter")
+    probe_every: int | None = Field(None, ge=1, description="epochs between two looks at a fixed batch, for diagnose")
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = Field("fp32", description="arithmetic of training")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
+    threads: int = Field(1, ge=1, le=1024, description="CPU threads a process")
+    compile: bool = Field(False, description="compile the network's stages and heads (torch.compile)")
+    data_dir: str | None = Field(None, min_length=1, description="where the images lie")
+    download: bool = Field(True, description="fetch images that are not there, where torchvision can")
+    tensorboard: bool = Field(False, description="also write a TensorBoard log into the run's folder")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, values: Any) -> Any:
+        bad = [key for key in values if key not in cls.model_fields] if isinstance(values, Mapping) else []
+        if bad:
+            raise UserError("; ".join(str(unknown("key of a recipe", key, cls.model_fields)) for key in bad))
+        numbers = {key: value for key, value in values.items() if key not in _TRUTHS}
+        truths = [f"{key} is {value}" for key, value in numbers.items() if isinstance(value, bool)]
+        if truths:
+            raise UserError(f"{'; '.join(truths)}; expected a number or a name")
+        return values
+
+    @model_validator(mode="after")
+    def _milestones_ascend(self) -> Self:
+        marks = self.milestones or ()
+        if any(not 0 < mark < 1 for mark in marks) or list(marks) != sorted(set(marks)):
+            raise ValueError("milestones have to be ascending shares of the schedule, between 0 and 1")
+        return self
+
+    @classmethod
+    def make(cls, **values: Any) -> Self:
+        """Make a recipe from values, with one clear line about all that are wrong.
+
+        Raises:
+            UserError: unknown keys (the nearest are given) or impossible values.
+        """
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise UserError("; ".join(_explain(item) for item in error.errors())) from None
+
+    @classmethod
+    def read(cls, path: str | Path) -> dict[str, Any]:
+        """Read the values of a recipe file, TOML or JSON (a run's own `recipe.json` is one).
+
+        Raises:
+            UserError: no such file, or one that is not TOML or JSON.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+            values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        except OSError as error:
+            raise UserError(f"recipe {path} can't be read: {error.strerror}") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"recipe {path} is not valid {path.suffix.lstrip('.') or 'TOML'}: {error}") from None
+        if not isinstance(values, dict):
+            raise UserError(f"recipe {path} holds a {type(values).__name__}; expected a table of keys")
+        return values
+
+    def with_values(self, **values: Any) -> Self:
+        """Return this recipe with some values replaced, checked again."""
+        return self.make(**(self.model_dump() | values))
+
+    def with_settings(self, pairs: Mapping[str, Any]) -> Self:
+        """Return this recipe with fields of method, backbone or data set set by name.
+
+        Args:
+            pairs: {field: value}; a field that two of them have is named `method.field`, `backbone.field` or
+                `dataset.field`.
+
+        Raises:
+            UserError: a field that none of them has (the nearest are given), or several.
+        """
+        known = self._fields()
+        changed: dict[str, dict[str, Any]] = {kind: dict(getattr(self, f"{kind}_settings")) for kind in _KINDS}
+        for key, value in pairs.items():
+            prefix, _, rest = key.partition(".")
+            kinds = [prefix] if prefix in _KINDS and rest in known[prefix] else [k for k in _KINDS if key in known[k]]
+            field = rest if kinds == [prefix] else key
+            if not kinds:
+                where = f"the {prefix}" if prefix in _KINDS else f"{self.method}, {self._backbone()} or {self.dataset}"
+                there = known[prefix] if prefix in _KINDS else set().union(*known.values())
+                if key in type(self).model_fields:
+                    raise UserError(f"{key} is a key of a recipe, no field; put {key} = ... into a file for --recipe")
+                raise unknown(f"field of {where}", rest if prefix in _KINDS else key, there)
+            if len(kinds) > 1:
+                raise UserError(
+                    f"{' and '.join(kinds)} have a field {key!r}; say {' or '.join(f'{k}.{key}' for k in kinds)}"
+                )
+            changed[kinds[0]][field] = value
+        return self.with_values(**{f"{kind}_settings": changed[kind] for kind in _KINDS})
+
+    def settable(self) -> set[str]:
+        """Return every name that `with_settings` takes."""
+        known = self._fields()
+        return set().union(*known.values()) | {f"{kind}.{field}" for kind in _KINDS for field in known[kind]}
+
+    def _backbone(self) -> str:
+        return self.backbone or str(plugins.underlying(plugins.load("dataset", self.dataset)).house["backbone"])
+
+    def _fields(self) -> dict[str, set[str]]:
+        """Return the fields of method, backbone and data set by kind; those of a method's parts also with a prefix."""
+
+        def names(kind: str, name: str) -> set[str]:
+            return set(plugins.fields(plugins.load(kind, name)))
+
+        parts = {part: names("method", part) for part in plugins.method_parts(self.method)}
+        prefixed = {f"{part}.{field}" for part, fields in parts.items() for field in fields}
+        return {
+            "method": set().union(*parts.values()) | prefixed,
+            "backbone": names("backbone", self._backbone()),
+            "dataset": names("dataset", self.dataset),
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """Return what makes this run this run: all but where and how it is carried out. Meant for a resolved recipe.
+
+        A plugin that is not installed counts as one whose settings all matter.
+        """
+        identity = {key: value for key, value in self.model_dump(mode="json").items() if key not in EXECUTION}
+        if not self.ingredients:
+            del identity["ingredients"]  # most runs read no other, and those made before had no such key
+        for kind, name in (("method", self.method), ("backbone", self._backbone()), ("dataset", self.dataset)):
+            parts = name.split("+") if kind == "method" else [name]
+            ignored = {
+                key
+                for part in parts
+                for field in plugins.execution_fields(kind, part)
+                for key in (field, f"{part}.{field}")
+            }
+            settings = identity[f"{kind}_settings"]
+            identity[f"{kind}_settings"] = {key: value for key, value in settings.items() if key not in ignored}
+        return identity
+
+    @property
+    def id(self) -> str:
+        """A folder name: readable, and different for every difference in `identity`."""
+        digest = hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:8]
+        name = "-".join([self.method, self.backbone or "", self.dataset, f"s{self.seed}", digest])
+        return re.sub(r"[^A-Za-z0-9.+_-]", "-", name)
+
+
+class ResolvedRecipe(Recipe):
+    """A recipe in which every value is set: what a run's `recipe.json` holds."""
+
+    backbone: str
+    epochs: int = Field(ge=1)
+    batch_size: int = Field(ge=2)
+    lr: float = Field(gt=0)
+    schedule: Literal["cosine", "step", "constant"]
+    milestones: tuple[float, ...] = ()
+    weight_decay: float = Field(ge=0)
+
+
+def flat_identity(recipe: Recipe) -> dict[str, str]:
+    """Return the identity of a resolved recipe, flat; see `RunFolder.identity`."""
+    flat: dict[str, str] = {}
+    for key, value in recipe.identity().items():
+        if isinstance(value, Mapping):
+            flat.update({f"{key.removesuffix('_settings')}.{name}": json.dumps(item) for name, item in value.items()})
+        else:
+            flat[key] = json.dumps(value)
+    return flat
+
+
+def _explain(item: Mapping[str, Any]) -> str:
+    where = ".".join(str(part) for part in item["loc"])
+    message = str(item["msg"]).removeprefix("Value error, ").replace("Input should be", "expected")
+    return f"{where} is {item['input']!r}; {message}" if where else message

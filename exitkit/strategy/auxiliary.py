@@ -1,0 +1,58 @@
+"""Side networks: what a method trains besides the network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from exitkit.data.base import Batch
+from exitkit.engine.engine import Engine
+
+
+class Gradients(Protocol):
+    """What a side network needs of its run; see `Run.gradients`."""
+
+    def gradients(self, loss: Tensor, tensors: Sequence[Tensor], batch: Batch | None = None) -> list[Tensor | None]:
+        """Return the gradient of a mean over the local batch, averaged over the ranks."""
+
+
+class Auxiliary:
+    """A side network (or a few free parameters) with its own optimiser, averaged over the ranks like the network.
+
+    Attributes:
+        module: the side network.
+        optimizer: its optimiser.
+    """
+
+    def __init__(self, run: Gradients, engine: Engine, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._run, self._engine = run, engine
+        self.module = module
+        self.optimizer = optimizer
+
+    def step(self, loss: Tensor, batch: Batch | None = None) -> None:
+        """Make one step of the side network's optimiser.
+
+        Args:
+            loss: a mean over the local batch.
+            batch: the batch that it is a mean over; by default that of the current step.
+        """
+        parameters = list(self.module.parameters())
+        gradients = self._run.gradients(loss, parameters, batch)
+        # The network's loss scale may be too large for this loss: such a step is skipped, as the network's is.
+        if self._engine.arithmetic.may_overflow and not all(g is None or g.isfinite().all() for g in gradients):
+            return
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        self.optimizer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states of module and optimiser."""
+        return {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore both states."""
+        self.module.load_state_dict(state["module"])
+        self.optimizer.load_state_dict(state["optimizer"])

@@ -1,0 +1,12 @@
+"""Training: phases, epochs, checkpoints and resuming; what is recorded meanwhile; runs in a loop of one's own."""
+
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    if name != "train":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # Imported when used: commands that only read progress files must not load torch.
+    from exitkit.training.loop import train
+
+    return train

@@ -1,0 +1,144 @@
+"""The batches of an epoch: their order, the learning rate, and each rank's part of them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from exitkit.data.base import Data
+from exitkit.engine.engine import Engine
+from exitkit.engine.randomness import derive, generator
+from exitkit.errors import UserError
+from exitkit.runs.recipe import ResolvedRecipe
+from exitkit.strategy.base import Phase
+from exitkit.strategy.batch import LocalBatch
+from exitkit.strategy.position import Position
+from exitkit.strategy.run import Run
+from exitkit.training.progress import Progress, Report
+
+_REPORT_INTERVAL = 0.2  # seconds
+
+
+def learning_rate(recipe: ResolvedRecipe, at: Position) -> float:
+    """Return the learning rate: cosine falls with every step, `step` at the first epoch past each milestone."""
+    if recipe.schedule == "cosine":
+        return recipe.lr * 0.5 * (1 + math.cos(math.pi * at.fraction))
+    passed = sum(at.epoch / at.epochs >= milestone for milestone in recipe.milestones)
+    return recipe.lr * recipe.decay**passed
+
+
+class EpochBatches:
+    """The batches of one epoch; iterating again is another pass over the same batches in the same order.
+
+    Every batch moves the run's position, sets the learning rate and seeds the process's randomness (dropout), all as
+    functions of the position alone.
+
+    Args:
+        run: the phase that trains on them.
+        data: where the images come from.
+        recipe: the resolved recipe.
+        engine: whose share of each batch this is.
+        phase: the phase, for progress.
+        done: the share of the whole schedule before this phase, and the share of this phase.
+        report: called with the progress, a few times per second.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        data: Data,
+        recipe: ResolvedRecipe,
+        engine: Engine,
+        phase: Phase,
+        done: tuple[float, float],
+        report: Report,
+    ) -> None:
+        self._run, self._data, self._recipe, self._engine = run, data, recipe, engine
+        self._phase, self._done, self._report = phase, done, report
+        self._reported = 0.0
+
+    def __len__(self) -> int:
+        return len(self._positions())
+
+    def _positions(self) -> list[tuple[Tensor, int, int]]:
+        """Return this rank's part of every batch: positions in the training part, and start and size in the batch."""
+        recipe, ranks, at = self._recipe, self._engine.ranks, self._run.position
+        count = len(self._data.split.train)
+        order = torch.randperm(count, generator=generator(recipe.seed, "order", at.phase, at.epoch))
+        # A last batch of a single image has no batch statistics, and one of fewer than ranks leaves some without any.
+        whole = [batch for batch in order.split(recipe.batch_size) if len(batch) >= max(2, ranks.world)]
+        parts = []
+        for batch in whole:
+            shares = batch.tensor_split(ranks.world)
+            start = sum(len(share) for share in shares[: ranks.rank])
+            parts.append((shares[ranks.rank], start, len(batch)))
+        return parts
+
+    def __iter__(self) -> Iterator[LocalBatch]:
+        run, recipe, engine, at = self._run, self._recipe, self._engine, self._run.position
+        parts = self._positions()
+        at.steps, at.abreast = len(parts), 1
+        run.meter.reset()
+        seed = derive(recipe.seed, "augment", at.phase, at.epoch)
+        began = time.perf_counter()
+        positions = [part[0] for part in parts]
+        for step, batch in enumerate(self._data.batches("train", positions, augment=True, seed=seed)):
+            at.step = step
+            for group in run.optimizer.param_groups:
+                group["lr"] = learning_rate(recipe, at)
+            torch.manual_seed(derive(recipe.seed, "noise", at.phase, at.epoch, step, engine.ranks.rank))
+            images, labels = engine.placement.images(batch.images), engine.placement.labels(batch.labels)
+            run.batch = LocalBatch.make(images, labels, *parts[step][1:], engine.ranks.world)
+            yield run.batch
+            self._report_progress(at.abreast * (step + 1) / (time.perf_counter() - began))
+        run.batch = None
+        at.passes += at.abreast
+
+    def _report_progress(self, rate: float) -> None:
+        now = time.perf_counter()
+        if now - self._reported < _REPORT_INTERVAL:
+            return
+        self._reported = now
+        at = self._run.position
+        passes = self._phase.strategy.passes(self._run.network.num_exits)
+        within = min((at.passes + at.abreast * (at.step + 1) / at.steps) / passes, 1.0)
+        self._report(self._progress(at.epoch + 1, at.epoch + within, rate, *self._run.meter.averages()))
+
+    def end(self, epoch: int, seconds: float, losses: list[float], accuracies: list[float]) -> Progress:
+        """Return the progress at the end of epoch `epoch` (from 1).
+
+        Args:
+            epoch: its number.
+            seconds: how long it took.
+            losses, accuracies: of each exit in training; accuracies 0..1.
+        """
+        passes = self._phase.strategy.passes(self._run.network.num_exits)
+        rate = passes * self._run.position.steps / seconds
+        return replace(self._progress(epoch, epoch, rate, losses, accuracies), epoch_done=True)
+
+    def _progress(
+        self, epoch: int, behind: float, rate: float, losses: list[float], accuracies: list[float]
+    ) -> Progress:
+        before, share = self._done
+        epochs = self._run.position.epochs
+        return Progress(self._phase.name, epoch, epochs, before + share * behind / epochs, rate, losses, accuracies)
+
+
+def check_batches(recipe: ResolvedRecipe, data: Data, world: int) -> None:
+    """Check that the data and the ranks can make the recipe's batches.
+
+    Raises:
+        UserError: a batch is larger than the training part, or has fewer than two images per rank.
+    """
+    count = len(data.split.train)
+    if recipe.batch_size > count:
+        raise UserError(
+            f"batch_size is {recipe.batch_size}, larger than the {count} training images; expected at most {count}"
+        )
+    if recipe.batch_size < 2 * world:
+        raise UserError(f"batch_size is {recipe.batch_size} for {world} ranks; expected at least {2 * world}")

@@ -1,0 +1,46 @@
+"""Where a run begins: versions, device and machine, as `environment.json` records them."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from exitkit.engine.engine import Engine
+from exitkit.runs.fingerprints import code_digest
+from exitkit.runs.job import Job, images_digest
+
+
+def environment(job: Job, engine: Engine) -> dict[str, Any]:
+    """Return what `environment.json` holds."""
+    gpu = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else None
+    return {
+        "exitkit": version("exitkit"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "device": str(engine.device),
+        "gpu": gpu,
+        "processor": _processor(),
+        "ranks": engine.ranks.world,
+        "code": code_digest(job.recipe.method),
+        "images": images_digest(job.recipe),
+        "parameters": sum(parameter.numel() for parameter in job.network.parameters()),
+        "input_shape": list(job.data.input_shape),
+        "num_classes": job.data.num_classes,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _processor() -> str:
+    """Return the processor's name, as far as the system knows it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

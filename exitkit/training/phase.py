@@ -1,0 +1,118 @@
+"""The start of a phase: the network adapted, its optimiser, and what its strategy needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from exitkit.engine.engine import Engine
+from exitkit.engine.randomness import derive
+from exitkit.errors import UserError
+from exitkit.networks.cascade import MultiExitNetwork
+from exitkit.networks.compilation import compile_parts
+from exitkit.runs.job import Job
+from exitkit.strategy.base import Phase
+from exitkit.strategy.position import Position
+from exitkit.strategy.run import Run, no_auxiliary
+from exitkit.training.observers import checked_tables
+
+
+@dataclass
+class PhaseSetup:
+    """What the phases of a job share.
+
+    Attributes:
+        job: the job.
+        engine: this process's engine.
+        teachers: the teachers' networks by name.
+        load_auxiliary: loads a side network of another run.
+    """
+
+    job: Job
+    engine: Engine
+    teachers: Mapping[str, MultiExitNetwork] = field(default_factory=dict)
+    load_auxiliary: Callable[[str, str], Mapping[str, Tensor]] = no_auxiliary
+
+    def begin(self, number: int) -> BegunPhase:
+        """Adapt the network for a phase, make its optimiser, and prepare its strategy.
+
+        Args:
+            number: of the phase, from 0; the phases before it have begun already.
+
+        Raises:
+            UserError: the phase has no parameter to train, or its strategy can't train this network.
+        """
+        job, network, phase = self.job, self.job.network, self.job.phases[number]
+        recipe = job.recipe
+        torch.manual_seed(derive(recipe.seed, "adapt", number))
+        parameters = {name for name, _ in network.named_parameters()}
+        modules = {name for name, _ in network.named_modules()}
+        phase.strategy.adapt(network)
+        added = {name for name, _ in network.named_modules()} - modules
+        self.engine.place(network)
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(_trains(phase, name, new=name not in parameters))
+        trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        if not trained:
+            raise UserError(f"phase {phase.name} of method {recipe.method} has no parameter to train")
+        optimizer = torch.optim.SGD(trained, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
+        if recipe.compile:
+            compile_parts(network)
+        position = Position(phase=number, epochs=phase.epochs)
+        run = Run(network, phase.strategy, optimizer, self.engine, recipe.seed, position, self.load_auxiliary)
+        run.teachers = self.teachers
+        torch.manual_seed(derive(recipe.seed, "prepare", number))
+        phase.strategy.prepare(run)
+        _check_tables(run, phase)
+        return BegunPhase(phase, run, added)
+
+
+@dataclass(frozen=True)
+class BegunPhase:
+    """A phase that has begun.
+
+    Attributes:
+        phase: the phase.
+        run: the run that its strategy is handed.
+        added: names of the modules that its `adapt` has put into the network.
+    """
+
+    phase: Phase
+    run: Run
+    added: set[str]
+
+    def train_mode(self) -> None:
+        """Put the network into training mode; frozen batch norm stays in evaluation mode.
+
+        Frozen is what the network had before the phase, unless the phase trains it by its prefix.
+        """
+        network: nn.Module = self.run.network
+        network.train()
+        trained = self.phase.train if isinstance(self.phase.train, tuple) else ()
+        if self.phase.batchnorm == "frozen":
+            for name, module in network.named_modules():
+                if isinstance(module, _BatchNorm) and name not in self.added and not f"{name}.".startswith(trained):
+                    module.eval()
+
+
+def _trains(phase: Phase, name: str, *, new: bool) -> bool:
+    if isinstance(phase.train, tuple):
+        return name.startswith(phase.train)
+    return {"all": True, "new": new, "heads": name.startswith(("heads.", "link."))}[phase.train]
+
+
+def _check_tables(run: Run, phase: Phase) -> None:
+    """Check what the strategy's `learned` returns before hours of training depend on it.
+
+    Raises:
+        UserError: it is no list of tables.
+    """
+    try:
+        tables = phase.strategy.learned(run)
+    except Exception:  # nothing is learned yet; what fails at the end of the phase is told there
+        return
+    checked_tables(phase.strategy, tables)

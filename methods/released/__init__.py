@@ -1,0 +1,1 @@
+"""Variants that reproduce what the authors' released code does otherwise than their papers."""

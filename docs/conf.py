@@ -12,7 +12,7 @@ sys.path.insert(0, str(HERE / "_sphinx"))
 import exitkit  # noqa: E402  after the path
 
 project = "exitkit"
-author = "the exitkit authors"
+author = "the exitkit developers"
 release = version = exitkit.__version__
 
 extensions = [
@@ -55,7 +55,7 @@ add_module_names = False
 nitpick_ignore_regex = [
     ("py:.*", r"(numpy|torch|nn|pd|pandas|matplotlib|collections|pathlib|fractions)\..*|Path|Tensor")
 ]
-# Reports written by commands may link to files that no page is made of; tests/test_docs_site.py follows every link.
+# Reports written by commands may link to files that are no page; tests/docs/test_site.py checks every link.
 suppress_warnings = ["myst.xref_missing", "toc.empty_glob", "toc.not_included", "mystnb.unknown_mime_type"]
 
 html_theme = "furo"
@@ -80,17 +80,17 @@ pygments_dark_style = "monokai"
 EVIDENCE = (
     "performance",
     "robustness",
-    "REPRODUCIBILITY",
+    "reproducibility",
     "results/README",
     "results/*/report",
 )
-"""Pages that commands and measurements write: those that are there stand in the table of contents."""
+"""Pages of measurements and results, for the section "Evidence" of the contents; those that exist are listed."""
 
 
 def _evidence(app: Any, name: str, source: list[str]) -> None:
     if name == "index":
-        there = [path for pattern in EVIDENCE for path in sorted(HERE.glob(f"{pattern}.md"))]
-        names = [path.relative_to(HERE).with_suffix("").as_posix() for path in there]
+        paths = [path for pattern in EVIDENCE for path in sorted(HERE.glob(f"{pattern}.md"))]
+        names = [path.relative_to(HERE).with_suffix("").as_posix() for path in paths]
         source[0] = source[0].replace("EVIDENCE\n", "".join(f"{name}\n" for name in names))
 
 

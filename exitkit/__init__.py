@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
@@ -140,8 +141,6 @@ class _MovedModule(ModuleType):
         for place in () if name.startswith("__") else _MOVED[self.__name__]:
             module = import_module(place)
             if hasattr(module, name):
-                import warnings
-
                 said = f"{self.__name__}.{name} is now {place}.{name}; the old name goes with the next release"
                 warnings.warn(said, DeprecationWarning, stacklevel=2)
                 return getattr(module, name)

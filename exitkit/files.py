@@ -77,6 +77,7 @@ def _claimed(path: Path) -> Iterator[bool]:
     if sys.platform == "win32":
         yield False
         return
+    # Imported when used: Windows has no such module.
     import fcntl
 
     descriptor, mine = -1, False
@@ -177,6 +178,7 @@ def read_json(path: Path) -> Any:
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     """Write a checkpoint whole."""
+    # Imported when used: most files need neither torch nor safetensors.
     import torch
 
     # Through memory: what torch says of a failed write does not tell that the disk is full.
@@ -196,6 +198,7 @@ def load_checkpoint(path: Path, keys: set[str]) -> dict[str, Any]:
     Raises:
         UserError: it is damaged, or no checkpoint of exitkit.
     """
+    # Imported when used: most files need neither torch nor safetensors.
     import torch
 
     try:
@@ -214,6 +217,7 @@ def load_checkpoint(path: Path, keys: set[str]) -> dict[str, Any]:
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], run: str | None = None) -> None:
     """Write tensors by name, whole (safetensors), and the name of the run that they belong to, if to any."""
+    # Imported when used: most files need neither torch nor safetensors.
     from safetensors.torch import save
 
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
@@ -228,6 +232,7 @@ def owner(path: Path) -> str | None:
     Raises:
         UserError: the file is damaged.
     """
+    # Imported when used: most files need neither torch nor safetensors.
     from safetensors import safe_open
 
     def read(path: Path) -> str | None:
@@ -244,6 +249,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: the file is missing or damaged.
     """
+    # Imported when used: most files need neither torch nor safetensors.
     from safetensors.torch import load_file
 
     tensors: dict[str, Tensor] = _safetensors(path, load_file)
@@ -256,6 +262,7 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
     Raises:
         UserError: the file is missing or damaged.
     """
+    # Imported when used: most files need neither torch nor safetensors.
     from safetensors.numpy import load_file
 
     arrays: dict[str, np.ndarray] = _safetensors(path, load_file)

@@ -11,15 +11,15 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-import os
 import re
 import types
 import typing
+import warnings
 from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from exitkit.errors import UserError, unknown
+from exitkit.errors import Note, UserError, unknown
 
 KINDS = {"method": "exitkit.methods", "backbone": "exitkit.backbones", "dataset": "exitkit.datasets"}
 """The kinds of plugin and the entry-point group of each."""
@@ -35,6 +35,7 @@ def setting(
     *,
     variant: Mapping[str, Any] | None = None,
     execution: bool = False,
+    added: bool = False,
     kw_only: bool = False,
 ) -> Any:
     """Declare a field of a plugin.
@@ -44,9 +45,11 @@ def setting(
         meaning: one line for `exitkit list` and the docs.
         variant: the value that each variant ("paper", "released") stands for; see `resolve_variant`.
         kw_only: it is common to a whole kind of plugin, and stands behind each one's own fields.
-        execution: it says how the work is done and changes no result, so that it is no part of what a run is.
+        execution: it says how the work is done and changes no result, so that it is no part of a run's identity.
+        added: it is newer than the plugin, and its default does what runs did before it: then it is no part of their
+            identity.
     """
-    metadata = {"meaning": meaning, "variant": dict(variant or {}), "execution": execution}
+    metadata = {"meaning": meaning, "variant": dict(variant or {}), "execution": execution, "added": added}
     return dataclasses.field(default=default, metadata=metadata, kw_only=kw_only)
 
 
@@ -148,8 +151,8 @@ def presets(kind: str, family: str) -> Mapping[str, Any]:
 
 
 def _find_preset(kind: str, name: str) -> Any:
-    """Return a preset, or None; the family whose name begins alike is loaded first, and often alone."""
-    for family in sorted(registered(kind), key=lambda family: -len(os.path.commonprefix([family, name]))):
+    """Return a preset, or None; a family whose name the preset's begins with is loaded first, and most often alone."""
+    for family in sorted(registered(kind), key=lambda family: not name.startswith(f"{family}-")):
         if name in (known := presets(kind, family)):
             return known[name]
     return None
@@ -160,14 +163,26 @@ def names(kind: str) -> list[str]:
     return sorted({*registered(kind), *(name for family in registered(kind) for name in presets(kind, family))})
 
 
-def execution_fields(kind: str, name: str) -> set[str]:
-    """Return the settings of a plugin that change no result, removed ones included; empty where it is not installed."""
+def identifying(kind: str, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those settings of a plugin that make a run what it is.
+
+    Left out are settings that only say how the work is done, and added ones at their default; settings that an earlier
+    release had come with the value that they would have. So a run keeps its identity from release to release. Of a
+    plugin that is not installed all settings count.
+    """
     try:
         plugin = load(kind, name)
     except UserError:
-        return set()
-    removed: frozenset[str] = getattr(underlying(plugin), "removed", frozenset())
-    return removed | {key for key, field in fields(plugin).items() if field.metadata.get("execution")}
+        return dict(values)
+    known, usual = fields(plugin), defaults(plugin)
+    kept = {
+        key: value
+        for key, value in values.items()
+        if key not in known
+        or not (known[key].metadata.get("execution") or (known[key].metadata.get("added") and value == usual[key]))
+    }
+    removed: Mapping[str, Any] = getattr(underlying(plugin), "removed", {})
+    return {**removed, **kept}
 
 
 def underlying(plugin: Any) -> Any:
@@ -199,10 +214,14 @@ def configure(kind: str, name: str, values: Mapping[str, Any]) -> Any:
 def instantiate(plugin: Any, label: str, values: Mapping[str, Any]) -> Any:
     """Make `plugin` from `values`; strings (from the command line) are read as the field's type.
 
-    Settings that the plugin names in `removed` are ignored: earlier releases had them, and they changed no result.
+    Settings that the plugin names in `removed` are left out: earlier releases had them, and they changed no result.
     """
     known = fields(plugin)
-    removed: frozenset[str] = getattr(underlying(plugin), "removed", frozenset())
+    removed: Mapping[str, Any] = getattr(underlying(plugin), "removed", {})
+    for name in removed.keys() & values.keys():
+        if values[name] != removed[name]:
+            said = f"{name}={values[name]} of {label} no longer exists, and is left out: it changed no result"
+            warnings.warn(Note(said), stacklevel=3)
     values = {name: value for name, value in values.items() if name not in removed}
     for name in values:
         if name not in known:
@@ -222,6 +241,7 @@ def check_value(label: str, kind: Any, value: Any) -> Any:
 
     A string may be a comma- or dash-separated list where a tuple is expected ("1,2,4", "1-2-4").
     """
+    # Imported when used: the command line's help must not load pydantic.
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
     adapter = TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False))

@@ -14,8 +14,9 @@ the direction is, as measured by the tests,
 
 and nashmtl's is as long as `max_norm` allows. `size = "sum"` multiplies the means by K.
 
-What differs from the published code: nothing that torchjd documents, but for PCGrad: ours takes the mean over the exits
-that read a parameter. `variant = "released"` of PCGrad and CAGrad is Meta-GF's form of them (`released/aggregators.py`).
+What differs from the published code: PCGrad here is the mean over the exits that read a parameter; nothing else differs
+beyond what torchjd documents. `variant = "released"` of PCGrad and CAGrad is Meta-GF's form of them
+(`released/aggregators.py`).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Aggregated(TrainingStrategy):
     """A step along the direction that an aggregator makes of the exits' gradients.
 
     Class attributes:
-        is_mean: whether the published direction is a mean of the gradients in size, or a sum.
+        is_mean: whether the direction is as long as a mean of the gradients; False: as a sum.
         make: returns torchjd's aggregator.
     """
 
@@ -47,8 +48,11 @@ class Aggregated(TrainingStrategy):
     is_mean: ClassVar[bool] = True
     make: ClassVar[Callable[[], aggregation.Aggregator]]
 
-    size: Literal["published", "sum"] = setting(
-        "published", "length of the direction: as published, or that of a sum over the exits", kw_only=True
+    size: Literal["default", "sum"] = setting(
+        "default",
+        "length of the direction: the method's own (see its page), or that of a sum over the exits",
+        kw_only=True,
+        added=True,
     )
 
     def aggregator(self, exits: int) -> aggregation.Aggregator:
@@ -228,8 +232,8 @@ GradDrop = wrapped(
     Chen et al., Just Pick a Sign: Optimizing Deep Multitask Models with Gradient Sign Dropout, NeurIPS 2020,
     https://arxiv.org/abs/2010.06808
 
-    d_i = sum of the g_ki of one sign, the positive one with probability 1/2 (1 + sum_k g_ki / sum_k |g_ki|), for each
-    i = 1..D.
+    d [D]: d_i is the sum of the g_ki of one sign, the positive one with probability
+    1/2 (1 + sum_k g_ki / sum_k |g_ki|).
 
     Example:
         >>> exitkit.build_strategy("graddrop", size="sum").scale(readers=4, exits=4)

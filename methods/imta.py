@@ -225,13 +225,17 @@ class IMTA(TrainingStrategy):
         if self.second == "none":
             return [network]
         second = self._strategy("second", self.second)
+        if LOGIT_LINK in network.strategy.claims() & second.claims():
+            raise UserError(
+                f"first={self.first} and second={self.second} both claim the slot {LOGIT_LINK!r}; change one"
+            )
         if LOGIT_LINK not in second.claims():  # new classifiers alone, without paths between them
             second = self._strategy("second", f"isc+{self.second}", {"path": "none"})
         assert self.batchnorm is not None  # set by the variant
         length = max(round(self.ratio * epochs), 1)
         return [network, Phase("classifiers", second, length, train="new", batchnorm=self.batchnorm)]
 
-    def _strategy(self, phase: str, method: str, changed: Mapping[str, object] = {}) -> TrainingStrategy:
+    def _strategy(self, phase: str, method: str, changed: dict[str, object] | None = None) -> TrainingStrategy:
         """Return the strategy of a phase, with the settings that are forwarded to its methods."""
         settings: dict[str, object] = {"label_smoothing": self.label_smoothing}
         sources = {"ge": GradientEquilibrium, "isc": InlineCollaboration, "ofa": OneForAll}
@@ -240,7 +244,7 @@ class IMTA(TrainingStrategy):
             for part in parts:
                 values = forwarded(self, sources[part]) if part in sources else {}
                 values |= {"teacher": "head"} if part == "ofa" and phase == "second" else {}
-                own = {name: value for name, value in (values | changed).items() if name in values}
+                own = {name: value for name, value in (values | (changed or {})).items() if name in values}
                 prefix = f"{part}." if len(parts) > 1 else ""
                 settings |= {f"{prefix}{name}": value for name, value in own.items() if name != "label_smoothing"}
             strategy = build_strategy(method, **settings)

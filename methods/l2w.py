@@ -29,9 +29,9 @@ draw the same dropout; and a last batch of fewer than four images makes one step
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ class LearnedWeights(TrainingStrategy):
     """
 
     slots: ClassVar[frozenset[str]] = frozenset({UPDATE})
-    removed: ClassVar[frozenset[str]] = frozenset({"gradient"})
+    removed: ClassVar[Mapping[str, Any]] = {"gradient": "forward"}
     paper: ClassVar[str] = "Han et al., Learning to Weight Samples for Dynamic Early-exiting Networks, ECCV 2022"
 
     weights: Literal["predicted", "frozen", "fixed", "allocated"] = setting(

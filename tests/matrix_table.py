@@ -1,6 +1,7 @@
 """Turn the result of the whole matrix into docs/matrix.md.
 
-pytest tests/test_matrix.py -m "full or not full" --junitxml=matrix.xml && python tests/matrix_table.py matrix.xml
+pytest tests/methods/test_matrix.py -m "full or not full" --junitxml=matrix.xml
+python tests/matrix_table.py matrix.xml
 """
 
 import re
@@ -10,9 +11,10 @@ from xml.etree import ElementTree
 
 HEAD = """# Every method on every family of networks
 
-What `pytest tests/test_matrix.py -m "full or not full"` found, written by `tests/matrix_table.py`. A tick in a field:
-two epochs of three steps in fp32, after which losses are finite, what should move has moved and what should not has
-not, and a second run that takes over after the first epoch ends in the same bits; and two epochs in bf16.
+The result of `pytest tests/methods/test_matrix.py -m "full or not full"`, written by `tests/matrix_table.py`. A tick
+means that these tests passed: the method trains for two epochs of three steps in fp32, the losses are finite, the
+parameters that should change have changed and the others have not, and a second run that resumes after the first epoch
+ends in the same bits; and the method trains for two epochs in bf16.
 
 """
 

@@ -1,4 +1,4 @@
-"""One rank of tests/test_distributed.py: every method trains in float64 on its share of every batch.
+"""One rank of tests/engine/test_ranks.py: every method trains in float64 on its share of every batch.
 
 python ranks.py OUT, alone or under torchrun; saves {(method, mode): what came out} as OUT/RANK.pt.
 """
@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 
 import exitkit
-from exitkit.engine.engine import Engine
+from exitkit.benchmarks.speed.plain import DoubleBackward
+from exitkit.engine import Engine, Ranks
 from exitkit.plugins import registered
-from exitkit.strategy.run import Run
+from exitkit.strategy import LocalBatch, Run
 
 from toy import batches, chain, sgd
 
@@ -26,22 +27,28 @@ if world > 1:
 class Shares:
     """This rank's share of every batch; the last batch does not divide evenly."""
 
-    def __init__(self, engine):
-        self.engine = engine
+    def __init__(self, run):
+        self.run = run
 
     def __iter__(self):
         whole = [*batches(3, size=8), *batches(1, size=5, seed=9)]
         for images, labels in whole:
-            mine = torch.arange(len(labels)).tensor_split(world)[rank]
-            self.engine.share = len(mine) * world / len(labels)
-            yield images[mine], labels[mine]
+            shares = torch.arange(len(labels)).tensor_split(world)
+            mine = shares[rank]
+            start = sum(map(len, shares[:rank]))
+            self.run.batch = LocalBatch.make(images[mine], labels[mine], start, len(labels), world)
+            yield self.run.batch
+
+
+def strategy_of(method, settings):
+    return DoubleBackward(**settings) if method == "double" else exitkit.build_strategy(method, **settings)
 
 
 def trained(method, mode, settings):
     network = chain(3, batchnorm=True)
-    engine = Engine(torch.device("cpu"), rank=rank, world=world)
+    engine = Engine(torch.device("cpu"), ranks=Ranks(rank, world))
     state = {}
-    for number, phase in enumerate(exitkit.build_strategy(method, **settings).phases(2, 3)):
+    for number, phase in enumerate(strategy_of(method, settings).phases(2, 3)):
         torch.manual_seed(number)  # what an adaptation draws has to be the same on all ranks
         before = set(dict(network.named_parameters()))
         phase.strategy.adapt(network)
@@ -59,14 +66,14 @@ def trained(method, mode, settings):
         phase.strategy.prepare(run)
         for epoch in range(2):
             run.position.epoch = epoch
-            phase.strategy.train_epoch(run, Shares(engine))
+            phase.strategy.train_epoch(run, Shares(run))
         for name, side in run.auxiliaries.items():
             state |= {f"{name}.{key}": tensor for key, tensor in side.module.state_dict().items()}
     return state | {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
 
 
 cases = [(method, {}) for method in registered("method")]
-cases += [("l2w", {"normalise": "samples", "meta_lr": 0.1}), ("l2w", {"normalise": "all", "gradient": "double"})]
+cases += [("l2w", {"normalise": "samples", "meta_lr": 0.1}), ("double", {"normalise": "all"})]
 cases += [("l2w", {"weights": "allocated"}), ("imta", {"variant": "released", "first": "joint"})]
 cases += [("boostnet+l2w", {}), ("pcgrad+ofa", {}), ("metagf", {"branches": "side-by-side"})]
 results = {
@@ -74,7 +81,7 @@ results = {
     for method, settings in cases
     for mode in ("train", "eval")
 }
-engine = Engine(torch.device("cpu"), rank=rank, world=world)
+engine = Engine(torch.device("cpu"), ranks=Ranks(rank, world))
 ragged = [torch.arange(length, dtype=torch.float64)[:, None] + 10 * length for length in (1, 2)]
-results["gathered"] = {"": engine.gather(ragged[rank]) if world > 1 else torch.cat(ragged)}
+results["gathered"] = {"": engine.ranks.gather(ragged[rank]) if world > 1 else torch.cat(ragged)}
 torch.save(results, Path(sys.argv[1]) / f"{rank}.pt")

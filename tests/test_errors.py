@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import exitkit
+from exitkit.training.checkpoint import Checkpoints
 
 from toy import FEW, FEW_OPTIONS
 
@@ -41,8 +42,8 @@ TABLE = {
     "field of no number": ("train --method metagf --set fusion_lr=nan", "fusion_lr is 'nan'; expected number"),
     "field of the backbone": ("train --set backbone.growht=6", "'growht'; did you mean growth"),
     "nothing after the =": ("train --set growth=", "growth is ''; expected integer"),
-    "list of a wrong length": ("train --method boostnet --set temperature=1,2", "expected one, or 4 (one an exit)"),
-    "weights of a wrong length": ("train --set weights=1,2", "expected 4, one an exit"),
+    "list of a wrong length": ("train --method boostnet --set temperature=1,2", "expected one, or 4 (one per exit)"),
+    "weights of a wrong length": ("train --set weights=1,2", "expected 4, one per exit"),
     "all weights zero": ("train --set weights=0,0,0,0", "at least one above 0"),
     "network of no sense": ("train --set growth=3 --set growth_factors=1,1,1 --set bottleneck_factors=1,1,1", "odd"),
     "validation too large": ("train --set validation=1290", "a validation set of 1290 images can't be drawn"),
@@ -157,25 +158,23 @@ TRAIN = ("train", "--epochs", "2", *FEW_OPTIONS, "--out", "runs")
 @pytest.fixture
 def unfinished(cli, monkeypatch, tmp_path):
     """A run that was stopped after its first epoch."""
-    from exitkit.training import setup as session
+    save, calls = Checkpoints.save, []
 
-    save, calls = session.Session.save, []
-
-    def stop(self, run):
-        calls.append(save(self, run))
+    def stop(self, run, history):
+        calls.append(save(self, run, history))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(session.Session, "save", stop)
+    monkeypatch.setattr(Checkpoints, "save", stop)
     code, _, errors = cli(*TRAIN)
     assert code == 130 and errors.splitlines()[-1].endswith("--resume")
-    monkeypatch.setattr(session.Session, "save", save)
+    monkeypatch.setattr(Checkpoints, "save", save)
     (folder,) = (tmp_path / "runs").iterdir()
     return folder
 
 
 def test_an_unfinished_run_is_not_overwritten_and_not_mixed_with_other_settings(cli, unfinished, tmp_path):
     before = everything(tmp_path)
-    cli(*TRAIN).refused("is there, unfinished; go on with it by --resume")
+    cli(*TRAIN).refused("exists and is unfinished; resume it by --resume")
     cli(*TRAIN, "--resume", "--lr", "0.2").refused("of other settings", "lr=0.1 there, 0.2 here")
     cli("evaluate", unfinished).refused("weights.safetensors is missing")
     cli("report", "runs").refused("no finished run")

@@ -49,6 +49,7 @@ class Estimate:
         Raises:
             UserError: its images are missing, or its network can't be built.
         """
+        # Imported when used: the command line's help must not load torch.
         from exitkit.runs.job import first_phase, make_phases, make_strategy
 
         kind = _kind(recipe)
@@ -77,6 +78,7 @@ class Estimate:
         Raises:
             UserError: its images are missing, or its network can't be built.
         """
+        # Imported when used: the command line's help must not load torch.
         from exitkit.networks.costs import cost
         from exitkit.runs.job import make_network
 
@@ -87,6 +89,7 @@ class Estimate:
         return self._costs[kind]
 
     def _data(self, recipe: ResolvedRecipe) -> Data:
+        # Imported when used: the command line's help must not load torch.
         from exitkit.runs.job import load_data
 
         kind = _alike(recipe, "dataset", "dataset_settings", "data_dir")
@@ -115,6 +118,7 @@ def _alike(recipe: ResolvedRecipe, *names: str) -> tuple[str, ...]:
 
 def _timed(recipe: ResolvedRecipe, data: Data) -> Timing:
     """Time an epoch of one batch of each of a run's phases, set up as the run sets it up."""
+    # Imported when used: the command line's help must not load torch.
     import torch
 
     from exitkit.engine.devices import choose_device, process_settings
@@ -144,6 +148,7 @@ def _timed(recipe: ResolvedRecipe, data: Data) -> Timing:
 
 def _seconds(begun: BegunPhase, batch: LocalBatch) -> float:
     """Time an epoch of one batch."""
+    # Imported when used: the command line's help must not load torch.
     import torch
 
     began = time.perf_counter()

@@ -79,6 +79,7 @@ def make_launcher(name: str, jobs: int, recipe: ResolvedRecipe, out: Path, slurm
 
 def default_jobs(device: str, threads: int) -> int:
     """Return how many runs to have at once: one a GPU, or as many as there are cores for their threads."""
+    # Imported when used: the command line's help must not load torch.
     import torch
 
     from exitkit.engine.devices import choose_device
@@ -126,12 +127,18 @@ class _Worker:
     """One worker process and the thread that listens to it."""
 
     def __init__(
-        self, number: int, threads: int, answers: queue.SimpleQueue[tuple[_Worker, dict[str, Any] | None]]
+        self,
+        number: int,
+        threads: int,
+        gpu: str | None,
+        answers: queue.SimpleQueue[tuple[_Worker, dict[str, Any] | None]],
     ) -> None:
         self.index, self.number = -1, number
         # Whatever launched the campaign may have left its ranks' variables; a run here is one process.
         environment = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHED)}
         environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        if gpu is not None:  # so that its runs' recipes need not name a GPU of this machine
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
         self.process = subprocess.Popen(
             [sys.executable, "-m", "exitkit.benchmarks.campaign.worker"],
             stdin=subprocess.PIPE,
@@ -144,9 +151,12 @@ class _Worker:
 
     def _listen(self, answers: queue.SimpleQueue[tuple[_Worker, dict[str, Any] | None]]) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            answers.put((self, json.loads(line)))
-        answers.put((self, None))
+        try:
+            for line in self.process.stdout:
+                with contextlib.suppress(ValueError):  # the last line of a worker that was killed may be cut off
+                    answers.put((self, json.loads(line)))
+        finally:
+            answers.put((self, None))
 
     def give(self, index: int, recipe: ResolvedRecipe, out: Path) -> None:
         """Hand over a run."""
@@ -178,16 +188,13 @@ class Processes:
 
     def start(self, index: int, recipe: ResolvedRecipe, out: Path) -> None:
         """See `Launcher`; the first `slots` runs each start a worker."""
-        import torch
-
         if not self._idle:
             taken = {worker.number for worker in self._busy}
             number = next(n for n in range(self.slots) if n not in taken)
-            self._idle.append(_Worker(number, self._threads, self._answers))
+            gpu = gpu_of(number) if recipe.device in ("auto", "cuda") else None
+            self._idle.append(_Worker(number, self._threads, gpu, self._answers))
         worker = self._idle.pop(0)
         self._busy.append(worker)
-        if torch.cuda.is_available() and recipe.device in ("auto", "cuda"):
-            recipe = recipe.with_values(device=f"cuda:{worker.number % torch.cuda.device_count()}")
         worker.give(index, recipe, out)
 
     def wait(self) -> Event:
@@ -215,6 +222,18 @@ class Processes:
             worker.end()
 
 
+def gpu_of(number: int) -> str | None:
+    """Return the value of CUDA_VISIBLE_DEVICES for worker `number`; None without a GPU."""
+    # Imported when used: the command line's help must not load torch.
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = given.split(",") if given else list(map(str, range(torch.cuda.device_count())))
+    return visible[number % len(visible)].strip()
+
+
 class Submitit:
     """Hands runs to Slurm as arrays, or to processes that stand in for it (`cluster="local"`), through submitit.
 
@@ -232,6 +251,7 @@ class Submitit:
 
     def __init__(self, cluster: str, slots: int, out: Path, parameters: Mapping[str, str]) -> None:
         try:
+            # Imported when used: the command line's help must not load torch.
             import submitit
         except ImportError:
             raise UserError("--launcher slurm needs submitit; install it with: pip install 'exitkit[slurm]'") from None

@@ -79,6 +79,7 @@ class Plan:
         Raises:
             UserError: unknown keys (the nearest are given) or impossible values; all that are wrong in one line.
         """
+        # Imported when used: the command line's help must not load torch.
         from exitkit.runs.recipe import Recipe
 
         values = dict(values)
@@ -107,6 +108,7 @@ class Plan:
         return plan
 
     def _check(self) -> None:
+        # Imported when used: the command line's help must not load torch.
         from exitkit.benchmarks.published import tables
         from exitkit.benchmarks.report.options import ReportOptions
 
@@ -145,6 +147,7 @@ class Plan:
 
     def _planned(self, used: set[str], known: set[str]) -> Iterator[Planned]:
         """Yield the runs of a plan without parts, and note which of its set and swept keys mean a field."""
+        # Imported when used: the command line's help must not load torch.
         from exitkit.runs.job import resolve
 
         for dataset, backbone in itertools.product(self.datasets, self.backbones):
@@ -251,7 +254,7 @@ def _entry(kind: str, item: Any) -> Entry:
 def _methods(value: Any) -> list[Entry]:
     """Read names (text with commas between them, or a list) and tables; `all` is every method that can be had here."""
     if isinstance(value, str):
-        value = [name.strip() for name in value.split(",")] if value.strip() else []
+        value = [name.strip() for name in value.split(",")] if value.strip(" ,") else []
         if "" in value:
             raise UserError(
                 f"methods has an empty name ({','.join(value)}); expected names with one comma between them"
@@ -259,6 +262,7 @@ def _methods(value: Any) -> list[Entry]:
     if not value:
         raise UserError(f"methods is empty; expected names such as {DEFAULT_METHODS}, or all")
     if value == ["all"]:
+        # Imported when used: the command line's help must not load torch.
         from exitkit.benchmarks.campaign.usable import usable
         from exitkit.plugins import registered
 
@@ -272,6 +276,7 @@ def _methods(value: Any) -> list[Entry]:
 
 
 def _with_baseline(entries: list[Entry], baseline: str) -> list[Entry]:
+    # Imported when used: the command line's help must not load torch.
     from exitkit.plugins import method_parts
 
     method_parts(baseline)
@@ -291,6 +296,7 @@ def _own(key: str, kind: str) -> str:
 
 def _each_exit_alone(recipe: Recipe) -> Iterator[Recipe]:
     """Yield joint training of a recipe's network with the weight on a single exit, for every exit."""
+    # Imported when used: the command line's help must not load torch.
     from exitkit.runs.job import count_exits, resolve
 
     exits = count_exits(resolve(recipe))
@@ -324,6 +330,7 @@ def _typed(key: str, value: Any) -> Any:
     """Read text from the command line as the type of a recipe's key."""
     if not isinstance(value, str):
         return value
+    # Imported when used: the command line's help must not load torch.
     from exitkit.runs.recipe import Recipe
 
     return check_value(key, Recipe.model_fields[key].annotation, value)

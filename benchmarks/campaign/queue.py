@@ -97,6 +97,7 @@ class Campaign:
 
 def _length(recipe: ResolvedRecipe) -> int:
     """Return a measure of how long a run takes: its passes over the data."""
+    # Imported when used: the command line's help must not load torch.
     from exitkit.runs.job import make_phases, make_strategy
 
     exits = 8  # how many the network will have is not known here; any number puts the methods in order

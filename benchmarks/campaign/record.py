@@ -41,6 +41,7 @@ def read_plan(out: Path) -> tuple[Context, dict[str, Any], list[str]]:
     Raises:
         UserError: the plan is damaged.
     """
+    # Imported when used: the command line's help must not load torch.
     from exitkit.runs.recipe import ResolvedRecipe
 
     if not exists(out / PLAN):

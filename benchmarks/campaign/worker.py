@@ -24,6 +24,7 @@ def outcome(request: Mapping[str, Any], tell: Callable[..., None]) -> None:
 
     Whatever goes wrong is told: one run must not end the others.
     """
+    # Imported when used: the command line's help must not load torch.
     from exitkit.errors import HeldError, UserError
     from exitkit.runs.recipe import Recipe
     from exitkit.training.loop import train

@@ -1,4 +1,4 @@
-"""The figures of `exitkit diagnose`, each a function of what `exitkit.probe` and `exitkit.diagnostics` give."""
+"""The figures of `exitkit diagnose`, drawn from probes and from the values that `measures` returns."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from exitkit.benchmarks.diagnose.toy import BEST, SIZES, losses
 from exitkit.benchmarks.report.figures import COLOURS, DASHES, HEIGHT, MARKERS, STYLE, WIDTH
 
 Probes = Mapping[str, np.ndarray]
@@ -101,10 +103,6 @@ def pruning_figure(damage: np.ndarray) -> Figure:
 
 def toy_figure(paths: Mapping[str, np.ndarray]) -> Figure:
     """Draw every method's path over the sum of the two exits' losses, in one panel a method."""
-    import torch
-
-    from exitkit.benchmarks.diagnose.toy import BEST, SIZES, losses
-
     columns = 5
     rows = -(-len(paths) // columns)
     side = np.linspace(-2.3, 2.3, 121)

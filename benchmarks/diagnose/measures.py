@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
@@ -24,8 +25,6 @@ def rank_consistency(logits: ArrayLike) -> Floats:
 
     Near 1, an image that is easy for one exit is easy for the other (IMTA, figure 7). Ties share their mean rank.
     """
-    import pandas as pd
-
     correlation: Floats = pd.DataFrame(confidence(logits)).corr(method="spearman").to_numpy(dtype=np.float64)
     return correlation
 

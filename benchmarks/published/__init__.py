@@ -10,12 +10,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
-from typing import TYPE_CHECKING
 
-from exitkit.benchmarks.campaign.defaults import network_fields, published_fields
+import pandas as pd
 
-if TYPE_CHECKING:
-    import pandas as pd
+from exitkit.benchmarks.published.defaults import network_fields, published_fields
 
 PAPERS = ("boostnet", "imta", "metagf", "l2w")
 _PLAIN = {"dataset.per_class": "null", "dataset.imbalance": "1.0"}
@@ -23,8 +21,6 @@ _PLAIN = {"dataset.per_class": "null", "dataset.imbalance": "1.0"}
 
 def load_published() -> pd.DataFrame:
     """Return all published numbers as one table: `paper`, and the columns above."""
-    import pandas as pd
-
     tables = []
     for paper in PAPERS:
         with (files(__name__) / f"{paper}.csv").open(encoding="utf-8") as file:

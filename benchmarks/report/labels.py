@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from exitkit.benchmarks.campaign.defaults import default_fields
+from exitkit.benchmarks.published.defaults import default_fields
 
 Identity = Mapping[str, str]
 """What makes a run this run, flat, as `RunFolder.identity` gives it."""

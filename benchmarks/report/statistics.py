@@ -32,6 +32,7 @@ def paired_difference(ours: ArrayLike, theirs: ArrayLike, confidence: float = 0.
         ours, theirs: one value a seed [n], in the same order of seeds.
         confidence: of the interval.
     """
+    # Imported when used: scipy takes a second to load.
     from scipy import stats
 
     change = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
@@ -65,6 +66,7 @@ def area_under_curve(cost: ArrayLike, accuracy: ArrayLike, low: float, high: flo
         cost, accuracy: points of the curve [P], in any order; of points of one cost the best counts.
         low, high: the range; NaN is returned where the curve does not reach over it.
     """
+    # Imported when used: scipy takes a second to load.
     from scipy.integrate import trapezoid
 
     costs, heights = np.asarray(cost, dtype=np.float64), np.asarray(accuracy, dtype=np.float64)

@@ -31,6 +31,6 @@ def loading_share(work: Work, batches: int = 4) -> float:
     waited, began, asked = 0.0, time.perf_counter(), time.perf_counter()
     for batch in data.batches("train", order, augment=True, seed=0):
         waited += time.perf_counter() - asked
-        run.strategy.train_step(run, batch)
+        run.train_step(batch)
         asked = time.perf_counter()
     return waited / (time.perf_counter() - began)

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any
 
 import torch
 
+from exitkit.benchmarks.speed.plain import DoubleBackward
 from exitkit.benchmarks.speed.row import Row
 from exitkit.benchmarks.speed.work import Work
 from exitkit.engine.memory import begin_peak, give_back_freed, peak_mib
+from exitkit.strategy.base import TrainingStrategy
 
 
-def step_mib(work: Work, method: str, **settings: Any) -> float:
-    """Return the MiB that a step takes at most above what lies there between two steps."""
+def step_mib(work: Work, method: str | TrainingStrategy) -> float:
+    """Return the MiB that a step takes at most above what is allocated between two steps."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_step_mib, work, method, settings).result()
+        return pool.submit(_step_mib, work, method).result()
 
 
-def _step_mib(work: Work, method: str, settings: dict[str, Any]) -> float:
+def _step_mib(work: Work, method: str | TrainingStrategy) -> float:
     torch.set_num_threads(1)
-    step, device = work.step(method, **settings), torch.device(work.device)
-    step()  # the optimiser's momentum is there from now on
+    step, device = work.step(method), torch.device(work.device)
+    step()  # allocates the optimiser's momentum
     give_back_freed()
     begin_peak(device)
     before = peak_mib(device)
@@ -32,8 +33,8 @@ def _step_mib(work: Work, method: str, settings: dict[str, Any]) -> float:
 
 def l2w_memory_row(work: Work) -> Row:
     """Measure L2W's peak memory in forward mode against the backward through the backward."""
-    forward = step_mib(work, "l2w", gradient="forward")
-    double = step_mib(work, "l2w", gradient="double")
+    forward = step_mib(work, "l2w")
+    double = step_mib(work, DoubleBackward())
     saved = 1 - forward / double
     target = "l2w: share of peak memory saved, forward mode against double backward"
     return Row(target, 0.35, saved, None, "met" if saved >= 0.35 else "missed")

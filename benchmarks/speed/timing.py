@@ -7,6 +7,9 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
+from scipy.stats import binom
+
 
 class Ratio(NamedTuple):
     """How many times as long as the base something takes: the median of the paired ratios, with its interval.
@@ -45,8 +48,6 @@ def paired_ratios(ours: Callable[[], object], base: Callable[[], object], rounds
 
 def median_interval(values: list[float]) -> tuple[float, float]:
     """Return the narrowest pair of order statistics, equally far from both ends, that holds the median at 95 %."""
-    from scipy.stats import binom
-
     ordered, n = sorted(values), len(values)
     outside = max((cut for cut in range(n // 2) if 2 * binom.cdf(cut, n, 0.5) <= 0.05), default=0)
     return ordered[outside], ordered[n - 1 - outside]
@@ -62,7 +63,5 @@ def _seconds(call: Callable[[], object]) -> float:
 
 def _settle() -> None:
     """Wait for the GPU, if there is one: its work is only begun when a call returns."""
-    import torch
-
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -11,6 +11,7 @@ import torch
 from exitkit.data.base import Batch
 from exitkit.engine.precision import Precision
 from exitkit.networks.build import build_network
+from exitkit.strategy.base import TrainingStrategy
 from exitkit.strategy.composition import build_strategy
 from exitkit.training.local import LocalRun, local_run
 
@@ -44,14 +45,15 @@ class Work:
         labels = torch.randint(self.classes, (self.batch,), generator=generator)
         return Batch(images.to(self.device), labels.to(self.device))
 
-    def run(self, method: str, *, precision: Precision = "fp32", **settings: Any) -> LocalRun:
+    def run(self, method: str | TrainingStrategy, *, precision: Precision = "fp32", **settings: Any) -> LocalRun:
         """Return a run of a method in memory."""
         network = self.build()
         # So small a rate that nothing becomes infinite on noise, however many steps are timed.
         optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
-        return local_run(network, build_strategy(method, **settings), optimizer, precision=precision)
+        strategy = build_strategy(method, **settings) if isinstance(method, str) else method
+        return local_run(network, strategy, optimizer, precision=precision)
 
-    def step(self, method: str, *, at: int = 0, **settings: Any) -> Step:
+    def step(self, method: str | TrainingStrategy, *, at: int = 0, **settings: Any) -> Step:
         """Return what makes one step of a method, as number `at` of an epoch."""
         run, batch = self.run(method, **settings), self.data()
         run.position.steps, run.position.step = 1000, at

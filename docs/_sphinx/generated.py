@@ -1,8 +1,9 @@
-"""Tables that the pages do not type: the directives ask exitkit's catalogue, and what `measure.py` counted.
+"""Directives for tables that are generated from exitkit's catalogue and from the counts of `measure.py`.
 
 {facts} ge           paper, slots, hooks, passes over the data, and what the method adds to a network
-{fields} ge          every field, with type, default and meaning (several names: one table each; kind from the name)
-{presets} msdnet     every preset of a family with what its first and last exit cost
+{fields} ge          every field of a method, backbone or data set, with type, default and meaning (several names: one
+                     table each)
+{presets} msdnet     every preset of a family, with the costs of its first and last exit
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from docutils.statemachine import StringList
 from exitkit import build_strategy
 from exitkit.cli.catalogue import entries, settings_of
 from exitkit.plugins import load, underlying
-from exitkit.strategy.base import TrainingStrategy
+from exitkit.strategy import TrainingStrategy
 
 HOOKS = (
     "adapt",
@@ -35,13 +36,13 @@ HOOKS = (
     "sample_weights",
 )
 MEASURED = json.loads(Path(__file__).with_name("measured.json").read_text(encoding="utf-8"))
-"""What `measure.py` counted."""
+"""The counts that `measure.py` wrote."""
 PERFORMANCE = Path(__file__).parents[1].joinpath("performance.md").read_text(encoding="utf-8")
 EPOCH = r"\| {}: an epoch, in joint epochs[^|]*\|[^|]*\| ([\d.]+) \| ([\d.]+ to [\d.]+) \|"
 
 
 class Table(Directive):
-    """A directive that is a table: rows of MyST text."""
+    """A directive that makes a table from rows of MyST text."""
 
     optional_arguments = 1
     final_argument_whitespace = True
@@ -55,12 +56,12 @@ class Table(Directive):
     def run(self) -> list[nodes.Node]:
         """Return one table for each argument."""
         names = self.arguments[0].split()
-        found: list[nodes.Node] = []
+        tables: list[nodes.Node] = []
         for name in names:
             if len(names) > 1:
-                found += self._parsed(f"`{name}`")
-            found.append(self._table(list(self.rows(name))))
-        return found
+                tables += self._parsed(f"`{name}`")
+            tables.append(self._table(list(self.rows(name))))
+        return tables
 
     def _table(self, rows: list[Sequence[str]]) -> nodes.table:
         group = nodes.tgroup(cols=len(rows[0]))
@@ -75,100 +76,100 @@ class Table(Directive):
 
     def _row(self, cells: Sequence[str]) -> nodes.row:
         row = nodes.row()
-        for place, cell in enumerate(cells):
-            entry = nodes.entry(classes=["number"] if place in self.numeric else [])
+        for column, cell in enumerate(cells):
+            entry = nodes.entry(classes=["number"] if column in self.numeric else [])
             row += entry
             entry += self._parsed(cell)
         return row
 
     def _parsed(self, text: str) -> list[nodes.Node]:
-        holder = nodes.container()
-        self.state.nested_parse(StringList([text], "generated"), self.content_offset, holder)
-        return list(holder.children)
+        container = nodes.container()
+        self.state.nested_parse(StringList([text], "generated"), self.content_offset, container)
+        return list(container.children)
 
 
 class Fields(Table):
-    """Every field of a method, backbone or data set."""
+    """The fields of a method, backbone or data set."""
 
     headings = ("field", "type", "default", "meaning")
 
     def rows(self, name: str) -> Iterable[Sequence[str]]:
-        """Return a row a field."""
+        """Return one row per field."""
         for field, kind, default, meaning in settings_of(_entry(name)):
             if field != "label_smoothing" or name == "joint":
                 yield f"`{field}`", kind, f"`{default}`" if default else "", meaning
         if "slots" in _entry(name) and name != "joint":
-            yield "`label_smoothing`", "number", "`0.0`", "of every method"
+            yield "`label_smoothing`", "number", "`0.0`", "a field of every method: see {doc}`joint </methods/joint>`"
 
 
 class Facts(Table):
-    """What can be told of a method by asking it."""
+    """Properties of a method that its class reports."""
 
     def rows(self, name: str) -> Iterable[Sequence[str]]:
         """Return (fact, value) rows."""
         entry, method = _entry(name), underlying(load("method", name))
-        ours = [hook for hook in HOOKS if any(hook in vars(each) for each in _own(method))]
+        overridden = [hook for hook in HOOKS if any(hook in vars(base) for base in _method_classes(method))]
         yield "**paper**", entry["paper"]
         yield "**slots**", ", ".join(entry["slots"]) or "none"
-        yield "**hooks**", ", ".join(f"`{hook}`" for hook in ours) or "none"
+        yield "**hooks**", ", ".join(f"`{hook}`" for hook in overridden) or "none"
         yield "**passes**", _passes(name)
         yield "**at inference**", _inference(name)
-        if told := _training(name):
-            yield "**training, measured**", f"{told} ({{doc}}`how </performance>`)"
+        if ratio := _training(name):
+            yield "**training, measured**", f"{ratio} ({{doc}}`how it is measured </performance>`)"
 
 
-def _own(method: type) -> list[type]:
-    return [each for each in method.__mro__ if issubclass(each, TrainingStrategy) and each is not TrainingStrategy]
+def _method_classes(method: type) -> list[type]:
+    """Return the class of a method and those of its bases that override hooks."""
+    return [base for base in method.__mro__ if issubclass(base, TrainingStrategy) and base is not TrainingStrategy]
 
 
 def _passes(name: str) -> str:
-    few, many = (build_strategy(name).passes(exits) for exits in (4, 5))
-    phases = build_strategy(name).phases(10, 5)
-    told = (
-        f"{many} over the data an epoch, with 5 exits (number of exits + {many - 5})" if few != many else "1 an epoch"
-    )
-    if few == many and len(phases) > 1:
-        told += f"; {len(phases)} phases: " + ", ".join(f"{phase.name} ({phase.epochs} of 10)" for phase in phases)
-    return told
+    strategy = build_strategy(name)
+    few, many = strategy.passes(4), strategy.passes(5)
+    if few != many:
+        return f"{many} per epoch with 5 exits (number of exits + {many - 5})"
+    phases = strategy.phases(10, 5)
+    lengths = ", ".join(f"{phase.name} ({phase.epochs} of 10)" for phase in phases)
+    return f"1 per epoch; {len(phases)} phases: {lengths}" if len(phases) > 1 else "1 per epoch"
 
 
 def _training(name: str) -> str:
-    """Say what training costs against joint training, as the page on performance has it from the benchmark."""
+    """Return the cost of training relative to joint training, as the benchmark's table in performance.md has it."""
     for unit, line in (("step", rf"\| {name} \| ([\d.]+) \| ([\d.]+ to [\d.]+) \|"), ("epoch", EPOCH.format(name))):
-        if found := re.search(line, PERFORMANCE):
-            return f"{found[1]} times as long as a joint {unit}, 95 % interval {found[2]}"
+        if match := re.search(line, PERFORMANCE):
+            return f"{match[1]} times as long as a joint {unit}, 95 % interval {match[2]}"
     return ""
 
 
 def _inference(name: str) -> str:
-    """Say how much a method's network costs over the plain one, at its last exit."""
-    more, of = MEASURED["added"].get(name), MEASURED["example"]
-    if more is None or not any(more.values()):
+    """Return how much a method adds to the cost of a network, at its last exit."""
+    added, plain = MEASURED["added"].get(name), MEASURED["example"]
+    if added is None or not any(added.values()):
         return "nothing is added to the network"
-    told = [
-        f"{100 * more[key] / of[key]:+.2f} % {what}"
-        for key, what in (("macs", "multiply-adds"), ("params", "parameters"))
+    shares = [
+        f"{100 * added[key] / plain[key]:+.2f} % {noun}"
+        for key, noun in (("macs", "multiply-adds"), ("params", "parameters"))
     ]
-    return f"{', '.join(told)} (last exit of `{of['network']}`)"
+    return f"{', '.join(shares)} (last exit of `{plain['network']}`)"
 
 
 class Presets(Table):
-    """Every preset of a family."""
+    """The presets of a family."""
 
-    headings = ("preset", "images, classes", "exits", "multiply-adds", "papers' count", "parameters", "what it is")
+    headings = ("preset", "images, classes", "exits", "multiply-adds", "papers' count", "parameters", "description")
     numeric = frozenset({2, 3, 4, 5})
 
     def rows(self, name: str) -> Iterable[Sequence[str]]:
-        """Return a row for each preset whose name begins with the argument."""
+        """Return one row per preset whose name begins with the argument."""
         for entry in entries("backbones"):
             if entry["name"].startswith(f"{name}-"):
                 yield self._preset(entry["name"], entry["summary"])
 
     def _preset(self, name: str, summary: str) -> Sequence[str]:
-        facts = MEASURED["presets"][name]
-        spans = ["\u00a0– ".join(map(_short, facts[key])) for key in ("macs", "papers", "params")]
-        images = "×".join(map(str, facts["images"]))
-        return f"`{name}`", f"{images}, {facts['classes']}", str(facts["exits"]), *spans, summary
+        counts = MEASURED["presets"][name]
+        ranges = ["\u00a0– ".join(map(_short, counts[key])) for key in ("macs", "papers", "params")]
+        images = "×".join(map(str, counts["images"]))
+        return f"`{name}`", f"{images}, {counts['classes']}", str(counts["exits"]), *ranges, summary
 
 
 def _short(number: int) -> str:
@@ -184,7 +185,7 @@ def _entry(name: str) -> dict[str, Any]:
         for entry in entries(kind):
             if entry["name"] == name:
                 return entry
-    raise ValueError(f"nothing is called {name}")
+    raise ValueError(f"no method, backbone or data set is called {name}")
 
 
 def setup(app: Any) -> dict[str, bool]:

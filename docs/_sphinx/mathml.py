@@ -1,4 +1,4 @@
-"""Equations as MathML: browsers set them by themselves, without a script, a font or a network."""
+"""Render equations as MathML, which browsers display without a script, a font or a network."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _LOG = logging.getLogger(__name__)
 
 
 def _mathml(node: nodes.Node, display: str) -> str:
-    """Return an equation, with a warning where a command was not understood and would be shown as text."""
-    made: str = convert(node.astext(), display=display)
-    if "\\" in made:
-        _LOG.warning("equation not understood: %s", node.astext(), location=node)
-    return made
+    """Return an equation, and warn if it has an unknown command, which would be shown as text."""
+    markup: str = convert(node.astext(), display=display)
+    if "\\" in markup:
+        _LOG.warning("unknown command in equation: %s", node.astext(), location=node)
+    return markup
 
 
 def _inline(visitor: Any, node: nodes.Node) -> None:
@@ -30,7 +30,7 @@ def _block(visitor: Any, node: nodes.Node) -> None:
 
 
 def setup(app: Any) -> dict[str, bool]:
-    """Register the renderer and make it the one in use."""
+    """Register the renderer and select it."""
     app.add_html_math_renderer("mathml", (_inline, None), (_block, None))
     app.config.html_math_renderer = "mathml"
     return {"parallel_read_safe": True, "parallel_write_safe": True}

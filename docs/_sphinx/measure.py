@@ -1,6 +1,6 @@
-"""Counts what the tables of the site need and a build has no time for: `python docs/_sphinx/measure.py`.
+"""Counts costs for the tables of the site, which would take too long in a build: `python docs/_sphinx/measure.py`.
 
-Writes measured.json beside itself: what every preset's exits cost, and what each method adds to a network.
+Writes measured.json beside this file: the costs of every preset's exits, and what each method adds to a network.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from exitkit import build_network, build_strategy, cost
-from exitkit.networks.costs import ExitCost
+from exitkit.networks import ExitCost
 from exitkit.networks.families.base import home
-from exitkit.plugins import load, registered
+from exitkit.plugins import load, names, registered
 
 MEASURED = Path(__file__).with_name("measured.json")
 EXAMPLE = "msdnet-cifar-lg5"
-"""The network that facts about methods are told of."""
+"""The network for which the cost of methods is counted."""
 
 
 def preset(name: str) -> dict[str, Any]:
@@ -26,12 +26,12 @@ def preset(name: str) -> dict[str, Any]:
     shape, classes = home(load("backbone", name))
     with torch.device("meta"):
         costs = cost(build_network(name))
-    ends = {key: [getattr(costs[place], key) for place in (0, -1)] for key in ("macs", "papers", "params")}
-    return {"images": list(shape), "classes": classes, "exits": len(costs), **ends}
+    ranges = {key: [getattr(costs[index], key) for index in (0, -1)] for key in ("macs", "papers", "params")}
+    return {"images": list(shape), "classes": classes, "exits": len(costs), **ranges}
 
 
 def adapted(method: str | None) -> ExitCost:
-    """Return the cost of the last exit of the example, with all that a method puts into the network."""
+    """Return the cost of the example's last exit, with the parts that a method adds to the network."""
     with torch.device("meta"):
         network = build_network(EXAMPLE)
         for phase in build_strategy(method).phases(10, network.num_exits) if method else ():
@@ -41,13 +41,13 @@ def adapted(method: str | None) -> ExitCost:
 
 def added(method: str, plain: ExitCost) -> dict[str, int]:
     """Return how many multiply-adds and parameters a method adds."""
-    ours = adapted(method)
-    return {"macs": ours.macs - plain.macs, "params": ours.params - plain.params}
+    total = adapted(method)
+    return {"macs": total.macs - plain.macs, "params": total.params - plain.params}
 
 
 def main() -> None:
-    """Count, and write."""
-    presets = [name for name in registered("backbone") if name != "torchvision"]
+    """Count all costs and write the file."""
+    presets = [name for name in names("backbone") if name != "torchvision"]
     plain = adapted(None)
     measured = {
         "presets": {name: preset(name) for name in presets},

@@ -1,4 +1,4 @@
-"""How each family of networks is built."""
+"""The structure of each family of networks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from matplotlib.patches import Circle
 
 
 def msdnet() -> Figure:
-    """Scales from fine to coarse, dropped along the depth; heads read the coarsest."""
+    """Layers at three scales; the finest scales are dropped along the depth; heads read the coarsest."""
     figure, axes = canvas(15.2, 6.4)
     layers, alive = 7, (0, 0, 0, 1, 1, 2, 2)
     place = {(layer, scale): (2.6 + 1.7 * layer, 5.6 - 1.55 * scale) for layer in range(layers) for scale in range(3)}
@@ -33,7 +33,7 @@ def msdnet() -> Figure:
         note(axes, (0.6, 5.6 - 1.55 * scale), name, GREY)
     note(axes, (0.75, 4.75), "$x$", fontsize=9)
     arrow(axes, (0.95, 4.85), (2.25, 5.5))
-    note(axes, (10.4, 6.2), "finest scales end along the depth", GREY)
+    note(axes, (10.4, 6.2), "the finest scales are dropped along the depth", GREY)
     note(axes, (2.6, 1.75), "stem", GREY)
     for start, end in ((3.55, 6.65), (6.95, 10.05), (10.35, 13.45)):
         axes.plot([start, end], [0.18, 0.18], color=BLUE, linewidth=1.4)
@@ -44,7 +44,7 @@ def msdnet() -> Figure:
 
 
 def ranet() -> Figure:
-    """Sub-networks from low to high resolution, each fusing in the one below."""
+    """Sub-networks from low to high resolution, each of which fuses the one below."""
     figure, axes = canvas(15.4, 6.6)
     rows = ((1, "low resolution", 2, 5.4), (2, "middle", 3, 3.5), (3, "high resolution", 4, 1.6))
     number = 0
@@ -66,7 +66,7 @@ def ranet() -> Figure:
     arrow(axes, (2.9, 3.98), (2.9, 4.92))
     note(axes, (2.9, 0.55), "$x$", fontsize=9)
     arrow(axes, (2.9, 0.72), (2.9, 1.12))
-    note(axes, (9.4, 0.6), "an image goes on to the next sub-network only if the exits before were not sure", GREY)
+    note(axes, (9.4, 0.6), "the next sub-network runs only if no earlier exit was confident enough", GREY)
     return figure
 
 
@@ -91,7 +91,7 @@ def sdn() -> Figure:
 
 
 def attach() -> Figure:
-    """A user's network, cut behind named points, with new heads; its own classifier stays the last exit."""
+    """A user's network, cut behind named points, with new heads; its own classifier is the last exit."""
     figure, axes = canvas(15.4, 4.3)
     names = ("conv1", "layer1", "layer2", "layer3", "fc")
     note(axes, (0.5, 0.9), "$x$", fontsize=9)
@@ -107,7 +107,7 @@ def attach() -> Figure:
             arrow(axes, (cut, 3.12), (cut, 3.6))
             note(axes, (cut, 3.82), f"exit {index}")
     arrow(axes, (12.7, 1.33), (12.7, 3.6))
-    note(axes, (12.7, 3.82), "exit 3: its own logits,\nbit for bit")
+    note(axes, (12.7, 3.97), "exit 3: the model's own\nlogits, bit for bit")
     note(axes, (2.0, 2.3), 'at=["layer1", "layer2"]', GREEN, family="monospace")
-    note(axes, (2.0, 1.85), "or shares of the cost", GREEN)
+    note(axes, (2.0, 1.85), "or fractions of the cost", GREEN)
     return figure

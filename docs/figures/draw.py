@@ -1,4 +1,4 @@
-"""Draws every diagram of the documents: `python docs/figures/draw.py [FOLDER]`."""
+"""Draws all diagrams of the documentation: `python docs/figures/draw.py [FOLDER]`."""
 
 from __future__ import annotations
 

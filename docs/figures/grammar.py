@@ -1,7 +1,7 @@
-"""The words that all diagrams are said in: one colour and one shape for each thing.
+"""The elements of all diagrams: one colour and one shape per kind of part.
 
-Blue boxes are stages, orange ones heads, circles losses; black arrows go forward, dashed red ones are gradients, green
-ones carry what one exit tells another. Grey is frozen.
+Blue boxes are stages, orange boxes are heads, circles are losses. Black arrows show the forward pass, dashed red arrows
+show gradients, and green arrows show information that one exit gets from another. Grey parts are frozen.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ STYLE: dict[Any, Any] = {
     "axes.linewidth": 0.6,
 }
 INCH = 0.42
-"""Inches a unit of a drawing."""
+"""Inches per unit of a drawing."""
 
 Point = tuple[float, float]
 
 
 def canvas(width: float, height: float, bottom: float = 0.0) -> tuple[Figure, Axes]:
-    """Return a figure and axes of so many units, with nothing on them."""
+    """Return an empty figure and axes of `width` x `height` units."""
     figure = Figure(figsize=(width * INCH, height * INCH))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_xlim(0, width)
@@ -46,7 +46,7 @@ def canvas(width: float, height: float, bottom: float = 0.0) -> tuple[Figure, Ax
 def box(
     axes: Axes, at: Point, text: str, colour: str = BLUE, *, size: Point = (1.5, 0.9), dashed: bool = False
 ) -> None:
-    """Draw a box around its centre."""
+    """Draw a box with its centre at `at`."""
     (x, y), (w, h) = at, size
     patch = FancyBboxPatch(
         (x - w / 2, y - h / 2),
@@ -64,7 +64,7 @@ def box(
 
 
 def loss(axes: Axes, at: Point, text: str, colour: str = INK, radius: float = 0.36) -> None:
-    """Draw a circle: a loss, or a sum."""
+    """Draw a circle, for a loss or a sum."""
     axes.add_patch(Circle(at, radius, facecolor="white", edgecolor=colour, linewidth=0.9, zorder=3))
     axes.text(*at, text, ha="center", va="center", color=INK, fontsize=7.5, zorder=4)
 
@@ -79,7 +79,7 @@ def arrow(
     dashed: bool = False,
     width: float = 1.0,
 ) -> None:
-    """Draw an arrow; gradients are dashed."""
+    """Draw an arrow; arrows of gradients are dashed."""
     patch = FancyArrowPatch(
         start,
         end,
@@ -97,7 +97,7 @@ def arrow(
 
 
 def note(axes: Axes, at: Point, text: str, colour: str = INK, **how: Any) -> None:
-    """Write a word beside what it is about."""
+    """Write a label."""
     boxed = {"facecolor": "white", "edgecolor": "none", "pad": 0.8} if how.pop("over", False) else None
     given = {"ha": "center", "va": "center", "fontsize": 7.5} | how
     axes.text(*at, text, color=colour, bbox=boxed, zorder=5, **given)
@@ -105,7 +105,7 @@ def note(axes: Axes, at: Point, text: str, colour: str = INK, **how: Any) -> Non
 
 @dataclass(frozen=True)
 class Cascade:
-    """Where the parts of a drawn cascade stand."""
+    """The positions of the parts of a drawn cascade."""
 
     stages: list[Point]
     heads: list[Point]
@@ -126,18 +126,18 @@ def cascade(
     """Draw a chain of stages with a head on each, and a loss on each head.
 
     Args:
-        axes: where.
+        axes: the axes to draw on.
         at: centre of the first stage.
-        exits: how many.
-        gap: from one stage to the next.
+        exits: number of exits.
+        gap: distance between the centres of neighbouring stages.
         stages: colour of each stage; none: all blue.
         heads: colour of each head; none: all orange.
-        losses: whether there are losses.
-        image: whether the image that goes in is drawn.
+        losses: draw the losses.
+        image: draw the input image.
     """
     x, y = at
     columns = [x + gap * index for index in range(exits)]
-    found = Cascade([(c, y) for c in columns], [(c, y + 1.5) for c in columns], [(c, y + 2.85) for c in columns])
+    drawn = Cascade([(c, y) for c in columns], [(c, y + 1.5) for c in columns], [(c, y + 2.85) for c in columns])
     if image:
         note(axes, (x - 1.55, y), "$x$", fontsize=9)
         arrow(axes, (x - 1.35, y), (x - 0.75, y))
@@ -150,11 +150,11 @@ def cascade(
         if losses:
             arrow(axes, (column, y + 1.85), (column, y + 2.49))
             loss(axes, (column, y + 2.85), f"$L_{index + 1}$")
-    return found
+    return drawn
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as SVG, the same bytes each time."""
+    """Write a figure as SVG; the same figure always gives the same bytes."""
     with matplotlib.rc_context(STYLE):
         figure.savefig(
             path, format="svg", facecolor="white", bbox_inches="tight", pad_inches=0.04, metadata={"Date": None}

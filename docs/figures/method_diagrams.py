@@ -1,4 +1,4 @@
-"""A diagram of what is different about each family of methods."""
+"""One diagram per page of methods, of the part of training that the method changes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 
 def joint() -> Figure:
-    """All losses summed: every stage hears all the exits behind it."""
+    """The losses are summed; the gradients of all later exits add up in each stage."""
     figure, axes = canvas(11.6, 4.2)
     drawn = cascade(axes, (2.4, 0.75))
     box(axes, (10.4, 3.6), r"$\sum_k a_k L_k$", INK, size=(1.7, 0.9))
@@ -26,7 +26,7 @@ def joint() -> Figure:
 
 
 def ge() -> Figure:
-    """Two factors at every boundary: each exit pulls with the same strength."""
+    """Two factors at every boundary; every exit reaches a stage with the same factor."""
     figure, axes = canvas(13.6, 4.3)
     drawn = cascade(axes, (2.4, 0.85), losses=True)
     for index, (x, y) in enumerate(drawn.losses):
@@ -41,12 +41,14 @@ def ge() -> Figure:
             y = 3.1 - 1.75 * row - 0.33 * index
             axes.barh(y, 0.6 * length, height=0.24, left=11.2, color=BLUE if row else GREY)
             note(axes, (11.1, y), f"stage {index + 1}", ha="right", fontsize=6.5)
-        note(axes, (11.2, 3.5 - 1.75 * row), f"{name}: pull of the exits", ha="left", fontweight="bold", fontsize=7)
+        note(
+            axes, (11.2, 3.5 - 1.75 * row), f"{name}: sum of gradient factors", ha="left", fontweight="bold", fontsize=7
+        )
     return figure
 
 
 def boostnet() -> Figure:
-    """Each exit's answer is its own logits and the weakened sum before it."""
+    """The output of each exit is its own logits plus the scaled sum before it."""
     figure, axes = canvas(11.4, 5.2)
     drawn = cascade(axes, (2.4, 0.6), losses=False, gap=3.0)
     for index, (x, y) in enumerate(drawn.heads):
@@ -60,24 +62,24 @@ def boostnet() -> Figure:
             note(axes, (x - 1.5, y + 1.72), rf"$t\,F_{index}$", GREEN)
             note(axes, (x - 1.5, y + 1.35), "//", RED, fontsize=9, fontweight="bold", over=True)
         note(axes, (x + 0.14, y + 1.92), f"$F_{index + 1}$", ha="left")
-    note(axes, (9.55, 2.95), "//  no gradient", RED, ha="left", fontsize=6.8)
+    note(axes, (9.55, 2.95), "//  gradient stopped", RED, ha="left", fontsize=6.8)
     return figure
 
 
 def imta() -> Figure:
-    """Two phases: the network under equilibrium, then new classifiers on it, frozen."""
+    """Two phases: the network with Gradient Equilibrium, then new classifiers on the frozen network."""
     figure, axes = canvas(17.6, 5.3)
-    note(axes, (3.9, 5.0), "phase 1: the network, by ge", fontweight="bold")
+    note(axes, (3.9, 5.0), "phase 1: the network, trained with ge", fontweight="bold")
     first = cascade(axes, (2.0, 0.6), gap=2.1)
     for x, y in first.losses:
         _down(axes, (x, y))
-    note(axes, (13.1, 5.0), "phase 2: new classifiers, the rest frozen", fontweight="bold")
+    note(axes, (13.1, 5.0), "phase 2: new classifiers, the network frozen", fontweight="bold")
     second = cascade(axes, (10.4, 0.6), stages=[GREY] * 3, heads=[ORANGE] * 3, gap=2.7)
     for index, (x, y) in enumerate(second.heads):
         if index:
             arrow(axes, (x - 1.95, y + 0.1), (x - 0.75, y + 0.1), GREEN, width=1.3)
     note(axes, (11.75, 2.52), "ISC", GREEN, fontweight="bold", over=True)
-    box(axes, (16.75, 4.3), "old\nlast head", GREY, size=(1.4, 0.9))
+    box(axes, (16.75, 4.3), "old last\nclassifier", GREY, size=(1.4, 0.9))
     for x, y in second.losses[:2]:
         arrow(axes, (16.05, 4.45), (x + 0.22, y + 0.3), GREEN, bend=0.14)
     note(axes, (14.45, 4.55), "OFA", GREEN, fontweight="bold", over=True)
@@ -86,21 +88,21 @@ def imta() -> Figure:
 
 
 def distill() -> Figure:
-    """The last exit, or another run's, teaches."""
+    """The teacher is the last exit, or that of another run."""
     figure, axes = canvas(12.2, 4.7)
     drawn = cascade(axes, (2.4, 0.6))
     x, y = drawn.heads[-1]
     for left, top in drawn.losses[:2]:
         arrow(axes, (x - 0.5, y + 0.35), (left + 0.34, top - 0.1), GREEN, bend=0.1)
-    note(axes, (5.55, 2.62), "softened logits", GREEN, over=True)
+    note(axes, (3.7, 3.62), "softened logits", GREEN, fontsize=7)
     box(axes, (10.9, 3.45), "another run's\nlast exit", GREY, size=(2.2, 1.0), dashed=True)
     arrow(axes, (9.8, 3.45), (drawn.losses[-1][0] + 0.36, drawn.losses[-1][1]), GREEN, dashed=True)
-    note(axes, (10.9, 2.7), "(if a teacher is given)", fontsize=6.8)
+    note(axes, (10.9, 2.55), "if teacher is set:\nin the losses of all exits", fontsize=6.8)
     return figure
 
 
 def separate() -> Figure:
-    """What trains when, in both orders."""
+    """The parts that are trained in each phase, in both orders."""
     figure, axes = canvas(17.4, 8.6)
     off = GREY
     panels = (
@@ -119,33 +121,35 @@ def separate() -> Figure:
 
 
 def metagf() -> Figure:
-    """A branch an exit, then fusion by learned weights."""
+    """One branch per exit, then fusion by learned weights."""
     figure, axes = canvas(15.6, 5.0)
     box(axes, (1.0, 2.4), "$W$", BLUE, size=(1.1, 0.9))
     for index, y in enumerate((4.2, 2.4, 0.6)):
         arrow(axes, (1.55, 2.4), (3.0, y), bend=0.0)
-        box(axes, (4.35, y), f"pass {index + 1}:  $L_{index + 1}$ first", ORANGE, size=(2.7, 0.8))
+        box(axes, (4.35, y), f"pass {index + 1}:  mainly $L_{index + 1}$", ORANGE, size=(2.7, 0.8))
         arrow(axes, (5.7, y), (6.75, y))
         box(axes, (7.35, y), f"$W_{index + 1}$", BLUE, size=(1.1, 0.8))
         arrow(axes, (7.9, y), (10.0, 2.4 + 0.28 * (1 - index)), GREEN)
-        note(axes, (8.95, y + (2.4 - y) * 0.45), rf"$\eta_{{{index + 1}}}$", GREEN, over=True)
-    box(axes, (11.25, 2.4), r"$\sum_e \eta_{p,e}\,W_e[p]$", GREEN, size=(2.5, 1.0))
+        note(axes, (8.95, y + (2.4 - y) * 0.45), f"$w_{index + 1}$", GREEN, over=True)
+    box(axes, (11.25, 2.4), r"$\sum_e w_{p,e}\,W_e[p]$", GREEN, size=(2.5, 1.0))
     arrow(axes, (12.5, 2.4), (13.6, 2.4))
     box(axes, (14.4, 2.4), "$W'$", BLUE, size=(1.3, 0.9))
-    note(axes, (11.25, 1.45), "pass K + 1 learns $\\eta$,\nfor each tensor $p$", fontsize=6.8)
+    note(
+        axes, (11.25, 1.45), "pass K + 1 learns $\\eta$; for each\ntensor $p$, $w_p$ = softmax($\\eta_p$)", fontsize=6.8
+    )
     note(axes, (14.4, 1.45), "the next\nepoch's start", fontsize=6.8)
     return figure
 
 
 def l2w() -> Figure:
-    """One half trains with predicted weights, the other judges a pseudo step of them."""
+    """One half makes a pseudo step with predicted weights; the other half evaluates it."""
     figure, axes = canvas(16.4, 5.3)
     box(axes, (1.5, 4.2), "half A\nof the batch", GREY, size=(2.2, 1.0))
     box(axes, (1.5, 1.0), "half B\nof the batch", GREY, size=(2.2, 1.0))
     box(axes, (5.0, 4.2), r"losses $\ell_{ik}$", INK, size=(2.0, 0.9))
     box(axes, (8.5, 4.2), "weight\nnetwork $g$", GREEN, size=(2.0, 1.0))
     box(axes, (12.5, 4.2), r"$\hat\theta$: pseudo step on" "\n" r"$\sum w_{ik}\,\ell_{ik}$", BLUE, size=(3.3, 1.1))
-    box(axes, (12.5, 1.0), "$L_{meta}$: each exit judged by\nthe images that leave there", ORANGE, size=(4.3, 1.1))
+    box(axes, (12.5, 1.0), "$L_{meta}$: loss of each exit on\nthe images allocated to it", ORANGE, size=(4.3, 1.1))
     arrow(axes, (2.6, 4.2), (4.0, 4.2))
     arrow(axes, (6.0, 4.2), (7.5, 4.2))
     arrow(axes, (9.5, 4.2), (10.85, 4.2), GREEN)
@@ -153,27 +157,27 @@ def l2w() -> Figure:
     arrow(axes, (12.5, 3.65), (12.5, 1.55))
     arrow(axes, (2.6, 1.0), (10.35, 1.0))
     arrow(axes, (10.6, 1.55), (8.6, 3.7), RED, dashed=True)
-    note(axes, (8.15, 2.6), "moves $g$", RED)
-    note(axes, (5.0, 2.35), "then the real step with the new\nweights, and the halves change places", fontsize=6.8)
+    note(axes, (8.15, 2.6), "updates $g$", RED)
+    note(axes, (5.0, 2.35), "then the real step with the new\nweights, and the halves swap roles", fontsize=6.8)
     return figure
 
 
 def aggregators() -> Figure:
-    """Two gradients that contradict each other, and what becomes of them; computed, not sketched."""
+    """Two conflicting gradients and three directions, computed from the formulas."""
     figure, axes = canvas(16.0, 4.5)
     g1, g2 = np.array([1.9, 0.45]), np.array([-1.15, 1.35])
-    mine = g1 - (g1 @ g2) / (g2 @ g2) * g2
-    theirs = g2 - (g1 @ g2) / (g1 @ g1) * g1
+    h1 = g1 - (g1 @ g2) / (g2 @ g2) * g2
+    h2 = g2 - (g1 @ g2) / (g1 @ g1) * g1
     share = float(np.clip((g2 @ (g2 - g1)) / ((g1 - g2) @ (g1 - g2)), 0, 1))
     panels = (
         ("joint: the sum", g1 + g2, ()),
-        ("pcgrad: projected, then summed", mine + theirs, (mine, theirs)),
-        ("mgda: the shortest between them", share * g1 + (1 - share) * g2, ()),
+        ("pcgrad: mean of projections", (h1 + h2) / 2, (h1, h2)),
+        ("mgda: shortest combination", share * g1 + (1 - share) * g2, ()),
     )
-    for place, (title, direction, helpers) in enumerate(panels):
-        origin = np.array([2.3 + 5.3 * place, 0.75])
+    for panel, (title, direction, helpers) in enumerate(panels):
+        origin = np.array([2.3 + 5.3 * panel, 0.75])
         note(axes, (origin[0] + 0.3, 4.15), title, fontweight="bold")
-        if place == 2:
+        if panel == 2:
             ends = np.stack([origin + g1, origin + g2])
             axes.plot(ends[:, 0], ends[:, 1], color=GREY, linewidth=0.8, linestyle=":")
         for name, vector in (("$g_1$", g1), ("$g_2$", g2)):
@@ -193,7 +197,7 @@ def _vector(
 
 
 def _down(axes: Axes, at: Point) -> None:
-    """Draw the gradient of a loss, down through its head to its stage."""
+    """Draw the gradient of a loss, through its head to its stage."""
     x, y = at
     arrow(axes, (x + 0.2, y - 0.42), (x + 0.2, y - 0.98), RED, dashed=True)
     arrow(axes, (x + 0.2, y - 1.72), (x + 0.2, y - 2.38), RED, dashed=True)

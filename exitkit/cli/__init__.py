@@ -48,7 +48,7 @@ class Verbs(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Name all verbs."""
-        return list(self.points)
+        return [*self.points]  # `list` is also a module of this package
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import one verb; one of a package that is broken stands in the help with what is wrong."""

@@ -190,8 +190,12 @@ def settings_of(entry: Entry) -> Iterator[tuple[str, str, str, str]]:
 
 def _default(field: Entry) -> str:
     if field.get("variant"):
-        return ", ".join(f"{value} ({variant})" for variant, value in field["variant"].items())
+        return ", ".join(f"{_plain(value)} ({variant})" for variant, value in field["variant"].items())
     value = field["default"]
     if isinstance(value, list):
         return ",".join(map(str, value))
+    return _plain(value)
+
+
+def _plain(value: Any) -> str:
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)

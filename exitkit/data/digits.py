@@ -31,6 +31,7 @@ class Digits(DataSet):
 
     def load(self, data_dir: Path | None, download: bool = True) -> Data:
         """Return the digits; they lie in scikit-learn's package, and `data_dir` is not asked."""
+        # Imported when used: scikit-learn takes a second to load.
         from sklearn.datasets import load_digits
 
         digits = load_digits()

@@ -97,6 +97,7 @@ def check_headers(paths: Sequence[str]) -> None:
     Raises:
         UserError: one is not.
     """
+    # Imported when used: only image files need Pillow.
     from PIL import Image
 
     for path in _spread(paths, _LOOKED_AT):
@@ -119,6 +120,7 @@ def read_image(path: str) -> Any:
     Raises:
         UserError: it is damaged, no image, or has more than 8 bits a channel (Pillow would cut them off at 255).
     """
+    # Imported when used: only image files need Pillow.
     from PIL import Image
 
     try:

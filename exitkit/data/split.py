@@ -85,6 +85,7 @@ def hold_out(
     Raises:
         UserError: too many, or too few for a class to be on both sides.
     """
+    # Imported when used: scikit-learn takes a second to load.
     from sklearn.model_selection import train_test_split
 
     classes, sizes = labels[pool].unique(return_counts=True)

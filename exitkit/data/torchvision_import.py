@@ -44,6 +44,7 @@ def _import_mended() -> None:
     except RuntimeError as error:
         if "torchvision::" not in str(error):
             raise
+    # Imported when used: only a torchvision that does not fit torch needs it.
     import sys
 
     import torch

@@ -61,14 +61,16 @@ class Engine:
         """
         for parameter in parameters:
             parameter.grad = None
-        self.arithmetic.scaled(rank_share(loss, rank_weight)).backward()  # type: ignore[no-untyped-call]
+        self.arithmetic.scaled(rank_share(loss, rank_weight)).backward()
         self.ranks.average([parameter.grad for parameter in parameters])
 
     def gradients(self, loss: Tensor, tensors: Sequence[Tensor], rank_weight: float = 1.0) -> list[Tensor | None]:
         """Return the gradient of `loss`, averaged over the ranks; the graph is kept for the next loss."""
         scaled = self.arithmetic.scaled(rank_share(loss, rank_weight))
         raw = torch.autograd.grad(scaled, tensors, retain_graph=True, allow_unused=True)
-        gradients = [gradient if gradient is None else self.arithmetic.unscaled(gradient) for gradient in raw]
+        gradients: list[Tensor | None] = [
+            gradient if gradient is None else self.arithmetic.unscaled(gradient) for gradient in raw
+        ]
         self.ranks.average(gradients)
         return gradients
 

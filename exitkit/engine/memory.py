@@ -45,6 +45,7 @@ def peak_mib(device: torch.device) -> float:
         status = Path("/proc/self/status").read_text(encoding="ascii")
         return int(status.split("VmHWM:")[1].split()[0]) / 1024
     try:
+        # Imported when used: Windows has no such module.
         import resource
     except ImportError:
         return float("nan")

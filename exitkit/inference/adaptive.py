@@ -70,14 +70,14 @@ def _whole(pending: dict[int, _Pending]) -> Iterator[Answers]:
 class AdaptiveInference:
     """Answers images by a network that stops early where its rule says so.
 
-    The answers are those of the decide-afterwards evaluation (`exitkit.evaluation.leave_at` on all exits' outputs), as
+    The answers are those of the decide-afterwards evaluation (`exitkit.inference.thresholds.leave_at` on all exits' outputs), as
     far as the arithmetic of a layer does not depend on how many images it is given.
 
     Args:
         network: any cascade, adapted and trained; it is put into evaluation mode.
         rule: who leaves where.
         buckets: sizes to which the images that go on are filled up (by repeating one), so that stages see few shapes:
-            for compiled stages (`exitkit.compilation.compile_parts`); none: nothing is filled up.
+            for compiled stages (`exitkit.networks.compile_parts`); none: nothing is filled up.
 
     Raises:
         UserError: a rule for another number of exits, or buckets that are no positive sizes.

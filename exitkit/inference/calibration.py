@@ -88,7 +88,7 @@ def exit_calibration(
         bins: see `calibration_error`.
 
     Raises:
-        UserError: as `calibration_error` and `exit_rules.scores`.
+        UserError: as `calibration_error` and `scores.scores`.
     """
     outputs = np.asarray(logits)
     hits = hits_of(outputs, _checked_labels(labels, outputs)).T
@@ -101,8 +101,8 @@ def point_calibration(confidence: ArrayLike, correct: ArrayLike, left: ArrayLike
 
     Args:
         confidence: probabilities of being right that are claimed, [N, K], whatever rule decides who leaves.
-        correct: [N, K], see `evaluation.correct`.
-        left: the exit (0-based) where each sample leaves, [P, N], see `evaluation.leave_at`.
+        correct: [N, K], see `thresholds.correct`.
+        left: the exit (0-based) where each sample leaves, [P, N], see `thresholds.leave_at`.
         bins: see `calibration_error`.
 
     Raises:

@@ -1,6 +1,6 @@
 """Operating points: the best that any could be, which to keep, and which one can be promised.
 
-An operating point is a mean cost and an accuracy, as `evaluation.budgeted` gives them. The oracle knows the
+An operating point is a mean cost and an accuracy, as `thresholds.budgeted` returns them. The oracle knows the
 labels and bounds every exit rule; `held` and `stitched` choose on validation accuracy; `risk_controlled` chooses
 with a guarantee: Learn then Test (Angelopoulos et al., 2021) by fixed-sequence testing, whose p-values come from
 betting (Waudby-Smith and Ramdas, "Estimating means of bounded random variables by betting", JRSS-B 2024).
@@ -30,7 +30,7 @@ def oracle_curve(correct: ArrayLike, costs: ArrayLike) -> tuple[Floats, Floats]:
     cheapest first is optimal: no choice of exits that costs no more is more accurate.
 
     Args:
-        correct: whether each exit is right, [N, K], see `evaluation.correct`.
+        correct: whether each exit is right, [N, K], see `thresholds.correct`.
         costs: cumulative cost of leaving at each exit, [K], not decreasing.
 
     Raises:

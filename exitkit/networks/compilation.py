@@ -27,6 +27,7 @@ def compile_parts(network: MultiExitNetwork) -> None:
     an early exit stops between two of them. The shapes of a part repeat, so that it is compiled once (and once more for
     the last, smaller batch of an epoch).
     """
+    # Imported when used: only compiled networks need it.
     import torch._functorch.config as functorch
 
     # Compiled code may reuse saved tensors as scratch; several backwards through one graph (aggregators) need them.

@@ -60,9 +60,7 @@ def evaluate(
     return table_of([run])
 
 
-def evaluate_held(
-    run: RunFolder, recipe: ResolvedRecipe, tell: Callable[[float], None] = lambda share: None
-) -> None:
+def evaluate_held(run: RunFolder, recipe: ResolvedRecipe, tell: Callable[[float], None] = lambda share: None) -> None:
     """Do what `evaluate` does, on the recipe's device and data folder; the caller must hold the run's lock."""
     engine = Engine(choose_device(recipe.device))
     with process_settings(engine.device, threads=recipe.threads):

@@ -25,13 +25,11 @@ def code_digest(method: str) -> str:
     the whole top-level package.
     """
     digest = hashlib.sha256()
-    files: set[Path] = set()
     for part in method_parts(method):
         plugin = plugins.underlying(plugins.load("method", part))
-        for base in plugin.__mro__:
-            files |= _source_files(base.__module__, _package_of(plugin.__module__))
-    for path in sorted(files):
-        digest.update(path.read_bytes())
+        package = _package_of(plugin.__module__)
+        for path in sorted(set().union(*(_source_files(base.__module__, package) for base in plugin.__mro__))):
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -3,13 +3,13 @@
 recipe.json          the resolved recipe        environment.json   versions, device, when
 split.safetensors    train, validation, test    metrics.csv        losses and accuracies, epoch by epoch
 checkpoint.pt        where training stands      timing.csv         seconds and peak memory an epoch
-progress.json        where it is, every few seconds while it trains (see heartbeat.py)
-tensorboard/         the metrics as a TensorBoard log, if asked for (see tensorboard_log.py)
+progress.json        where it is, every few seconds while it trains (see training/progress.py)
+tensorboard/         the metrics as a TensorBoard log, if asked for (see training/tensorboard.py)
 learned.json         what the method learned besides the network, if anything (see LearnedTable)
-probes.safetensors   what was seen on one fixed batch, if asked for (see probe.py)
+probes.safetensors   what was seen on one fixed batch, if asked for (see training/probe.py)
 weights.safetensors  the trained network        cost.json          multiply-adds and parameters an exit
 outputs-validation.safetensors, outputs-test.safetensors           logits [N, K, C], labels [N], indices [N]
-latency.json         milliseconds until each exit answers, if measured (see benchmarks/bench.py)
+latency.json         milliseconds until each exit answers, if measured (see benchmarks/commands/bench.py)
 results.json         accuracy of each exit; written last: a folder that has it is finished
 """
 
@@ -17,9 +17,8 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -251,7 +250,7 @@ class RunFolder:
         return read_learned(self.path / LEARNED) if exists(self.path / LEARNED) else []
 
     def training_cost(self) -> dict[str, float]:
-        """Return the seconds that training took over all epochs, and its peak memory in MiB (see `exitkit.memory`)."""
+        """Return the seconds that training took over all epochs, and its peak memory in MiB (see `exitkit.engine.memory`)."""
         timing = read_table(self.path / "timing.csv", ["phase"], ["seconds", "peak_mib"])
         # An epoch after which the process was killed may be missing: then it counts as the others of its phase do.
         mean = timing.groupby("phase").seconds.mean()
@@ -259,7 +258,7 @@ class RunFolder:
         return {"seconds": float((mean * epochs).sum()), "memory_mib": float(timing.peak_mib.max())}
 
     def probes(self) -> dict[str, np.ndarray]:
-        """Return what `exitkit.probe.probe` saw, each stacked over time, with `epoch` [T]; empty without probes."""
+        """Return what `exitkit.training.probe.probe` measured, each stacked over time, with `epoch` [T]; empty without probes."""
         path = self.own(PROBES)
         if not path.exists():
             return {}

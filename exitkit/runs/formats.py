@@ -113,6 +113,7 @@ def read_table(path: Path, words: Sequence[str], numbers: Sequence[str]) -> pd.D
     Raises:
         UserError: it is missing or damaged, or a column is missing or holds what it must not.
     """
+    # Imported when used: pandas takes half a second to load.
     import pandas as pd
 
     try:

@@ -20,7 +20,13 @@ from exitkit.plugins import method_parts
 from exitkit.runs.folder import SPLIT, RunFolder
 from exitkit.runs.job import is_folder, load_network, make_strategy, resolve
 from exitkit.runs.recipe import ResolvedRecipe
-from exitkit.runs.weights import side_network, side_networks_digest, weights_digest, weights_file
+from exitkit.runs.weights import (
+    run_weights_digest,
+    side_network,
+    side_networks_digest,
+    weights_digest,
+    weights_file,
+)
 
 
 def load_initial(recipe: ResolvedRecipe, network: MultiExitNetwork) -> None:
@@ -95,7 +101,7 @@ def load_teachers(recipe: ResolvedRecipe, out: Path, data: Data) -> dict[str, Mu
         folder = RunFolder(out / by_method[name].id if name in by_method else name)
         folder.results()  # tells how to resume one that is not finished
         if name not in by_method:
-            _check_unchanged(name, weights_digest(name), recipe.ingredients.get(name))
+            _check_unchanged(name, run_weights_digest(name), recipe.ingredients.get(name))
         check_unseen(folder.path, recipe, data)
         networks[name] = load_network(folder, data).requires_grad_(False)
         if networks[name].num_classes != data.num_classes:

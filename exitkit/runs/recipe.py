@@ -107,6 +107,9 @@ class Recipe(BaseModel):
             raise UserError(f"recipe {path} holds a {type(values).__name__}; expected a table of keys")
         return values
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recipe) and self.model_dump() == other.model_dump()
+
     def with_values(self, **values: Any) -> Self:
         """Return this recipe with some values replaced, checked again."""
         return self.make(**(self.model_dump() | values))
@@ -170,17 +173,24 @@ class Recipe(BaseModel):
         identity = {key: value for key, value in self.model_dump(mode="json").items() if key not in EXECUTION}
         if not self.ingredients:
             del identity["ingredients"]  # most runs read no other, and those made before had no such key
-        for kind, name in (("method", self.method), ("backbone", self._backbone()), ("dataset", self.dataset)):
-            parts = name.split("+") if kind == "method" else [name]
-            ignored = {
-                key
-                for part in parts
-                for field in plugins.execution_fields(kind, part)
-                for key in (field, f"{part}.{field}")
-            }
-            settings = identity[f"{kind}_settings"]
-            identity[f"{kind}_settings"] = {key: value for key, value in settings.items() if key not in ignored}
+        for kind, name in (("backbone", self._backbone()), ("dataset", self.dataset)):
+            identity[f"{kind}_settings"] = plugins.identifying(kind, name, identity[f"{kind}_settings"])
+        identity["method_settings"] = self._identifying_method(identity["method_settings"])
         return identity
+
+    def _identifying_method(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        parts = self.method.split("+")
+        if len(parts) == 1:
+            return plugins.identifying("method", self.method, settings)
+        return {
+            f"{part}.{key}": value
+            for part in parts
+            for key, value in plugins.identifying(
+                "method",
+                part,
+                {key.removeprefix(f"{part}."): v for key, v in settings.items() if key.startswith(f"{part}.")},
+            ).items()
+        }
 
     @property
     def id(self) -> str:

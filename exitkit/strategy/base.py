@@ -88,12 +88,13 @@ class TrainingStrategy:
     Class attributes:
         slots: the slots that this method claims.
         paper: authors, title, venue and year of the paper.
-        removed: settings of earlier releases that changed no result; recipes that have them are still read.
+        removed: settings of earlier releases that changed no result, with their defaults; recipes that have them are
+            still read.
     """
 
     slots: ClassVar[frozenset[str]] = frozenset()
     paper: ClassVar[str] = ""
-    removed: ClassVar[frozenset[str]] = frozenset()
+    removed: ClassVar[Mapping[str, Any]] = {}
 
     label_smoothing: float = setting(0.0, "share of each label that is spread over all classes", kw_only=True)
 

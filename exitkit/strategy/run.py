@@ -27,13 +27,16 @@ PerExit = TypeVar("PerExit", bound=Sized)
 
 
 class Objective(Protocol):
-    """What a run asks of its strategy: the losses and the weights of the exits, and the state to save."""
+    """What a run asks of its strategy: losses and weights of the exits, and the state to save."""
 
     def exit_losses(self, run: Run, outputs: Outputs, batch: Batch) -> list[Tensor]:
         """Return K losses [B]."""
 
     def exit_weights(self, run: Run) -> Sequence[float]:
         """Return K weights."""
+
+    def sample_weights(self, run: Run, losses: Sequence[Tensor], outputs: Outputs) -> Tensor | None:
+        """Return the weights of the images [B, K], or None where all are 1; for diagnostics."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return what has to be saved to resume."""

@@ -28,7 +28,7 @@ def learning_rate(recipe: ResolvedRecipe, at: Position) -> float:
     """Return the learning rate: cosine falls with every step, `step` at the first epoch past each milestone."""
     if recipe.schedule == "cosine":
         return recipe.lr * 0.5 * (1 + math.cos(math.pi * at.fraction))
-    passed = sum(at.epoch / at.epochs >= milestone for milestone in recipe.milestones)
+    passed = sum(at.epoch / at.epochs >= milestone for milestone in recipe.milestones or ())
     return recipe.lr * recipe.decay**passed
 
 

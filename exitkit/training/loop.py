@@ -176,7 +176,9 @@ def _end_epoch(training: Training, begun: BegunPhase, batches: EpochBatches, sec
     finite_state(run)  # before anything is written of an epoch that can't be saved
     end = EpochEnd(history, batches.end(epoch, seconds, trained.losses, trained.accuracies))
     for observer in training.observers:
-        observer.on_epoch_end(run, phase.strategy, end)
+        observer.on_epoch_end(run, end)
     run.position.end_epoch()
     training.checkpoints.save(run, history)
     ranks.barrier()
+    for observer in training.observers:
+        observer.on_epoch_saved(run, end)

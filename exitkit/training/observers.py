@@ -26,8 +26,11 @@ class EpochEnd:
 class Observer:
     """Listens to training; subclasses override what they need."""
 
-    def on_epoch_end(self, run: Run, strategy: TrainingStrategy, end: EpochEnd) -> None:
+    def on_epoch_end(self, run: Run, end: EpochEnd) -> None:
         """Called after every epoch and its validation, before the checkpoint is written."""
+
+    def on_epoch_saved(self, run: Run, end: EpochEnd) -> None:
+        """Called after every epoch, after its checkpoint is written."""
 
     def on_phase_end(self, run: Run, strategy: TrainingStrategy, phase: str) -> None:
         """Called after the last epoch of every phase."""
@@ -46,7 +49,7 @@ class MetricsFiles(Observer):
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
 
-    def on_epoch_end(self, run: Run, strategy: TrainingStrategy, end: EpochEnd) -> None:
+    def on_epoch_end(self, run: Run, end: EpochEnd) -> None:
         """Write the records so far."""
         history, path = end.history, self._folder.path
         write_text(path / "metrics.csv", csv_text(history.metrics, list(history.metrics[0])))
@@ -96,12 +99,12 @@ def checked_tables(strategy: TrainingStrategy, tables: Any) -> list[LearnedTable
 
 
 class Reporting(Observer):
-    """Reports the progress at the end of every epoch."""
+    """Reports the progress when an epoch is saved."""
 
     def __init__(self, file: ProgressFile) -> None:
         self._file = file
 
-    def on_epoch_end(self, run: Run, strategy: TrainingStrategy, end: EpochEnd) -> None:
+    def on_epoch_saved(self, run: Run, end: EpochEnd) -> None:
         """Report it."""
         self._file(end.progress)
 

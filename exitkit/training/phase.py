@@ -56,9 +56,8 @@ class PhaseSetup:
         self.engine.place(network)
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(_trains(phase, name, new=name not in parameters))
+        check_trains(phase, recipe.method, network, parameters)
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        if not trained:
-            raise UserError(f"phase {phase.name} of method {recipe.method} has no parameter to train")
         optimizer = torch.optim.SGD(trained, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
         if recipe.compile:
             compile_parts(network)
@@ -97,6 +96,22 @@ class BegunPhase:
             for name, module in network.named_modules():
                 if isinstance(module, _BatchNorm) and name not in self.added and not f"{name}.".startswith(trained):
                     module.eval()
+
+
+def check_trains(phase: Phase, method: str, network: MultiExitNetwork, before: set[str]) -> None:
+    """Check that a phase has parameters to train.
+
+    Args:
+        phase: the phase, whose `adapt` has been applied.
+        method: its method's name, for the message.
+        network: the adapted network.
+        before: names of the parameters before it was adapted.
+
+    Raises:
+        UserError: it has none.
+    """
+    if not any(_trains(phase, name, new=name not in before) for name, _ in network.named_parameters()):
+        raise UserError(f"phase {phase.name} of method {method} has no parameter to train")
 
 
 def _trains(phase: Phase, name: str, *, new: bool) -> bool:

@@ -1,4 +1,4 @@
-"""Probes: what can only be measured while a network trains, on one fixed batch; no weight and no random state changes."""
+"""Probes: measurements on one fixed batch while a network trains; weights and random states do not change."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch import Tensor
 from exitkit.data.base import Batch, Data
 from exitkit.engine.engine import Engine
 from exitkit.engine.randomness import generator
-from exitkit.strategy.base import TrainingStrategy
 from exitkit.strategy.run import Run
 from exitkit.training.observers import EpochEnd, Observer
 
@@ -40,15 +39,15 @@ class Probing(Observer):
     def __init__(self, every: int, data: Data, engine: Engine) -> None:
         self._every, self._data, self._engine = every, data, engine
 
-    def on_epoch_end(self, run: Run, strategy: TrainingStrategy, end: EpochEnd) -> None:
+    def on_epoch_end(self, run: Run, end: EpochEnd) -> None:
         """Add a probe to the records, if it is time for one."""
         epochs = len(end.history.metrics)
         if epochs % self._every == 0:
-            measures = probe(run, strategy, probe_batch(self._data, self._engine))
+            measures = probe(run, probe_batch(self._data, self._engine))
             end.history.probes.append(measures | {"epoch": torch.tensor(epochs)})
 
 
-def probe(run: Run, strategy: TrainingStrategy, batch: Batch) -> dict[str, Tensor]:
+def probe(run: Run, batch: Batch) -> dict[str, Tensor]:
     """Return what training looks like at this moment, on B images, for K exits and S = K stages.
 
     Returns:
@@ -79,7 +78,7 @@ def probe(run: Run, strategy: TrainingStrategy, batch: Batch) -> dict[str, Tenso
         by_exit = [gradient(loss.mean()) for loss in losses]
         eighths = torch.arange(len(batch.labels), device=batch.labels.device).chunk(CHUNKS)
         by_chunk = [gradient(sum_of(weights, [loss[chosen] for loss in losses])) for chosen in eighths]
-        sample_weights = strategy.sample_weights(run, losses, outputs)
+        sample_weights = run.strategy.sample_weights(run, losses, outputs)
     record: dict[str, list[Tensor]] = {"cosine": [], "norm": [], "total_norm": [], "total_variance": []}
     for index in range(network.num_exits):
         rows = torch.stack([pieces[index] for pieces in by_exit])

@@ -18,7 +18,7 @@ from exitkit.training.checkpoint import Checkpoints
 from exitkit.training.environment import environment
 from exitkit.training.history import TIMING_COLUMNS, History, csv_text
 from exitkit.training.observers import LearnedTables, MetricsFiles, Observer, Reporting
-from exitkit.training.phase import BegunPhase, PhaseSetup
+from exitkit.training.phase import BegunPhase, PhaseSetup, check_trains
 from exitkit.training.probe import Probing
 from exitkit.training.progress import ProgressFile
 from exitkit.training.tensorboard import TensorBoardLog
@@ -89,12 +89,18 @@ def set_up(recipe: ResolvedRecipe, engine: Engine, path: Path, progress: Progres
 
 
 def _rehearse(job: Job, new: bool) -> None:
-    """Apply all adaptations, and the initial weights, to a copy of the network."""
+    """Apply all adaptations, and the initial weights, to a copy of the network.
+
+    Raises:
+        UserError: an adaptation is not possible, a phase has nothing to train, or the weights do not fit.
+    """
     copied = copy.deepcopy(job.network)
     for number, phase in enumerate(job.phases):
         if new and number == job.first:
             load_initial(job.recipe, copied)
+        before = {name for name, _ in copied.named_parameters()}
         phase.strategy.adapt(copied)
+        check_trains(phase, job.recipe.method, copied, before)
 
 
 def _open_folder(job: Job, engine: Engine, path: Path) -> RunFolder:

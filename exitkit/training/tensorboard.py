@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from exitkit.errors import UserError
 from exitkit.files import disk_error
-from exitkit.strategy.base import TrainingStrategy
 from exitkit.strategy.run import Run
 from exitkit.training.observers import EpochEnd, Observer
 
@@ -41,7 +40,7 @@ class TensorBoardLog(Observer):
         self._writer: SummaryWriter | None = None
         self._written = 0
 
-    def on_epoch_end(self, run: Run, strategy: TrainingStrategy, end: EpochEnd) -> None:
+    def on_epoch_saved(self, run: Run, end: EpochEnd) -> None:
         """Write the epochs that are not written yet."""
         self.write(end.history.metrics)
 

@@ -11,11 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from exitkit import plugins
+from exitkit import Recipe, plugins
 from exitkit.data.base import build_dataset
 from exitkit.errors import Note, UserError
 from exitkit.networks.build import build_network
-from exitkit.runs.recipe import Recipe
 from exitkit.strategy.composition import build_strategy
 
 CHECKS = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]

@@ -150,10 +150,10 @@ def check(words, place, capsys):
 def harmless(place, monkeypatch):
     """In that folder, with all that lasts or that touches the machine ending where it would begin."""
     monkeypatch.chdir(place)
-    monkeypatch.setattr("exitkit.training.open_folder", begin)
-    monkeypatch.setattr("exitkit.benchmarks.campaign.Campaign.run", begin)
+    monkeypatch.setattr("exitkit.training.setup._open_folder", begin)
+    monkeypatch.setattr("exitkit.benchmarks.campaign.queue.Campaign.run", begin)
     monkeypatch.setattr("urllib.request.urlopen", offline)
-    monkeypatch.setattr("exitkit.inference.export.export", begin)
+    monkeypatch.setattr("exitkit.inference.export.export.export", begin)
     monkeypatch.setattr("exitkit.benchmarks.stopwatch.time_all", begin)
     monkeypatch.setattr("exitkit.benchmarks.diagnose.figures.ranks_figure", begin)
 

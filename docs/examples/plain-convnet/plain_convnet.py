@@ -1,20 +1,25 @@
-"""A family of networks of one's own: convolutions in a row, an exit behind each."""
+"""A network family of one's own: a chain of convolutions, with an exit after each."""
 
 from dataclasses import dataclass
 
 from torch import nn
 
-from exitkit import MultiExitNetwork, UserError, setting
-from exitkit.networks.cascade import Head
-from exitkit.networks.families.base import Backbone, preset
+from exitkit.networks import (
+    Backbone,
+    Head,
+    MultiExitNetwork,
+    UserError,
+    preset,
+    setting,
+)
 
 
 @dataclass(frozen=True)
 class PlainConvNet(Backbone):
-    """Plain convolutions, an exit behind each."""
+    """Plain convolutions, with an exit after each."""
 
     widths: tuple[int, ...] = setting(
-        (16, 32, 64), "channels of each stage; every stage halves the map"
+        (16, 32, 64), "channels of each stage; every stage halves the feature map"
     )
 
     def __post_init__(self) -> None:
@@ -40,4 +45,9 @@ class PlainConvNet(Backbone):
         return MultiExitNetwork(stages, heads, input_shape, num_classes)
 
 
-wide = preset(PlainConvNet, "Four wide stages", widths=(32, 64, 128, 256))
+preset(
+    PlainConvNet,
+    "Four wide stages",
+    name="plain-convnet-wide",
+    widths=(32, 64, 128, 256),
+)

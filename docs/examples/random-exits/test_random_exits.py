@@ -1,4 +1,4 @@
-"""A step follows the drawn exits' losses, and the draw repeats itself."""
+"""A step follows the losses of the drawn exits, and the draw is repeatable."""
 
 import torch
 from random_exits import RandomExits
@@ -8,14 +8,14 @@ import exitkit
 
 
 def test_a_step_moves_along_the_drawn_exits_losses_alone():
-    """In float64, against a gradient that the method has no part in."""
+    """In float64, compared with a gradient that is computed without the method."""
     network = exitkit.build_network("msdnet-tiny").double()
     optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
     run = exitkit.Run.local(network, RandomExits(keep=0.5), optimizer)
     images = torch.randn(8, 1, 16, 16, dtype=torch.float64)
     labels = torch.randint(10, (8,))
-    drawn = run.exit_weights()
-    assert drawn == run.exit_weights() and drawn[-1] == 1
+    drawn = run.weights()
+    assert drawn == run.weights() and drawn[-1] == 1
     outputs = network(images).logits
     loss = sum(
         w * cross_entropy(z, labels) for w, z in zip(drawn, outputs, strict=True)

@@ -1,4 +1,4 @@
-"""A data set of one's own: made-up images of lying and standing stripes."""
+"""A data set of one's own: generated images of horizontal and vertical stripes."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,14 +6,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from exitkit import setting
-from exitkit.data.base import Data, DataSet, TensorData
-from exitkit.data.split import Split, hold_out
+from exitkit.data import Data, DataSet, Split, TensorData, hold_out, setting
 
 
 @dataclass(frozen=True)
 class Stripes(DataSet):
-    """Grey stripes of 16x16 that lie or stand, in noise; 2 classes."""
+    """Grey images of 16x16: horizontal or vertical stripes with noise; 2 classes."""
 
     house: ClassVar[dict[str, Any]] = DataSet.house | {
         "backbone": "msdnet-tiny",
@@ -22,10 +20,10 @@ class Stripes(DataSet):
     }
 
     validation: int = setting(60, "images held out of the training images, stratified")
-    noise: float = setting(0.3, "how much noise, in brightness 0..1")
+    noise: float = setting(0.3, "standard deviation of the noise; brightness is 0..1")
 
     def load(self, data_dir: Path | None, download: bool = True) -> Data:
-        """Make the images; nothing is read from `data_dir`."""
+        """Generate the images; nothing is read from `data_dir`."""
         draw = torch.Generator().manual_seed(self.split_seed)
         labels = torch.arange(600) % 2
         lines = (torch.arange(16) // 2 % 2).float()
@@ -41,7 +39,7 @@ class Stripes(DataSet):
             labels, rest, self.validation, self.split_seed, "a validation set"
         )
         return TensorData(
-            class_names=["standing", "lying"],
+            class_names=["vertical", "horizontal"],
             input_shape=(1, 16, 16),
             train_labels=labels,
             test_labels=labels,

@@ -27,6 +27,7 @@ Program = Callable[[list[Any]], list[Any]]
 def load(path: Path) -> Program:
     """Return one exported program: a list of arrays -> a list of arrays."""
     if path.suffix == ".onnx":
+        # Imported when used: a folder needs onnxruntime or torch, not both.
         import onnxruntime
 
         session = onnxruntime.InferenceSession(str(path), providers=onnxruntime.get_available_providers())

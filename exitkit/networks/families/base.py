@@ -37,22 +37,28 @@ class Backbone:
         raise NotImplementedError
 
 
-def preset(family: type[Backbone], name: str, doc: str, home: Home | None = None, **defaults: Any) -> None:
-    """Register a preset: `family` under another name and with other defaults.
+def preset(
+    family: type[Backbone], doc: str, home: Home | None = None, *, name: str | None = None, **defaults: Any
+) -> functools.partial[Backbone]:
+    """Return `family` with other defaults.
 
     Args:
-        family: the backbone whose preset it is; found with it, through the family's entry point.
-        name: the preset's name; it begins with the name of the family, so that it is found without loading others.
+        family: the backbone whose preset it is.
         doc: one line that says what it is, with the paper's table.
         home: the images and classes that it was published for; by default the family's.
+        name: registers the preset with the family under this name, so that the family's entry point is enough to find
+            it. A name that begins with the family's is found without loading other packages. Without a name the preset
+            needs an entry point of its own.
         defaults: the fields that differ from the family's.
     """
     made = functools.partial(family, **defaults)
     made.doc = f"{doc.rstrip('.')}."  # type: ignore[attr-defined]
     made.home = home or family.home  # type: ignore[attr-defined]
-    if "presets" not in vars(family):
-        family.presets = {}
-    family.presets[name] = made
+    if name is not None:
+        if "presets" not in vars(family):
+            family.presets = {}
+        family.presets[name] = made
+    return made
 
 
 def home(plugin: Any) -> Home:

@@ -234,9 +234,9 @@ class MSDNet(Backbone):
 
 preset(
     MSDNet,
-    "msdnet-tiny",
     "4 exits, 4,330 parameters: for the default data (ours, in no paper)",
     ((1, 16, 16), 10),
+    name="msdnet-tiny",
     blocks=4,
     base=1,
     step=1,
@@ -246,9 +246,9 @@ preset(
     bottleneck_factors=(1, 1, 2),
     head="pool",
 )
-preset(MSDNet, "msdnet-cifar-k7", "7 exits, base 4, step 2, growth 6 (the released MSDNet code's anytime network)")
-preset(MSDNet, "msdnet-cifar-k10", "10 exits, base 4, step 2, growth 6 (BoostNet table 1)", blocks=10)
-preset(MSDNet, "msdnet-cifar-k7-g16", "7 exits, base 4, step 2, growth 16 (Meta-GF tables 1 and 5)", growth=16)
+preset(MSDNet, "7 exits, base 4, step 2, growth 6 (the released MSDNet code's anytime network)", name="msdnet-cifar-k7")
+preset(MSDNet, "10 exits, base 4, step 2, growth 6 (BoostNet table 1)", name="msdnet-cifar-k10", blocks=10)
+preset(MSDNet, "7 exits, base 4, step 2, growth 16 (Meta-GF tables 1 and 5)", name="msdnet-cifar-k7-g16", growth=16)
 for exits, where in (
     (4, "MSDNet's budgeted-batch family"),
     (5, "IMTA table 2, L2W-DEN"),
@@ -257,10 +257,10 @@ for exits, where in (
     (8, "MSDNet's budgeted-batch family"),
 ):
     doc = f"{exits} exits, 1, 2, ... {exits} layers between them ({where})"
-    preset(MSDNet, f"msdnet-cifar-lg{exits}", doc, blocks=exits, base=1, step=1, step_mode="lin_grow")
+    preset(MSDNet, doc, name=f"msdnet-cifar-lg{exits}", blocks=exits, base=1, step=1, step_mode="lin_grow")
 for base in (4, 8, 12):
     doc = f"6 exits, base {base}, step 2 (BoostNet figure 4)"
-    preset(MSDNet, f"msdnet-cifar-k6-b{base}", doc, blocks=6, base=base)
+    preset(MSDNet, doc, name=f"msdnet-cifar-k6-b{base}", blocks=6, base=base)
 for step, where in (
     (4, "IMTA table 3, Meta-GF table 2, L2W-DEN"),
     (5, "IMTA's scripts"),
@@ -269,9 +269,9 @@ for step, where in (
 ):
     preset(
         MSDNet,
-        f"msdnet-imagenet-s{step}",
         f"ImageNet, 5 exits, {step} layers each ({where})",
         IMAGENET,
+        name=f"msdnet-imagenet-s{step}",
         blocks=5,
         base=step,
         step=step,

@@ -290,12 +290,12 @@ def _default_init(module: nn.Module) -> None:
         module.reset_parameters()
 
 
-preset(RANet, "ranet-cifar-any", "8 exits, scales 1-2-3-3, 4 layers a block (BoostNet table 1)")
+preset(RANet, "8 exits, scales 1-2-3-3, 4 layers a block (BoostNet table 1)", name="ranet-cifar-any")
 for scales, factors in (((1, 2, 3), (4, 2, 1)), ((1, 2, 2, 3), (4, 2, 2, 1)), ((1, 2, 3, 3), (4, 2, 1, 1))):
     preset(
         RANet,
-        f"ranet-cifar-{''.join(map(str, scales))}",
         f"{2 * len(scales)} exits, scales {'-'.join(map(str, scales))}, 2, 4, ... layers a block (BoostNet figure 4)",
+        name=f"ranet-cifar-{''.join(map(str, scales))}",
         scales=scales,
         step=2,
         step_mode="lin_grow",
@@ -305,9 +305,9 @@ for scales, factors in (((1, 2, 3), (4, 2, 1)), ((1, 2, 2, 3), (4, 2, 2, 1)), ((
 for channels, where in ((32, ""), (64, " (BoostNet table 2)")):
     preset(
         RANet,
-        f"ranet-imagenet-{channels}",
         f"ImageNet, 8 exits, stem width {channels}{where}",
         IMAGENET,
+        name=f"ranet-imagenet-{channels}",
         scales=(1, 2, 3, 4),
         step=8,
         channels=channels,
@@ -319,9 +319,9 @@ for channels, where in ((32, ""), (64, " (BoostNet table 2)")):
     )
 preset(
     RANet,
-    "ranet-tiny",
     "4 exits, 7,462 parameters: for the default data (ours, in no paper)",
     ((1, 16, 16), 10),
+    name="ranet-tiny",
     scales=(1, 2, 3),
     block_step=1,
     step=1,

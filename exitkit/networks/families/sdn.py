@@ -360,9 +360,9 @@ class MobileNet(ShallowDeep):
 
 preset(
     VGG,
-    "sdn-tiny",
     "VGG, 4 exits, 52,486 parameters: for the default data (ours, in no paper)",
     ((1, 16, 16), 10),
+    name="sdn-tiny",
     channels=(1, 2, 8, 16, 32, 32),
     pools=(0, 2, 4),
     hidden=(128, 128),

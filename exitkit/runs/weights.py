@@ -1,0 +1,78 @@
+"""Files of other runs that a run is made from: trained weights, side networks, and their digests."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from exitkit.errors import UserError
+from exitkit.files import disk_error, load_checkpoint
+from exitkit.runs.folder import WEIGHTS, RunFolder
+from exitkit.runs.formats import CHECKPOINT_KEYS
+
+
+def weights_file(source: str) -> Path:
+    """Return the file of the weights of `init_from`: a finished run's folder, or a safetensors file.
+
+    Raises:
+        UserError: it is neither.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return run_weights(source)
+    if not path.is_file():
+        raise UserError(f"init_from is {source}; expected the folder of a finished run, or a .safetensors file")
+    return path
+
+
+def run_weights(folder: str | Path) -> Path:
+    """Return the file of a finished run's weights.
+
+    Raises:
+        UserError: there is no such run, or it is not finished.
+    """
+    run = RunFolder(folder)
+    run.results()  # tells how to resume one that is not finished
+    return run.own(WEIGHTS)
+
+
+def weights_digest(source: str) -> str:
+    """Return a digest of the weights of `init_from`."""
+    return _file_digest(weights_file(source))
+
+
+def run_weights_digest(folder: str) -> str:
+    """Return a digest of a finished run's weights."""
+    return _file_digest(run_weights(folder))
+
+
+def side_networks_digest(source: str) -> str:
+    """Return a digest of a finished run's checkpoint, which holds its side networks."""
+    run = RunFolder(source)
+    run.results()  # tells how to resume one that is not finished
+    return _file_digest(run.path / "checkpoint.pt")
+
+
+def _file_digest(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise disk_error(path, error) from None
+
+
+def side_network(source: str, name: str) -> Mapping[str, Tensor]:
+    """Return the tensors of a side network, as a finished run has left it.
+
+    Raises:
+        UserError: no finished run, or one without such a network.
+    """
+    run = RunFolder(source)
+    run.results()
+    saved = load_checkpoint(run.path / "checkpoint.pt", CHECKPOINT_KEYS)["auxiliaries"]
+    if name not in saved:
+        raise UserError(f"run {source} has no {name} network; it has {', '.join(saved) or 'none'}")
+    module: Mapping[str, Tensor] = saved[name]["module"]
+    return module

@@ -1,0 +1,518 @@
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib.image
+import numpy as np
+import pandas as pd
+import pytest
+from rich.console import Console
+from scipy import stats
+
+from exitkit.benchmarks.report import (
+    Context,
+    ReportOptions,
+    anytime_figure,
+    budgeted_figure,
+    collect,
+    print_report,
+    write_report,
+)
+from exitkit.benchmarks.report.narrow_tables import number, sheets
+from exitkit.benchmarks.report.wide_tables import unit_for, write_costs
+from exitkit.errors import UserError
+from exitkit.inference.scores import confidence
+from exitkit.inference.thresholds import budgeted, correct, exit_counts, share_for_budget
+
+MACS = (123_456, 251_000, 322_100, 401_777)
+FILES = [f"{kind}.{suffix}" for kind in ("anytime", "budgeted") for suffix in ("csv", "md", "tex", "png", "pdf")]
+MORE = [f"{name}.csv" for name in ("curve", "points", "oracle")] + [f"oracle.{kind}" for kind in ("png", "pdf")]
+MORE += [
+    f"{name}.{kind}"
+    for name in ("training", "differences", "verdicts", "risk", "calibration")
+    for kind in ("csv", "md", "tex")
+]
+MORE += ["report.md", "report.tex", "report.html"]
+
+
+class FakeRun:
+    """A finished run whose outputs are drawn at random, better from exit to exit."""
+
+    def __init__(self, label, seed, backbone="tiny_net", dataset="digits", macs=MACS, n=300, **identity):
+        self.label, self.macs = label, macs
+        self.path = Path("runs") / f"{label}-{seed}"
+        self.recipe = SimpleNamespace(
+            method=label, backbone=backbone, dataset=dataset, seed=seed, epochs=3, batch_size=64
+        )
+        same = {"method": json.dumps(label), "backbone": json.dumps(backbone), "dataset": json.dumps(dataset)}
+        self.identity_given = identity
+        self.identity = {**same, "seed": str(seed), "epochs": "3", **identity}
+        self.parts = {}
+        for part, samples in (("validation", 200), ("test", n)):
+            rng = np.random.default_rng([seed, samples, len(label)])
+            labels = rng.integers(0, 10, samples)
+            signal = np.eye(10)[labels][:, None] * np.linspace(2.5, 4, len(macs))[:, None]
+            logits = (rng.normal(size=(samples, len(macs), 10)) + signal).astype(np.float32)
+            self.parts[part] = {"logits": logits, "labels": labels, "indices": np.arange(samples)}
+
+    def outputs(self, part):
+        return self.parts[part]
+
+    def training_images(self):
+        return 1_234
+
+    def training_cost(self):
+        return {"seconds": 10.0 * len(self.label) + self.recipe.seed, "memory_mib": 100.0 + len(self.label)}
+
+    def costs(self):
+        return [{"exit": k, "papers": m + 10, "macs": m, "params": 7 * k} for k, m in enumerate(self.macs, 1)]
+
+
+def runs(methods=("joint", "ge", "boost_net"), seeds=2, **kwargs):
+    return [FakeRun(method, seed, **kwargs) for seed in range(seeds) for method in methods]
+
+
+def accuracy(run):
+    test = run.outputs("test")
+    return [100 * np.mean(test["logits"][:, k].argmax(1) == test["labels"]) for k in range(len(run.macs))]
+
+
+def printed(comparison, width):
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    print_report(comparison, console)
+    return console.file.getvalue()
+
+
+def test_tables_have_exactly_the_columns_promised():
+    found = collect(runs(), budgets=5)
+    same, over = ["method", "backbone", "dataset"], ["accuracy_mean", "accuracy_sd", "n"]
+    assert list(found.anytime) == [*same, "exit", "papers", "macs", *over]
+    assert list(found.budgeted) == [*same, "budget", "cost_mean", *over]
+    assert list(found.curve) == [*same, "point", "cost_mean", *over]
+    assert [len(found.anytime), len(found.budgeted), len(found.curve)] == [3 * 4, 3 * 5, 3 * 39]
+    for frame in (found.anytime, found.budgeted, found.curve):
+        assert list(frame["method"].unique()) == ["joint", "ge", "boost_net"]
+        assert (frame["n"] == 2).all()
+    assert found.anytime["macs"].tolist() == [*MACS] * 3
+    assert found.anytime["papers"].tolist() == [m + 10 for m in MACS] * 3
+    assert found.anytime[["exit", "papers", "macs", "n"]].dtypes.eq(np.int64).all()
+    assert found.curve["point"].tolist() == [*range(1, 40)] * 3
+
+
+def test_anytime_is_the_mean_and_the_sample_sd_over_seeds():
+    given = runs(seeds=3)
+    found = collect(given).anytime
+    mine = np.array([accuracy(run) for run in given if run.label == "ge"])
+    row = found[found["method"] == "ge"]
+    np.testing.assert_allclose(row["accuracy_mean"], mine.mean(0))
+    np.testing.assert_allclose(row["accuracy_sd"], np.sqrt(((mine - mine.mean(0)) ** 2).sum(0) / 2))
+
+
+def test_one_seed_has_no_sd(tmp_path):
+    found = collect(runs(seeds=1))
+    for frame in (found.anytime, found.budgeted, found.curve):
+        assert frame["accuracy_sd"].isna().all() and (frame["n"] == 1).all()
+    write_report(found, tmp_path)
+    assert ",,1" in (tmp_path / "anytime.csv").read_text().splitlines()[1]
+    for text in (
+        (tmp_path / "anytime.md").read_text(),
+        (tmp_path / "budgeted.tex").read_text(),
+        printed(found, 90),
+    ):
+        assert "nan" not in text and "±" not in text and "pm" not in text
+
+
+def test_budgets_are_common_even_and_inside():
+    given = [*runs(("joint",)), *runs(("wide",), macs=(200_000, 300_000, 390_000))]
+    budgets = collect(given, budgets=4).budgeted.groupby("method")["budget"].apply(list)
+    np.testing.assert_allclose(budgets["joint"], np.linspace(200_000, 390_000, 6)[1:-1])
+    assert budgets["joint"] == budgets["wide"]
+
+
+def test_budgeted_uses_validation_thresholds_and_realised_cost():
+    given = runs(("joint",), seeds=2)
+    found = collect(given, budgets=3).budgeted
+    results = []
+    for run in given:
+        val, test = run.outputs("validation"), run.outputs("test")
+        counts = exit_counts(200, 4, share_for_budget(MACS, found["budget"]))
+        hits = correct(test["logits"], test["labels"])
+        results.append(budgeted(confidence(val["logits"]), confidence(test["logits"]), hits, MACS, counts))
+    np.testing.assert_allclose(found["cost_mean"], np.mean([r.cost for r in results], axis=0))
+    np.testing.assert_allclose(found["accuracy_mean"], 100 * np.mean([r.accuracy for r in results], axis=0))
+    np.testing.assert_allclose(found["accuracy_sd"], 100 * np.std([r.accuracy for r in results], axis=0, ddof=1))
+    assert (abs(found["cost_mean"] / found["budget"] - 1) < 0.15).all()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (lambda: [], "no finished runs"),
+        (lambda: [FakeRun("ge", 1), FakeRun("joint", 1), FakeRun("ge", 1)], "both ge with seed 1"),
+        (lambda: [FakeRun("ge", 1), FakeRun("joint", 1, macs=(10, 20))], "no common budget"),
+        (lambda: [FakeRun("ge", 1), FakeRun("joint", 1, n=299)], "different samples"),
+    ],
+)
+def test_runs_that_cannot_be_compared_are_refused(given, message):
+    with pytest.raises(UserError, match=message) as error:
+        collect(given())
+    assert "\n" not in str(error.value)
+
+
+def test_same_method_and_seed_on_another_dataset_is_another_group(tmp_path):
+    found = collect([*runs(), *runs(("ge",), dataset="other", macs=(2_000_000, 15_000_000))])
+    assert found.anytime.groupby("dataset", sort=False).size().to_dict() == {"digits": 12, "other": 2}
+    write_report(found, tmp_path)
+    text = (tmp_path / "anytime.tex").read_text()
+    assert text.count(r"\toprule") == text.count(r"\caption") == 2
+    assert "exit 2 (15.00 M)" in (tmp_path / "anytime.md").read_text()
+    assert len(anytime_figure(found).axes) == len(budgeted_figure(found).axes) == 2
+
+
+def test_report_writes_every_file_and_csv_holds_the_numbers(tmp_path):
+    found = collect(runs())
+    folder = tmp_path / "new" / "report"
+    assert sorted(path.name for path in write_report(found, folder)) == sorted([*FILES, *MORE])
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*FILES, *MORE])
+    for name in ("anytime", "budgeted", "curve", "training", "differences"):
+        pd.testing.assert_frame_equal(pd.read_csv(folder / f"{name}.csv"), getattr(found, name))
+
+
+def test_what_training_cost_is_told_beside_the_baselines(tmp_path):
+    found = collect(runs(("ge", "joint", "boost_net")))
+    table = found.training.set_index("method")
+    assert table.seconds_mean.to_dict() == {"ge": 20.5, "joint": 50.5, "boost_net": 90.5}
+    assert table.time_relative.to_dict() == pytest.approx({"ge": 20.5 / 50.5, "joint": 1, "boost_net": 90.5 / 50.5})
+    assert table.memory_relative["ge"] == pytest.approx(102 / 105) and (table.n == 2).all()
+    write_report(found, tmp_path)
+    assert "| boost_net |     90.5 ± 0.7 |" in (tmp_path / "training.md").read_text()
+    assert r"boost\_net & 90.5 $\pm$ 0.7 & 1.79 &" in (tmp_path / "training.tex").read_text()
+    assert "ratios to joint" in printed(found, 100)
+    alone = collect(runs(("ge", "boost_net"))).training.set_index("method")
+    assert alone.time_relative["ge"] == 1
+
+
+def test_differences_are_paired_by_seed_and_only_seeds_of_both_count(tmp_path):
+    members = [*runs(("joint", "ge"), seeds=3), FakeRun("boost_net", 0), FakeRun("boost_net", 5)]
+    found = collect(members)
+    table = found.differences.set_index(["method", "measure"])
+    pairs = [[accuracy(run)[1] for run in members if run.label == name] for name in ("ge", "joint")]
+    known = stats.ttest_rel(*pairs)
+    row = table.loc[("ge", "exit 2")]
+    assert (row["mean"], row["p"], row["n"]) == pytest.approx((np.subtract(*pairs).mean(), known.pvalue, 3))
+    assert row["low"] == pytest.approx(known.confidence_interval(0.95).low)
+    assert table.loc[("boost_net", "exit 2"), "n"] == 1 and np.isnan(table.loc[("boost_net", "exit 2"), "p"])
+    curve = found.curve[found.curve.method == "ge"]
+    assert 0 < abs(table.loc[("ge", "area"), "mean"]) < curve.accuracy_mean.max()
+    assert set(found.differences.measure) == {"exit 1", "exit 2", "exit 3", "exit 4", "area"}
+    write_report(found, tmp_path)
+    assert f"{row['mean']:+.2f}" in (tmp_path / "differences.md").read_text()
+    assert "Difference to joint" in printed(found, 100)
+
+
+PAPERS = {"backbone": "msdnet-cifar-k10", "dataset": "cifar100", "macs": tuple(range(10**7, 11 * 10**7, 10**7))}
+
+
+def test_ours_stands_beside_the_papers_and_another_schedule_is_said(tmp_path):
+    found = collect(runs(("joint", "ge", "boostnet"), **PAPERS))
+    assert set(found.published.method) == {"ge", "boostnet"}  # that paper has no joint training
+    row = found.published[(found.published.method == "boostnet") & (found.published.exit == 3)].iloc[0]
+    assert (row.paper, row.table, row.published, row.published_epochs, row.epochs) == (
+        "boostnet",
+        "table1",
+        72.34,
+        300,
+        3,
+    )
+    assert {f"published.{kind}" for kind in ("csv", "md", "tex")} <= {
+        path.name for path in write_report(found, tmp_path)
+    }
+    text = (tmp_path / "published.md").read_text()
+    assert "OUR SCHEDULE IS NOT THE PAPER'S" in text and "| boostnet | boostnet, table1 |" in text
+    assert "72.34" in printed(found, 200)
+    few = collect(runs(("ge",), **PAPERS, **{"dataset.per_class": "150"}))
+    assert few.published.empty
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({}, "OUR SCHEDULE IS NOT"),
+        ({"dataset.per_class": "150"}, "OUR DATA AND SCHEDULE ARE NOT"),
+        ({"dataset.imbalance": "20.0"}, "OUR DATA AND SCHEDULE ARE NOT"),
+        ({"backbone.growth": "4"}, "OUR NETWORK AND SCHEDULE ARE NOT"),
+        ({"backbone.growth": "6", "dataset.per_class": "null"}, "OUR SCHEDULE IS NOT"),
+    ],
+)
+def test_a_network_or_data_of_the_papers_name_but_not_its_fields_is_said(fields, said, tmp_path):
+    given = runs(("ge", "boostnet"), **PAPERS, **fields)
+    stands_for = {run.path.name: {"dataset": "cifar100"} for run in given}
+    write_report(collect(given, context=Context(stands_for=stands_for)), tmp_path, formats=["md"])
+    assert said in (tmp_path / "published.md").read_text()
+
+
+def test_what_all_runs_have_in_common_is_told_and_what_differs_is_told_once(tmp_path):
+    given = [
+        *runs(**{"dataset.per_class": "40"}, batch_size="64"),
+        *runs(("l2w",), **{"dataset.per_class": "40"}, batch_size="128"),
+    ]
+    given += [FakeRun(run.label, run.recipe.seed, dataset="other", **run.identity_given) for run in given]
+    write_report(collect(given), tmp_path, formats=["md", "latex"])
+    text = (tmp_path / "report.md").read_text()
+    assert "All runs: tiny_net; digits with per_class=40; epochs=3. And: tiny_net; other with per_class=40" in text
+    assert text.count("Mind: batch_size differs: joint 64, ge 64, boost_net 64, l2w 128.") == 1
+
+
+def test_no_minus_stands_before_a_zero():
+    assert [number(value, 2, "+") for value in (-0.001, 0.001, -0.005001, np.nan)] == ["+0.00", "+0.00", "-0.01", "–"]
+
+
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="no TeX")
+def test_the_latex_compiles_as_it_is_and_nothing_is_too_wide(tmp_path):
+    names = ("joint", "ge_#1", "50%_of<all>", "a ~ long ^ name with $ and & and " * 3)
+    given = [*runs(names), *runs(("ge",), **PAPERS, seeds=1)]
+    write_report(collect(given, context=Context(title="A & B", note="50 % of {it} \\ all", missing=[])), tmp_path)
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "report.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")
+    assert "Overfull" not in done.stdout and "undefined" not in done.stdout.lower()
+
+
+def test_no_threshold_depends_on_a_test_label():
+    for options in (ReportOptions(), ReportOptions(calibrated=True, hold=True), ReportOptions(rule="patience")):
+        plain, poisoned = runs(("joint", "ge")), runs(("joint", "ge"))
+        for run in poisoned:
+            run.parts["test"]["labels"] = 9 - run.parts["test"]["labels"]
+        a, b = (collect(given, options=options) for given in (plain, poisoned))
+        assert not np.allclose(a.anytime.accuracy_mean, b.anytime.accuracy_mean)
+        chosen = [c for c in a.points if c.startswith(("threshold", "share", "cost", "method", "point"))]
+        pd.testing.assert_frame_equal(a.points[chosen], b.points[chosen])
+        for name, column in (
+            ("budgeted", "cost_mean"),
+            ("risk", "cost_mean"),
+            ("risk", "found"),
+            ("curve", "cost_mean"),
+        ):
+            pd.testing.assert_series_equal(getattr(a, name)[column], getattr(b, name)[column])
+
+
+def test_a_legend_of_many_lines_takes_nothing_from_the_panels():
+    def panel(names):
+        figure = anytime_figure(collect(runs(names)))
+        figure.draw_without_rendering()
+        return figure.axes[0].get_window_extent().height / figure.dpi
+
+    few, many = panel(("joint", "ge")), panel(tuple(f"a long name of a method {n}" for n in range(6)))
+    assert many > 0.9 * few
+
+
+def test_a_method_alone_has_nothing_to_differ_from(tmp_path):
+    found = collect(runs(("joint",), seeds=1))
+    assert found.differences.empty
+    write_report(found, tmp_path)
+    assert "Difference" not in printed(found, 100)
+
+
+def test_report_is_the_same_bytes_twice(tmp_path):
+    found = collect(runs())
+    for folder in ("a", "b"):
+        write_report(found, tmp_path / folder)
+    for name in FILES:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+def test_markdown_is_one_wide_table(tmp_path):
+    found = collect(runs())
+    write_report(found, tmp_path)
+    lines = [x for x in (tmp_path / "anytime.md").read_text().splitlines() if x.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    costs = ["exit 1 (0.12 M)", "exit 2 (0.25 M)", "exit 3 (0.32 M)", "exit 4 (0.40 M)"]
+    assert rows[0] == ["method", *costs, "n"]
+    assert [row[0] for row in rows[2:]] == ["joint", "ge", "boost_net"]
+    means = found.anytime.pivot(index="method", columns="exit", values="accuracy_mean")
+    for k in range(1, 5):
+        best = {row[0] for row in rows[2:] if row[k].startswith("**")}
+        assert means[k].idxmax() in best
+        for row in rows[2:]:
+            assert float(row[k].strip("*").split(" ± ")[0]) == pytest.approx(means.loc[row[0], k], abs=0.051)
+    budgets = (tmp_path / "budgeted.md").read_text().splitlines()[2]
+    assert budgets.count("|") == 9 + 3
+
+
+def test_latex_has_booktabs_and_one_escaped_row_a_method(tmp_path):
+    write_report(collect(runs()), tmp_path)
+    for kind, columns in (("anytime", 4), ("budgeted", 9)):
+        text = (tmp_path / f"{kind}.tex").read_text()
+        assert text.startswith("% needs \\usepackage{booktabs}")
+        body = text.split(r"\midrule")[1].split(r"\bottomrule")[0].strip().splitlines()
+        assert [row.split(" & ")[0] for row in body] == ["joint", "ge", r"boost\_net"]
+        assert all(row.count(" & ") == columns + 1 for row in body)
+        assert r"\textbf{" in text and r"tiny\_net" in text and "±" not in text
+
+
+def test_figures_show_every_point(tmp_path):
+    found = collect(runs())
+    axes = anytime_figure(found).axes[0]
+    lines = [line for line in axes.lines if len(line.get_xdata()) == 4 and line.get_linestyle() != "None"]
+    assert len(lines) == 3
+    np.testing.assert_allclose(lines[0].get_xdata().astype(float), np.array(MACS) / 1e6)
+    low, high = axes.get_xlim()
+    assert 0 < low < MACS[0] / 1e6 and MACS[-1] / 1e6 < high < 0.5
+    assert axes.get_ylim()[0] < found.anytime["accuracy_mean"].min() < axes.get_ylim()[1] <= 100
+    assert axes.get_xlabel() == "multiply-adds (M)"
+    assert [len(line.get_xdata()) for line in budgeted_figure(found).axes[0].lines] == [39] * 3
+    write_report(found, tmp_path)
+    for kind in ("anytime", "budgeted"):
+        image = matplotlib.image.imread(tmp_path / f"{kind}.png")
+        assert image.shape[1] >= 1000 and image[..., :3].std() > 0.02
+        pdf = (tmp_path / f"{kind}.pdf").read_bytes()
+        assert pdf.startswith(b"%PDF") and b"CreationDate" not in pdf and b"/Type3" not in pdf
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 160])
+def test_printed_tables_fit_and_keep_every_number(width):
+    found = collect(runs())
+    text = printed(found, width)
+    assert max(map(len, text.splitlines())) <= width and "…" not in text
+    for kind in ("Anytime", "Budgeted"):
+        assert kind in text
+    for mean in found.budgeted["accuracy_mean"]:
+        assert any(f"{mean:.{digits}f}" in text for digits in (1, 2))
+    assert text.count("boost_net") >= 2 and "2 seeds" in text
+
+
+def test_a_file_that_fails_leaves_the_old_one_whole(tmp_path, monkeypatch):
+    found = collect(runs())
+    write_report(found, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    plain = pd.DataFrame.to_csv
+
+    def torn(frame, path, **kwargs):
+        plain(frame.head(1), path, **kwargs)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pd.DataFrame, "to_csv", torn)
+    with pytest.raises(UserError, match="disk is full"):
+        write_report(found, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_folder_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(UserError, match="taken"):
+        write_report(collect(runs()), tmp_path / "taken")
+
+
+def test_a_title_stays_over_its_own_panel():
+    long = "ranet scales=1,2,2,3 growth_factors=4,2,2,1 bottleneck_factors=4,2,2,1"
+    figure = anytime_figure(collect([*runs(seeds=1, backbone=long), *runs(seeds=1, backbone=long + ",9")]))
+    figure.draw_without_rendering()
+    left, right = (axes.title.get_window_extent() for axes in figure.axes)
+    assert left.x1 < right.x0 and left.x0 >= 0 and right.x1 <= figure.bbox.x1
+
+
+def test_static_networks_stand_beside_the_best_method_at_their_exit(tmp_path):
+    alone = {k: json.dumps([float(k == one) for one in range(4)]) for k in (0, 2)}
+    given = [*runs(), *(FakeRun("alone", seed, **{"method.weights": alone[k]}) for seed in (0, 1) for k in alone)]
+    found = collect(given)
+    assert "alone" not in set(found.anytime["method"]) and found.static["exit"].tolist() == [1, 3]
+    (sheet,) = [sheet for sheet in sheets(found) if sheet.kind == "static"]
+    for row, exit in zip(sheet.rows, (1, 3), strict=True):
+        rows = found.anytime[found.anytime["exit"] == exit].sort_values("accuracy_mean")
+        mine = np.mean([accuracy(run)[exit - 1] for run in given if run.label == "alone"])
+        best = rows.iloc[-1]
+        assert row[0].mean == f"exit {exit}" and row[2].mean == f"{mine:.2f}"
+        assert [row[3].mean, row[4].mean, row[5].mean] == [best["method"], f"{best['accuracy_mean']:.2f}", "2"]
+    write_report(found, tmp_path, formats=["md", "csv", "latex"])
+    assert "trained for it alone" in (tmp_path / "report.md").read_text() and (tmp_path / "static.csv").exists()
+
+
+def test_a_budget_below_a_first_exit_is_missing_there(tmp_path):
+    small = [FakeRun("ge", seed, backbone="small_net", macs=(1_000, 2_000, 3_000, 4_000)) for seed in (0, 1)]
+    nowhere = collect(runs(), options=ReportOptions(budgets=("1K",)))
+    assert nowhere.budgeted["accuracy_mean"].isna().all() and len(nowhere.budgeted) == len(runs()) / 2
+    found = collect([*runs(), *small], options=ReportOptions(budgets=("2K",)))
+    assert set(found.budgeted.dropna()["backbone"]) == {"small_net"}
+    write_report(found, tmp_path, formats=["md"])
+    rows = [line for line in (tmp_path / "budgeted.md").read_text().splitlines() if line.startswith("| joint ")]
+    assert rows and all("–" in row and "**" not in row for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("costs", "unit", "texts"),
+    [
+        ([40e3, 20e6], "M", ["0.04", "20.00"]),
+        ([1e3, 20e6], "M", ["0.001", "20.000"]),
+        ([123_456, 401_777], "M", ["0.12", "0.40"]),
+        ([28e3, 900e3], "K", ["28.0", "900.0"]),
+        ([1e3, 9.5e6], "K", ["1.00", "9500.00"]),
+        ([], "", []),
+    ],
+)
+def test_costs_are_written_in_the_unit_that_suits_least_and_greatest(costs, unit, texts):
+    assert unit_for(costs)[0] == unit and write_costs(costs) == texts
+
+
+def test_a_baseline_that_is_asked_for_has_to_be_there(cli, monkeypatch):
+    written = []
+    monkeypatch.setattr("exitkit.runs.table.find_runs", lambda folder: runs(("joint", "ge"), seeds=1))
+    monkeypatch.setattr("exitkit.benchmarks.report.write_report", lambda *_, **__: written.append(1) or [])
+    cli("report", "--baseline", "gee").refused("unknown baseline 'gee'; did you mean ge?")
+    assert not written
+    assert "Difference to ge" in cli("report", "--baseline", "ge").out and written
+
+
+def level(method, seed, less=0):
+    """A run that answers as joint does, but for so many test images that it gets wrong besides, at every exit."""
+    run, joint = FakeRun(method, seed), FakeRun("joint", seed)
+    run.parts = {part: {name: array.copy() for name, array in arrays.items()} for part, arrays in joint.parts.items()}
+    test = run.parts["test"]
+    right = np.flatnonzero((test["logits"].argmax(2) == test["labels"][:, None]).all(1))[:less]
+    test["logits"][right] *= -1
+    return run
+
+
+def verdicts_of(given):
+    (sheet,) = [sheet for sheet in sheets(collect(given)) if sheet.kind == "verdicts"]
+    return sheet
+
+
+def test_a_tie_is_nobodys_win_and_what_is_not_known_is_explained():
+    pairs = [runs(("joint",)), [level("ge", seed) for seed in (0, 1)]]
+    sheet = verdicts_of([run for each in pairs for run in each])
+    assert {(row[1].mean, row[3].mean, row[4].mean) for row in sheet.rows} == {("joint, ge (tie)", "–", "0.00")}
+    assert "not known" not in sheet.caption and {row[5].mean for row in sheet.rows} == {"no"}
+    whole = [*pairs[0], *(level(name, seed) for name in ("one", "two", "three") for seed in (0, 1))]
+    assert verdicts_of(whole).rows[0][1].mean == "4 methods (tie)"
+
+    sheet = verdicts_of([*runs(("joint",)), *(level("ge", seed, less=3) for seed in (0, 1))])  # always by one point
+    row = sheet.rows[0]
+    assert [row[1].mean, row[3].mean, row[4].mean, row[5].mean] == ["joint", "ge", "1.00", "not known"]
+    assert "not known: there is one seed, or the difference is the same with all seeds" in sheet.caption
+    assert "not known: " in verdicts_of(runs(seeds=1)).caption
+
+
+def test_the_lead_says_of_how_many_images_and_crosses_are_told_where_they_are(tmp_path):
+    given = [*runs(), *runs(("ge",), dataset="other", macs=(2_000_000, 15_000_000), n=299)]
+    write_report(collect(given), tmp_path, formats=["md", "latex", "html", "png", "pdf"])
+    for kind in ("md", "tex", "html"):
+        text = (tmp_path / f"report.{kind}").read_text()
+        assert "digits: 1,234 training, 200 validation and 300 test images of 10 classes." in text
+        assert "other: 1,234 training, 200 validation and 299 test images of 10 classes." in text
+        assert "one sd over seeds." in text and "crosses" not in text
+    alone = json.dumps([0.0, 0.0, 1.0, 0.0])
+    given += [FakeRun("alone", seed, **{"method.weights": alone}) for seed in (0, 1)]
+    write_report(collect(given), tmp_path, formats=["md", "html", "png"])
+    assert (tmp_path / "report.md").read_text().count("; crosses: networks of one exit.") == 2
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("; crosses: networks of one exit.") == 2 and page.count("one sd over seeds.") == 1
+    for run in given:
+        run.training_images = lambda: 0  # of runs whose split is not there
+    write_report(collect(given[:6]), tmp_path, formats=["md"])
+    assert "digits: 200 validation and 300 test images of 10 classes." in (tmp_path / "report.md").read_text()

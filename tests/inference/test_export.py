@@ -1,0 +1,225 @@
+"""What is exported answers as the network does, really skips, and is not left behind where it does not."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+
+import exitkit
+from exitkit import ExitRule
+from exitkit.cli.export import export as command
+from exitkit.errors import UserError
+from exitkit.inference.adaptive import AdaptiveInference
+from exitkit.inference.export import export as exporting
+from exitkit.inference.export.programs import pieces, without_taps
+from exitkit.inference.export.runner import Runner, sureness
+from exitkit.networks.cascade import Head, MultiExitNetwork
+
+from toy import FEW
+
+ABOUT = {"mean": [0.5], "std": [0.25], "class_names": ["a", "b", "c"]}
+HALF = ExitRule("confidence", (0.4, -math.inf))
+
+
+def small():
+    """Two exits whose stages hand on more than one tensor, with BoostNet's carried logits."""
+    torch.manual_seed(0)
+    convolutions = [nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU()), nn.Conv2d(4, 4, 3, 2)]
+    heads = [Head(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), nn.Linear(4, 3)) for _ in range(2)]
+    network = MultiExitNetwork(convolutions, heads, (1, 6, 6), 3)
+    exitkit.build_strategy("boostnet").adapt(network)
+    return network.eval()
+
+
+def images(count=12):
+    return torch.randn(count, 1, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+def middling(network, score):
+    with torch.inference_mode():
+        logits = network(images()).logits[0].double().numpy()
+    if score == "patience":
+        return ExitRule(score, (2.0, -math.inf))
+    sure = np.sort(sureness(logits, score))
+    return ExitRule(score, (float(sure[5] + sure[6]) / 2, -math.inf))
+
+
+@pytest.mark.parametrize("form", ["onnx", "torch-export"])
+def test_an_export_answers_and_skips_as_the_network_does(form, tmp_path):
+    network = small()
+    rule = middling(network, "margin")
+    policy = exporting.export(network, rule, tmp_path / "out", images(), ABOUT, form)
+    ending = exporting.ENDINGS[form]
+    names = {"policy.json", "run.py", f"all-exits{ending}", f"stage-1{ending}", f"stage-2{ending}"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    assert ABOUT.items() <= policy.items() and policy == json.loads((tmp_path / "out" / "policy.json").read_text())
+    assert ExitRule.from_json((tmp_path / "out" / "policy.json").read_text()) == rule
+    runner = Runner(tmp_path / "out")
+    for count in (1, 12):  # whatever the batch
+        logits, exits = runner(images(count).numpy())
+        expected = AdaptiveInference(network, rule)(images(count))
+        np.testing.assert_array_equal(exits, expected.exits)
+        np.testing.assert_allclose(logits, expected.logits, rtol=1e-4, atol=1e-5)
+    assert set(exits) == {0, 1}
+    runner.programs[1] = None  # who leaves at the first exit never comes to the second
+    runner.policy["thresholds"][0] = "-inf"
+    assert not runner(images().numpy())[1].any()
+    np.testing.assert_allclose(runner.normalised(np.full((1, 1, 6, 6), 255, np.uint8)), 2.0)
+
+
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory):
+    out = tmp_path_factory.mktemp("deployed") / "out"
+    exporting.export(small(), HALF, out, images(), ABOUT, "onnx")
+    return out
+
+
+def test_run_py_answers_bytes_and_floats_of_any_width(deployed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 1, 6, 6), np.uint8)
+    np.save("bytes.npy", pixels)
+    np.save("floats.npy", (pixels / 255 - 0.5) / 0.25)
+    assert np.load("floats.npy").dtype == np.float64
+    told = [
+        subprocess.run([sys.executable, deployed / "run.py", name], capture_output=True, text=True, check=True).stdout
+        for name in ("bytes.npy", "floats.npy")
+    ]
+    assert told[0] == told[1] and [line.split()[0] for line in told[0].splitlines()] == ["0", "1", "2"]
+    assert all(
+        line.split()[1] in "abc" and line.split()[2:] in (["exit", "1"], ["exit", "2"]) for line in told[0].splitlines()
+    )
+
+
+MISTAKES = {
+    "no such file": (None, "can't be read: No such file or directory"),
+    "no array": (b"text", "is no array; expected a file that numpy.save wrote"),
+    "empty": (b"", "is no array"),
+    "half an archive": (b"PK\x03\x04 and no more", "is no array"),
+    "no channels": (np.zeros((2, 6, 6), np.uint8), "has the shape [2, 6, 6]; expected [N, 1, 6, 6]"),
+    "channels last": (np.zeros((2, 6, 6, 1), np.uint8), "has the shape [2, 6, 6, 1]; expected [N, 1, 6, 6]"),
+    "one image": (np.zeros((1, 6, 6), np.uint8), "expected [N, 1, 6, 6]"),
+    "no image": (np.zeros((0, 1, 6, 6), np.uint8), "N at least 1"),
+    "a number": (np.array(3.0), "has the shape []"),
+    "integers": (np.zeros((2, 1, 6, 6), np.int64), "holds int64; expected uint8, or floats"),
+    "not finite": (np.full((2, 1, 6, 6), np.nan), "not finite"),
+    "objects": (np.array([None] * 2), "is no array"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_with_run_py_is_one_line(mistake, deployed, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    content, says = MISTAKES[mistake]
+    if isinstance(content, bytes):
+        Path("images.npy").write_bytes(content)
+    elif content is not None:
+        np.save("images.npy", content, allow_pickle=True)
+    assert exporting.runner.main(["images.npy"], deployed) == 2
+    printed = capsys.readouterr()
+    (line,) = printed.err.splitlines()
+    assert line.startswith("run.py: images.npy ") and says in line and not printed.out
+
+
+def test_run_py_says_how_it_is_used_and_what_it_lacks(deployed, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert exporting.runner.main([], deployed) == 2
+    assert capsys.readouterr().err.startswith("usage: python run.py IMAGES.npy")
+    assert exporting.runner.main(["--help"], Path("nowhere")) == 0
+    assert "uint8" in (told := capsys.readouterr().out) and "normalised already" in told
+    np.save("images.npy", images().numpy())
+    assert exporting.runner.main(["images.npy"], tmp_path) == 2
+    assert "policy.json: No such file or directory; run.py works in its own folder" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert exporting.runner.main(["images.npy"], deployed) == 2
+    assert "pip install onnxruntime" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["policy.json cut", "stage-1.onnx cut", "stage-2.onnx gone"])
+def test_run_py_says_that_an_export_is_damaged(damage, deployed, tmp_path, capsys):
+    copy = shutil.copytree(deployed, tmp_path / "copy")
+    name, how = damage.split()
+    content = (copy / name).read_bytes()
+    (copy / name).unlink() if how == "gone" else (copy / name).write_bytes(content[: len(content) // 2])
+    np.save(tmp_path / "images.npy", images().numpy())
+    assert exporting.runner.main([str(tmp_path / "images.npy")], copy) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"run.py: {copy} holds no whole export (") and line.endswith("export the run again")
+
+
+@pytest.mark.parametrize("score", ["confidence", "margin", "entropy"])
+def test_the_runner_scores_as_the_library_does(score):
+    from exitkit.inference.scores import exit_scores
+
+    logits = 4 * np.random.default_rng(0).standard_normal((30, 5))
+    np.testing.assert_allclose(sureness(logits, score), exit_scores(logits, score)[0], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("backbone", ["msdnet-tiny", "ranet-tiny", "sdn-tiny"])
+@pytest.mark.parametrize("method", ["boostnet", "isc"])
+def test_pieces_in_a_row_are_the_network_whatever_its_state(backbone, method):
+    network = exitkit.build_network(backbone, num_classes=5, input_shape=(1, 16, 16)).eval()
+    exitkit.build_strategy(method).adapt(network)
+    network.eval()
+    x = torch.randn(3, 1, 16, 16)
+    with torch.no_grad():
+        expected, given, before = network(x).logits, [x], ("images",)
+        for index, piece in enumerate(pieces(without_taps(network), x)):
+            assert piece.names[0] == before and len(given) == len(before) and before
+            logits, *given = piece.module(*given)
+            assert torch.equal(logits, expected[index])
+            before = piece.names[1][1:]
+    assert not given
+
+
+def test_what_does_not_answer_as_the_network_is_not_left_behind(tmp_path, monkeypatch):
+    load = exporting.runner.load
+    monkeypatch.setattr(exporting.runner, "load", lambda path: lambda x: [part + 1 for part in load(path)(x)])
+    with pytest.raises(UserError, match="nothing was exported"):
+        exporting.export(small(), HALF, tmp_path / "out", images(), ABOUT, "torch-export")
+    assert not list(tmp_path.iterdir())
+
+
+def test_mistakes_are_one_line_and_leave_nothing(tmp_path, monkeypatch):
+    def refused(match, rule=HALF, out="out", form="onnx"):
+        before = list(tmp_path.iterdir())
+        with pytest.raises(UserError, match=match):
+            exporting.export(small(), rule, tmp_path / out, images(), ABOUT, form)
+        assert list(tmp_path.iterdir()) == before
+
+    refused("expected onnx or torch-export", form="tflite")
+    refused("expected 2, one an exit", rule=ExitRule("margin", (-math.inf,)))
+    monkeypatch.setattr(exporting.importlib.util, "find_spec", lambda name: None)
+    refused(r"pip install 'exitkit\[onnx\]'")
+    (tmp_path / "taken").mkdir()
+    refused("is there already", out="taken")
+
+
+def test_a_run_is_exported_by_the_command_line_with_thresholds_from_validation(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = {"backbone": "msdnet-tiny", "epochs": 1, "device": "cpu", **FEW}
+    run = exitkit.train(recipe, "runs")
+    written = {}
+
+    def write(network, rule, out, images, about, form):
+        written.update(rule=rule, out=out, count=len(images), about=about, form=form)
+        return {"programs": ["stage-1.pt2"]}
+
+    monkeypatch.setattr(exporting, "export", write)
+    done = CliRunner().invoke(command, [str(run.path), "--budget", "100K", "--score", "margin"])
+    assert done.exit_code == 0, done.output
+    assert written["rule"] == ExitRule.from_run(run, budget="100K", score="margin")
+    outputs = {name: torch.from_numpy(value) for name, value in run.outputs("validation").items()}
+    costs = [exit.macs for exit in exitkit.cost(exitkit.build_network("msdnet-tiny"))]
+    wish = {"budget": "100K", "score": "margin"}
+    assert ExitRule.from_outputs(outputs["logits"], outputs["labels"], costs, **wish) == written["rule"]
+    assert written["out"] == Path(f"{run.path.name}-onnx") and written["count"] == 64
+    assert written["about"]["mean"] == [0.3046] and len(written["about"]["class_names"]) == 10
+    assert written["about"]["costs"] == run.costs()

@@ -1,4 +1,4 @@
-"""The errors that a user can cause, each one clear line: what was wrong, what was expected, the nearest choice."""
+"""Errors caused by user input; each message is one line: what was wrong, what was expected, the nearest choice."""
 
 from __future__ import annotations
 
@@ -7,44 +7,44 @@ from difflib import get_close_matches
 
 
 class UserError(ValueError):
-    """Something in the input is wrong; the command line prints the message as one line and exits with code 2."""
+    """An error in the input; the command line prints its message as one line and exits with code 2."""
 
 
 class NonFiniteError(UserError):
-    """Training met a NaN or an infinity and stopped; the last good checkpoint stays."""
+    """Training stopped at a NaN or infinite value; the last finite checkpoint is kept."""
 
 
 class HeldError(UserError):
-    """Another process is training this run."""
+    """Another process holds the lock of this run."""
 
 
 class Note(UserWarning):
-    """Something that the user should know and need not mend; the command line prints it as one line."""
+    """A notice that requires no action; the command line prints it as one line."""
 
 
 def format_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    """Write a warning as the command line and its workers do: a `Note` is one line."""
+    """Format a warning as the command line and its workers print it; a `Note` is one line."""
     if issubclass(category, Note):
         return f"exitkit: {message}\n"
     return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
 class Interrupted(Exception):
-    """Training was stopped by the user (SIGINT); the message says how to resume."""
+    """Training was stopped by the user (SIGINT); the message states how to resume."""
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
-    """Make the error for a name that does not exist, with the nearest names that do.
+    """Return the error for a name that does not exist, with the nearest valid names.
 
     Args:
-        what: the kind of thing that was named ("method", "field of boostnet").
+        what: the kind of name ("method", "field of boostnet").
         name: the name given.
-        known: every name that would have been right.
+        known: all valid names.
     """
     names = sorted(known)
     near = get_close_matches(name, names, n=3, cutoff=0.5)
     if near:
         return UserError(f"unknown {what} {name!r}; did you mean {' or '.join(near)}?")
-    return UserError(f"unknown {what} {name!r}; there is {', '.join(names) if names else 'none'}")
+    return UserError(f"unknown {what} {name!r}; available: {', '.join(names) if names else 'none'}")

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and reading them back without running anything that they hold."""
+"""Atomic writing of files and folders, and reading of files without executing their content."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Hand out a temporary path beside `path`; at the end it is flushed to disk and renamed, or removed on failure.
+    """Yield a temporary path beside `path`; at the end it is flushed to disk and renamed, or removed on failure.
 
     Raises:
-        UserError: no space, no permission, or another failure of the disk.
+        UserError: the disk is full, permission is missing, or another disk error occurred.
     """
-    # Made by open(), so that it has the permissions that the user's umask gives.
+    # Created by open(), so that the user's umask sets its permissions.
     temporary = beside(path)
     try:
         temporary.open("xb").close()
     except OSError as error:
         raise disk_error(path, error) from None
-    with _claimed(temporary):
+    with _locked(temporary):
         try:
             yield temporary
             with temporary.open("rb") as written:
@@ -49,14 +49,14 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def drafted(path: Path) -> Iterator[Path]:
-    """Hand out an empty folder beside `path`, to be filled and renamed to it; if it is not, it is gone at the end.
+    """Yield an empty folder beside `path`, to be filled and renamed to `path`; otherwise it is removed at the end.
 
     Raises:
-        OSError: it can't be made.
+        OSError: the folder can't be created.
     """
     draft = beside(path)
     draft.mkdir()
-    with _claimed(draft):
+    with _locked(draft):
         try:
             yield draft
         finally:
@@ -64,53 +64,53 @@ def drafted(path: Path) -> Iterator[Path]:
 
 
 def beside(path: Path) -> Path:
-    """Return a name in the same folder that nobody else has, for what is to become `path`."""
+    """Return a unique temporary path in the folder of `path`."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
 
 
 @contextlib.contextmanager
-def _claimed(path: Path) -> Iterator[bool]:
-    """Claim a file or a folder until the end of the block, or of this process; gives whether nobody else has it.
+def _locked(path: Path) -> Iterator[bool]:
+    """Lock a file or folder until the end of the block or of the process; yield whether the lock was acquired.
 
-    Where that can't be told (Windows, a file system without locks), nobody gets it.
+    Without file locks (Windows, some file systems) it yields False.
     """
     if sys.platform == "win32":
         yield False
         return
-    # Imported when used: Windows has no such module.
+    # Imported when used: Windows does not have this module.
     import fcntl
 
-    descriptor, mine = -1, False
+    descriptor, acquired = -1, False
     with contextlib.suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        mine = True
+        acquired = True
     try:
-        yield mine
+        yield acquired
     finally:
         if descriptor >= 0:
             os.close(descriptor)
 
 
 def exists(path: Path) -> bool:
-    """Whether there is something at `path`.
+    """Return whether a file, folder or link exists at `path`.
 
     Raises:
-        UserError: it can't be told (a name too long, a folder without permission).
+        UserError: the system refuses the check (the name is too long, the folder gives no permission).
     """
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
-        raise UserError(f"{path} can't be looked at: {error.strerror or error}") from None
+        raise UserError(f"{path} can't be accessed: {error.strerror or error}") from None
     return True
 
 
 def disk_error(path: Path, error: OSError) -> UserError:
-    """Say in one line why `path` can't be written."""
+    """Return the error for a failed write to `path`, with its reason in one line."""
     reason = {
-        errno.ENOSPC: "the disk is full; free some space and start again, it will go on where it was",
+        errno.ENOSPC: "the disk is full; free some space, then resume",
         errno.EACCES: "no permission; choose another --out",
         errno.EROFS: "the file system is read-only; choose another --out",
     }.get(error.errno or 0, error.strerror or str(error))
@@ -118,36 +118,36 @@ def disk_error(path: Path, error: OSError) -> UserError:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and its parents, and clear away what processes that were killed have been writing there.
+    """Create a folder and its parents, and remove the temporary files that killed processes left there.
 
     Raises:
-        UserError: it can't be made.
+        UserError: the folder can't be created.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
-        raise UserError(f"{path} is a file; expected a folder, or a name that is free") from None
+        raise UserError(f"{path} is a file; expected a folder or a new path") from None
     except OSError as error:
         raise disk_error(path, error) from None
-    for leftover in path.glob(f".?*.{'[0-9a-f]' * 8}.part"):  # as `beside` names them, and nobody else's
-        with _claimed(leftover) as dead:
-            if dead and leftover.is_dir():
+    for leftover in path.glob(f".?*.{'[0-9a-f]' * 8}.part"):  # only names that `beside` makes
+        with _locked(leftover) as abandoned:
+            if abandoned and leftover.is_dir():
                 shutil.rmtree(leftover, ignore_errors=True)
-            elif dead:
+            elif abandoned:
                 leftover.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole."""
+    """Write a text file atomically (UTF-8)."""
     with written_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line to a text file.
+    """Append a line to a text file.
 
     Raises:
-        UserError: it can't be written.
+        UserError: the file can't be written.
     """
     try:
         with path.open("a", encoding="utf-8") as file:
@@ -157,7 +157,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole."""
+    """Write a JSON file atomically."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
@@ -165,23 +165,23 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        UserError: it is missing or damaged.
+        UserError: the file is missing or damaged.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: {path.parent} is not a whole run folder") from None
+        raise UserError(f"{path} is missing: {path.parent} is not a complete run folder") from None
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{path} can't be read: {reason}") from None
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a checkpoint whole."""
+    """Write a checkpoint atomically."""
     # Imported when used: most files need neither torch nor safetensors.
     import torch
 
-    # Through memory: what torch says of a failed write does not tell that the disk is full.
+    # Serialised in memory first: torch's error for a failed write does not report that the disk is full.
     content = io.BytesIO()
     torch.save(dict(state), content)
     with written_whole(path) as temporary:
@@ -189,34 +189,34 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path, keys: set[str]) -> dict[str, Any]:
-    """Read a checkpoint; nothing in it is executed (`weights_only=True`).
+    """Read a checkpoint; no code in it is executed (`weights_only=True`).
 
     Args:
         path: the file.
-        keys: what it has to hold.
+        keys: keys that the checkpoint must contain.
 
     Raises:
-        UserError: it is damaged, or no checkpoint of exitkit.
+        UserError: the file is damaged, or is not a checkpoint of exitkit.
     """
     # Imported when used: most files need neither torch nor safetensors.
     import torch
 
     try:
-        with warnings.catch_warnings(action="ignore"):  # what torch thinks of a foreign pickle, before it refuses it
+        with warnings.catch_warnings(action="ignore"):  # torch warns of a foreign pickle before it rejects it
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a file that is not what it should be
+    except Exception as error:  # torch raises many types of error for invalid files
         kind = type(error).__name__
         raise UserError(
-            f"{path} is no checkpoint that can be trusted ({kind}): it is damaged or foreign, and nothing in it was "
-            "run; delete it to start this run anew"
+            f"{path} is not a valid checkpoint ({kind}): it is damaged or not from exitkit, and no code in it was "
+            "executed; delete it to train this run from the start"
         ) from None
     if not isinstance(state, dict) or not keys <= state.keys():
-        raise UserError(f"{path} is not a checkpoint of exitkit; delete it to start this run anew")
+        raise UserError(f"{path} is not a checkpoint of exitkit; delete it to train this run from the start")
     return state
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], run: str | None = None) -> None:
-    """Write tensors by name, whole (safetensors), and the name of the run that they belong to, if to any."""
+    """Write named tensors atomically (safetensors), with the name of the run that they belong to, if given."""
     # Imported when used: most files need neither torch nor safetensors.
     from safetensors.torch import save
 
@@ -227,7 +227,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], run: str | None = No
 
 
 def owner(path: Path) -> str | None:
-    """Return the name of the run that tensors were written for; None for a file that names none, or is not there.
+    """Return the name of the run that a tensor file belongs to; None if it names no run or does not exist.
 
     Raises:
         UserError: the file is damaged.
@@ -239,12 +239,12 @@ def owner(path: Path) -> str | None:
         with safe_open(path, "numpy") as file:
             return (file.metadata() or {}).get("run")
 
-    found: str | None = _safetensors(path, read) if exists(path) else None
-    return found
+    run: str | None = _safetensors(path, read) if exists(path) else None
+    return run
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read tensors by name.
+    """Read named tensors {name: tensor}, on the CPU.
 
     Raises:
         UserError: the file is missing or damaged.
@@ -257,7 +257,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Read tensors by name as numpy arrays, without torch.
+    """Read named tensors as numpy arrays {name: array}, without importing torch.
 
     Raises:
         UserError: the file is missing or damaged.
@@ -273,6 +273,6 @@ def _safetensors(path: Path, reader: Any) -> Any:
     try:
         return reader(path)
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: {path.parent} is not a whole run folder") from None
+        raise UserError(f"{path} is missing: {path.parent} is not a complete run folder") from None
     except Exception as error:  # safetensors' own error type is not public
         raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from None

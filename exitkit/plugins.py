@@ -1,8 +1,8 @@
 """Methods, backbones and data sets, found by name through entry points, and their fields.
 
-A plugin is a dataclass; its fields are its settings, each declared with `setting(default, meaning)`. What an entry
-point names may be the class itself or a `functools.partial` of it (the same fields, other defaults). A class may also
-have `presets`, a dictionary of such partials by name. Our own plugins are found like anyone else's.
+A plugin is a dataclass; its fields are its settings, each declared with `setting(default, meaning)`. An entry
+point refers to the class or to a `functools.partial` of it (the same fields with other defaults). A class may also have
+`presets`, a dictionary of such partials by name. exitkit finds its own plugins in the same way.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from typing import Any
 from exitkit.errors import Note, UserError, unknown
 
 KINDS = {"method": "exitkit.methods", "backbone": "exitkit.backbones", "dataset": "exitkit.datasets"}
-"""The kinds of plugin and the entry-point group of each."""
+"""The entry-point group of each kind of plugin."""
 
 Plugin = typing.TypeVar("Plugin", bound=type)
 
 WORDS = {"method": "method", "backbone": "backbone", "dataset": "data set"}
+"""The word for each kind of plugin in messages."""
 
 
 def setting(
@@ -41,20 +42,20 @@ def setting(
     """Declare a field of a plugin.
 
     Args:
-        default: its default; None together with `variant` means "as the variant says".
-        meaning: one line for `exitkit list` and the docs.
-        variant: the value that each variant ("paper", "released") stands for; see `resolve_variant`.
-        kw_only: it is common to a whole kind of plugin, and stands behind each one's own fields.
-        execution: it says how the work is done and changes no result, so that it is no part of a run's identity.
-        added: it is newer than the plugin, and its default does what runs did before it: then it is no part of their
-            identity.
+        default: the default; None together with `variant` selects the value of the plugin's variant.
+        meaning: one line for `exitkit list` and the documentation.
+        variant: the value of the field in each variant ("paper", "released"); see `resolve_variant`.
+        execution: the field changes how the work is done but no result; it is not part of a run's identity.
+        added: the field is newer than the plugin, and its default keeps the earlier behaviour; at its default it is
+            not part of a run's identity.
+        kw_only: the field is common to a whole kind of plugin, and is listed after the plugin's own fields.
     """
     metadata = {"meaning": meaning, "variant": dict(variant or {}), "execution": execution, "added": added}
     return dataclasses.field(default=default, metadata=metadata, kw_only=kw_only)
 
 
 def resolve_variant(plugin: Any) -> None:
-    """Fill each field left at None with what `plugin.variant` stands for (call it in `__post_init__`)."""
+    """Set each field that is None to its value in `plugin.variant` (call it in `__post_init__`)."""
     for field in dataclasses.fields(plugin):
         choices = field.metadata.get("variant", {})
         if choices and getattr(plugin, field.name) is None:
@@ -62,14 +63,14 @@ def resolve_variant(plugin: Any) -> None:
 
 
 def forwards(*sources: type, without: tuple[str, ...] = ()) -> Callable[[Plugin], Plugin]:
-    """Give a plugin the settings of others, to hand them on (apply it below `@dataclass`).
+    """Add the settings of other dataclasses to a plugin (apply it below `@dataclass`).
 
-    Every field of the sources that the class has not itself becomes a field of the class, with the same type, default
+    Every field of the sources that the class does not declare becomes a field of the class, with the same type, default
     and meaning; `forwarded(plugin, source)` returns their values.
 
     Args:
-        sources: dataclasses; of two fields of one name the first counts.
-        without: names of fields that are not forwarded.
+        sources: dataclasses; if several declare a field of the same name, the first is used.
+        without: names of fields that are not added.
     """
 
     def add(cls: Plugin) -> Plugin:
@@ -87,18 +88,18 @@ def forwards(*sources: type, without: tuple[str, ...] = ()) -> Callable[[Plugin]
 
 
 def forwarded(plugin: Any, source: type) -> dict[str, Any]:
-    """Return the values of those fields of `source` that `plugin` has, to make a `source` of them."""
+    """Return the values of the fields of `source` that `plugin` has, as keyword arguments of `source`."""
     return {name: getattr(plugin, name) for name in fields(source) if name in fields(type(plugin))}
 
 
 @functools.cache
 def registered(kind: str) -> dict[str, EntryPoint]:
-    """Return {name: entry point} of everything of this kind that is installed, by name."""
+    """Return {name: entry point} of every installed plugin of this kind, sorted by name."""
     return {point.name: point for point in sorted(entry_points(group=KINDS[kind]), key=lambda point: point.name)}
 
 
-def _rivals(kind: str, name: str) -> list[str]:
-    """Return what the entry points called `name` stand for; one package seen twice on the path is one."""
+def _targets(kind: str, name: str) -> list[str]:
+    """Return the objects that entry points called `name` refer to; a package that is on the path twice counts once."""
     return sorted({point.value for point in entry_points(group=KINDS[kind], name=name)})
 
 
@@ -106,11 +107,11 @@ def _rivals(kind: str, name: str) -> list[str]:
 def load(kind: str, name: str) -> Any:
     """Return the plugin called `name`: a dataclass, or a `functools.partial` of one.
 
-    A plugin with a `named_by` field also answers to `plugin:value`, with that field set (`torchvision:resnet18`).
+    A plugin with a `named_by` field is also found as `plugin:value`, with that field set (`torchvision:resnet18`).
 
     Raises:
-        UserError: no such name (the nearest are given), one that several packages claim, or one whose package does
-            not import or gives no dataclass.
+        UserError: the name is unknown (the message gives the nearest names), several packages provide it, or its
+            package does not import or does not provide a dataclass.
     """
     points = registered(kind)
     family, colon, value = name.partition(":")
@@ -121,37 +122,38 @@ def load(kind: str, name: str) -> Any:
         if preset is None:
             raise unknown(WORDS[kind], name, names(kind))
         return preset
-    rivals = _rivals(kind, name)
-    if len(rivals) > 1:
+    targets = _targets(kind, name)
+    if len(targets) > 1:
         raise UserError(
-            f"{WORDS[kind]} {name!r} comes from several packages ({', '.join(rivals)}); uninstall all but one"
+            f"{WORDS[kind]} {name!r} comes from several packages ({', '.join(targets)}); uninstall all but one"
         )
     try:
         plugin = points[name].load()
-    except Exception as error:  # whatever someone's module raises while it is imported
+    except Exception as error:  # a module may raise any error on import
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{WORDS[kind]} {name!r} ({points[name].value}) does not load: {reason}") from error
     known = underlying(plugin)
-    # A class without the decorator inherits its base's fields, and its own would be passed over.
+    # Without the decorator a class inherits its base's fields, and its own fields would be ignored.
     bare = [key for key, value in vars(known).items() if isinstance(value, dataclasses.Field)]
     if not dataclasses.is_dataclass(known) or bare:
-        lost = f": its settings ({', '.join(bare)}) would be lost" if bare else ""
-        told = f"{WORDS[kind]} {name!r} ({points[name].value}) is no dataclass{lost}"
-        raise UserError(f"{told}; decorate it with @dataclass(eq=False)")
+        ignored = f": its settings ({', '.join(bare)}) would be ignored" if bare else ""
+        problem = f"{WORDS[kind]} {name!r} ({points[name].value}) is not a dataclass{ignored}"
+        raise UserError(f"{problem}; decorate it with @dataclass(eq=False)")
     return plugin
 
 
 def presets(kind: str, family: str) -> Mapping[str, Any]:
-    """Return the presets of an installed family by name; empty where its package does not load."""
+    """Return the presets {name: preset} of an installed family; empty if its package does not load."""
     try:
-        found: Mapping[str, Any] = vars(underlying(load(kind, family))).get("presets", {})
+        by_name: Mapping[str, Any] = vars(underlying(load(kind, family))).get("presets", {})
     except UserError:
         return {}
-    return found
+    return by_name
 
 
 def _find_preset(kind: str, name: str) -> Any:
-    """Return a preset, or None; a family whose name the preset's begins with is loaded first, and most often alone."""
+    """Return a preset, or None if it does not exist."""
+    # Families that the name begins with are loaded first; usually no other package is loaded.
     for family in sorted(registered(kind), key=lambda family: not name.startswith(f"{family}-")):
         if name in (known := presets(kind, family)):
             return known[name]
@@ -159,16 +161,16 @@ def _find_preset(kind: str, name: str) -> Any:
 
 
 def names(kind: str) -> list[str]:
-    """Return the names of everything of this kind, presets included; this loads every package."""
+    """Return the names of all plugins of this kind, presets included; this loads every package."""
     return sorted({*registered(kind), *(name for family in registered(kind) for name in presets(kind, family))})
 
 
 def identifying(kind: str, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those settings of a plugin that make a run what it is.
+    """Return the settings of a plugin that are part of a run's identity.
 
-    Left out are settings that only say how the work is done, and added ones at their default; settings that an earlier
-    release had come with the value that they would have. So a run keeps its identity from release to release. Of a
-    plugin that is not installed all settings count.
+    Settings of execution, and added settings at their default, are excluded. Removed settings of earlier releases are
+    included with their fixed value. A run therefore keeps its identity across releases. If the plugin is not installed,
+    all settings are returned.
     """
     try:
         plugin = load(kind, name)
@@ -186,7 +188,7 @@ def identifying(kind: str, name: str, values: Mapping[str, Any]) -> dict[str, An
 
 
 def underlying(plugin: Any) -> Any:
-    """Return the dataclass of a plugin, be it the class or a preset of it."""
+    """Return the dataclass of a plugin, which is a class or a preset of it."""
     return plugin.func if isinstance(plugin, functools.partial) else plugin
 
 
@@ -197,31 +199,35 @@ def fields(plugin: Any) -> dict[str, dataclasses.Field[Any]]:
 
 
 def defaults(plugin: Any) -> dict[str, Any]:
-    """Return each field's default, a preset's own included."""
-    given = plugin.keywords if isinstance(plugin, functools.partial) else {}
-    return {name: given.get(name, field.default) for name, field in fields(plugin).items()}
+    """Return the default of each field; a preset's values override those of its class."""
+    overrides = plugin.keywords if isinstance(plugin, functools.partial) else {}
+    return {name: overrides.get(name, field.default) for name, field in fields(plugin).items()}
 
 
 def configure(kind: str, name: str, values: Mapping[str, Any]) -> Any:
-    """Make the plugin called `name` with some of its fields set.
+    """Make the plugin called `name` with these values of its fields; the others have their defaults.
 
     Raises:
-        UserError: an unknown field (the nearest are given), a value of the wrong type or out of range.
+        UserError: a field is unknown (the message gives the nearest names), or a value has the wrong type or is out of
+            range.
     """
     return instantiate(load(kind, name), f"{WORDS[kind]} {name}", values)
 
 
 def instantiate(plugin: Any, label: str, values: Mapping[str, Any]) -> Any:
-    """Make `plugin` from `values`; strings (from the command line) are read as the field's type.
+    """Make `plugin` from `values`; strings (from the command line) are converted to the field's type.
 
-    Settings that the plugin names in `removed` are left out: earlier releases had them, and they changed no result.
+    Settings that the plugin lists in `removed` are ignored: earlier releases had them, and they changed no result.
+
+    Raises:
+        UserError: see `configure`.
     """
     known = fields(plugin)
     removed: Mapping[str, Any] = getattr(underlying(plugin), "removed", {})
     for name in removed.keys() & values.keys():
         if values[name] != removed[name]:
-            said = f"{name}={values[name]} of {label} no longer exists, and is left out: it changed no result"
-            warnings.warn(Note(said), stacklevel=3)
+            notice = f"{name}={values[name]} of {label} no longer exists and is ignored: it changed no result"
+            warnings.warn(Note(notice), stacklevel=3)
     values = {name: value for name, value in values.items() if name not in removed}
     for name in values:
         if name not in known:
@@ -237,11 +243,14 @@ def instantiate(plugin: Any, label: str, values: Mapping[str, Any]) -> Any:
 
 
 def check_value(label: str, kind: Any, value: Any) -> Any:
-    """Return `value` as type `kind`, or raise one line that says what was expected.
+    """Return `value` converted to type `kind`.
 
-    A string may be a comma- or dash-separated list where a tuple is expected ("1,2,4", "1-2-4").
+    Where a tuple is expected, a string may be a list separated by commas or dashes ("1,2,4", "1-2-4").
+
+    Raises:
+        UserError: the value is not of this type; the message states the expected type.
     """
-    # Imported when used: the command line's help must not load pydantic.
+    # Imported when used: the help pages must not load pydantic.
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
     adapter = TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False))
@@ -252,7 +261,7 @@ def check_value(label: str, kind: Any, value: Any) -> Any:
         separator = "-" if re.fullmatch(r"\d+(-\d+)+", value) else ","
         candidates = [value, [piece.strip() for piece in value.split(separator)]]
     if isinstance(value, bool) and bool not in _parts(kind):
-        candidates = []  # pydantic would take it for 0 or 1
+        candidates = []  # pydantic would convert it to 0 or 1
     for candidate in candidates:
         with contextlib.suppress(ValidationError):
             return adapter.validate_python(candidate)
@@ -260,7 +269,7 @@ def check_value(label: str, kind: Any, value: Any) -> Any:
 
 
 def describe(plugin: Any) -> list[dict[str, Any]]:
-    """Return one row a field: name, type, default, meaning (and what each variant stands for)."""
+    """Return one dictionary per field: name, type, default, meaning (and its value in each variant, if any)."""
     hints = typing.get_type_hints(underlying(plugin))
     values = defaults(plugin)
     return [
@@ -276,7 +285,7 @@ def describe(plugin: Any) -> list[dict[str, Any]]:
 
 
 def type_name(kind: Any) -> str:
-    """Write a type as a person would: `paper | released`, `number`, `number, ... `."""
+    """Return a readable name of a type: `paper | released`, `number`, `number, ...`."""
     names: dict[Any, str] = {
         float: "number",
         int: "integer",
@@ -297,10 +306,10 @@ def type_name(kind: Any) -> str:
 
 
 def method_parts(name: str) -> list[str]:
-    """Split `a+b` into its methods.
+    """Split `a+b` into the names of its methods.
 
     Raises:
-        UserError: an empty part, an unknown one, or one named twice.
+        UserError: a part is empty, unknown or named twice.
     """
     names = [part.strip() for part in name.split("+")]
     known = registered("method")
@@ -308,18 +317,18 @@ def method_parts(name: str) -> list[str]:
         if part not in known:
             raise unknown("method", part, known)
     if len(set(names)) < len(names):
-        raise UserError(f"method {name!r} names a part twice; each part counts once")
+        raise UserError(f"method {name!r} names a part twice; expected each part once")
     return names
 
 
 def summary(plugin: Any) -> str:
-    """Return the first line of a plugin's documentation (a preset's own `doc`, if it has one)."""
+    """Return the first line of a plugin's docstring (of a preset: of its `doc`, if it has one)."""
     text = getattr(plugin, "doc", None) or inspect.getdoc(underlying(plugin)) or ""
     return str(text).strip().split("\n", 1)[0]
 
 
 def _parts(kind: Any) -> tuple[Any, ...]:
-    """The alternatives of a union, or the type alone."""
+    """Return the alternatives of a union type, or the type itself."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return typing.get_args(kind)
     return (kind,)

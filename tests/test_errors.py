@@ -63,8 +63,8 @@ TABLE = {
     "device": ("train --device gpu", "device is 'gpu'; expected auto, cpu, cuda"),
     "precision of another device": ("train --precision tf32 --device cpu", "tf32 needs a CUDA device"),
     "data folder missing": ("train --dataset cifar100 --data-dir nowhere --recipe here.toml", "CIFAR-100 "),
-    "image folder not given": ("train --dataset folder", "say which by --data-dir"),
-    "image folder missing": ("train --dataset folder --data-dir nowhere", "is no folder"),
+    "image folder not given": ("train --dataset folder", "expected --data-dir DIR"),
+    "image folder missing": ("train --dataset folder --data-dir nowhere", "is not a folder"),
     "image folder empty": ("train --dataset folder --data-dir empty", "has 0 class folders"),
     "class without images": ("train --dataset folder --data-dir hollow", "holds no images"),
     "classes differ": ("train --dataset folder --data-dir uneven", "not in both: bird"),
@@ -87,13 +87,13 @@ TABLE = {
     "out is a device": ("train --epochs 1 --out /dev/null", "/dev/null is a file; expected a folder"),
     "out in no real file system": ("train --epochs 1 --out /proc/runs", "/proc/runs can't be written"),
     "out can't be made": ("train --epochs 1 --out broken.toml/deeper", "can't be written"),
-    "out of a name too long": (f"train --epochs 1 --out {'x' * 300}", "can't be looked at"),
-    "comparison with a name too long": (f"compare --epochs 1 --out {'x' * 300}", "can't be looked at"),
+    "out of a name too long": (f"train --epochs 1 --out {'x' * 300}", "can't be accessed"),
+    "comparison with a name too long": (f"compare --epochs 1 --out {'x' * 300}", "can't be accessed"),
     "key of a recipe": (
         "train --set weight_decay=0.1",
         "weight_decay is a key of a recipe, no field; put weight_decay",
     ),
-    "run of a name too long": (f"show {'x' * 300}", "can't be looked at"),
+    "run of a name too long": (f"show {'x' * 300}", "can't be accessed"),
     "no images at all": ("train --data-dir=", "data_dir"),
     "run that is a file": ("show broken.toml", "folder broken.toml is a file"),
     "runs that are a file": ("report broken.toml", "folder broken.toml is a file"),
@@ -148,7 +148,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(mistake, cli, things, t
 def test_ranks_that_torchrun_did_not_start_are_refused(cli, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     cli("train", "--epochs", "1").refused(
-        "WORLD_SIZE is set but LOCAL_RANK, RANK is not; start several ranks by torchrun"
+        "WORLD_SIZE is set but LOCAL_RANK, RANK is not; start several ranks with torchrun"
     )
 
 

@@ -237,11 +237,11 @@ BROKEN = {
     "needs": ("import no_such_package_anywhere", "No module named 'no_such_package_anywhere'"),
     "raises": ("raise RuntimeError('one line\\nand another')", "RuntimeError: one line and another"),
     "lacks": ("", "has no attribute 'Broken'"),
-    "plain": ("class Broken: pass", "is no dataclass"),
+    "plain": ("class Broken: pass", "is not a dataclass"),
     "garbled": ("def (", "SyntaxError"),
     "bare": (
         "import exitkit\nclass Broken(exitkit.TrainingStrategy):\n    start: float = exitkit.setting(0.5, 'first')",
-        "is no dataclass: its settings (start) would be lost; decorate it with @dataclass(eq=False)",
+        "is not a dataclass: its settings (start) would be ignored; decorate it with @dataclass(eq=False)",
     ),
 }
 
@@ -386,7 +386,7 @@ def test_a_plugin_is_made_from_text_and_a_preset_has_its_own_defaults():
     ("values", "says"),
     [
         ({"size": 1}, "unknown field of plugin 'size'; did you mean sizes?"),
-        ({"hidden": 1}, "unknown field of plugin 'hidden'; there is mode, sizes, variant"),
+        ({"hidden": 1}, "unknown field of plugin 'hidden'; available: mode, sizes, variant"),
         ({"sizes": (1, 2, 3, 4)}, "plugin: sizes are too many"),
         ({"variant": "new"}, "plugin: variant is 'new'; expected paper | released"),
     ],

@@ -1,1 +1,1 @@
-"""Campaigns: many runs at once, from the plan of a comparison to what is recorded of it."""
+"""Campaigns: training the runs of a comparison, from its plan to its record."""

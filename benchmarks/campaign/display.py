@@ -1,4 +1,4 @@
-"""A campaign's progress: a bar for the whole and one for each run under way; a line a finished run elsewhere."""
+"""Progress display of a campaign: progress bars on a terminal, one line per event elsewhere."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 
 class CampaignDisplay:
-    """Shows a campaign; call it with each event.
+    """Shows the progress of a campaign; it is called with each event.
 
     Args:
-        recipes: the runs to come, as the events number them.
-        planned: how many runs the comparison has, finished ones included.
+        recipes: the runs to train, indexed as in the events.
+        planned: number of runs in the comparison, including finished ones.
     """
 
     def __init__(self, recipes: Sequence[ResolvedRecipe], planned: int) -> None:
@@ -51,7 +51,7 @@ class CampaignDisplay:
 
     def __enter__(self) -> Self:
         if self._finished:
-            self._say(f"{self._finished} of {self._planned} runs are finished already")
+            self._print(f"{self._finished} of {self._planned} runs are already finished")
         self._bars.start()
         self._refresh()
         return self
@@ -62,28 +62,28 @@ class CampaignDisplay:
         self._bars.stop()
         if error is None and self._shares:
             minutes, seconds = divmod(round(time.monotonic() - self._began), 60)
-            self._say(f"trained {len(self._shares)} runs in {minutes} min {seconds} s")
+            self._print(f"trained {len(self._shares)} runs in {minutes} min {seconds} s")
 
     def __call__(self, event: Event) -> None:
         """Show one event."""
         name = self._names[event.index]
         if event.kind == "begun":
             self._tasks[event.index] = self._bars.add_task(escape(name), total=1.0, note="starting")
-            if not self._bars.console.is_terminal:  # there are no bars then, and a long run would leave all silent
-                self._say(f"{self._finished}/{self._planned}  {name} started")
+            if not self._bars.console.is_terminal:  # without bars, nothing else is printed before the run ends
+                self._print(f"{self._finished}/{self._planned}  {name} started")
         elif event.kind == "progress":
             self._progress(event)
         elif event.kind == "held":
             self._bars.remove_task(self._tasks.pop(event.index))
-            self._say(f"{self._finished}/{self._planned}  {name} is being trained by another process")
+            self._print(f"{self._finished}/{self._planned}  {name} is being trained by another process")
         else:
             self._shares[event.index] = 1.0
             self._finished += event.kind == "done"
             if event.index in self._tasks:
                 self._bars.remove_task(self._tasks.pop(event.index))
-            where = " elsewhere" if event.facts.get("elsewhere") else ""
+            where = " by another process" if event.facts.get("elsewhere") else ""
             outcome = f"finished{where}" if event.kind == "done" else f"failed: {event.facts['message']}"
-            self._say(f"{self._finished}/{self._planned}  {name} {outcome}")
+            self._print(f"{self._finished}/{self._planned}  {name} {outcome}")
         self._refresh()
 
     def _progress(self, event: Event) -> None:
@@ -97,18 +97,18 @@ class CampaignDisplay:
         description = f"[bold]{self._finished} of {self._planned} runs"
         self._bars.update(self._whole, completed=sum(self._shares), description=description)
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         self._bars.console.print(line, soft_wrap=True, markup=False)
 
 
 def announce(recipes: Sequence[ResolvedRecipe], seconds: Mapping[str, float], jobs: int, whole: bool) -> None:
-    """Show what a campaign will do and about how long that takes.
+    """Print the plan of a campaign and its estimated time.
 
     Args:
-        recipes: of all its runs.
-        seconds: {name: about how long} of those that are still to be trained.
-        jobs: how many at once.
-        whole: a table with a line a method, network and data set, instead of one line in all.
+        recipes: the recipes of all runs.
+        seconds: {name: estimated seconds} of the runs that are not finished.
+        jobs: number of parallel runs.
+        whole: print a table with one row per method, network and data set before the summary line.
     """
     console = Console(stderr=not whole, highlight=False)
     done = len(recipes) - len(seconds)
@@ -117,22 +117,22 @@ def announce(recipes: Sequence[ResolvedRecipe], seconds: Mapping[str, float], jo
     if whole:
         table = Table(box=box.SIMPLE_HEAVY, padding=(0, 1, 0, 0), header_style="bold cyan")
         for head in ("method", "network", "data", "epochs", "seeds", "finished", "to train"):
-            words = head in ("method", "network", "data")
-            table.add_column(head, justify="left" if words else "right", overflow="fold", no_wrap=not words)
-        lines: dict[tuple[str, str, str], list[ResolvedRecipe]] = {}
+            is_text = head in ("method", "network", "data")
+            table.add_column(head, justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
+        groups: dict[tuple[str, str, str], list[ResolvedRecipe]] = {}
         for names, recipe in zip(name_runs([flat_identity(recipe) for recipe in recipes]), recipes, strict=True):
-            lines.setdefault((names.method, names.backbone, names.dataset), []).append(recipe)
-        for line, same in lines.items():
-            left = [seconds[recipe.id] for recipe in same if recipe.id in seconds]
-            cells = [str(same[0].epochs), ",".join(str(r.seed) for r in same), str(len(same) - len(left))]
-            table.add_row(*map(escape, line), *cells, in_words(sum(left)) if left else "–")
+            groups.setdefault((names.method, names.backbone, names.dataset), []).append(recipe)
+        for names_of_group, seeds in groups.items():
+            remaining = [seconds[recipe.id] for recipe in seeds if recipe.id in seconds]
+            cells = [str(seeds[0].epochs), ",".join(str(r.seed) for r in seeds), str(len(seeds) - len(remaining))]
+            table.add_row(*map(escape, names_of_group), *cells, in_words(sum(remaining)) if remaining else "–")
         console.print(table)
-    at_once = f", {min(jobs, len(seconds))} at a time" if len(seconds) > 1 else ""
-    console.print(f"plan: {len(recipes)} runs{finished}; {about}{at_once}", soft_wrap=True)
+    parallel = f", {min(jobs, len(seconds))} in parallel" if len(seconds) > 1 else ""
+    console.print(f"plan: {len(recipes)} runs{finished}; {about}{parallel}", soft_wrap=True)
 
 
 def _names(recipes: Sequence[ResolvedRecipe]) -> list[str]:
-    """Name runs by their method, and by network and data where there are several."""
+    """Return the name of each run: its method, and its network and data set if the runs have several."""
     names = name_runs([flat_identity(recipe) for recipe in recipes])
-    parts = [place for place in range(3) if place == 0 or len({name[place] for name in names}) > 1]
-    return [" ".join(name[place] for place in parts) for name in names]
+    fields = [field for field in range(3) if field == 0 or len({name[field] for name in names}) > 1]
+    return [" ".join(name[field] for field in fields) for name in names]

@@ -1,4 +1,4 @@
-"""How long a campaign will take, about: from runs of the same kind that are there, or from timed steps."""
+"""Estimated time of a campaign, from finished runs of the same kind or from timed training steps."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from exitkit.strategy.batch import LocalBatch
     from exitkit.training.phase import BegunPhase
 
-_LIGHT = 1e9  # multiply-adds that a timed step may have
-_FEWEST = 8  # images that a timed step has at least: L2W-DEN halves them, and its halves need batch statistics
+_MAX_MACS = 1e9  # multiply-adds of a timed step, at most
+_MIN_IMAGES = 8  # images in a timed step, at least: L2W-DEN halves the batch, and each half needs batch statistics
 
 
 class Estimate:
-    """Estimates the seconds of runs; what was loaded or timed once is not loaded or timed again.
+    """Estimates the training time of runs; loaded data and timings are cached.
 
     Args:
-        out: a folder whose finished runs say how long others of their kind take.
+        out: folder of runs; the times of finished runs are used for runs of the same kind.
     """
 
     def __init__(self, out: Path) -> None:
@@ -44,10 +44,10 @@ class Estimate:
             self._known[_kind(recipe)] = run.training_cost()["seconds"] / recipe.epochs
 
     def seconds(self, recipe: ResolvedRecipe) -> float:
-        """Return about how long a resolved recipe's run takes.
+        """Return the estimated training time of a run in seconds.
 
         Raises:
-            UserError: its images are missing, or its network can't be built.
+            UserError: the images are missing, or the network can't be built.
         """
         # Imported when used: the command line's help must not load torch.
         from exitkit.runs.job import first_phase, make_phases, make_strategy
@@ -61,28 +61,28 @@ class Estimate:
                 self._timings[kind] = _timed(recipe, data)
             except UserError:
                 raise
-            except Exception as error:  # whatever someone's method raises: its run tells, and the others go on
-                why = f"{type(error).__name__}: {error}".splitlines()[0]
-                warnings.warn(Note(f"{recipe.method} can't be timed ({why})"), stacklevel=2)
+            except Exception as error:  # a method may raise anything; its own run will report it
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                warnings.warn(Note(f"no time estimate for {recipe.method} ({reason})"), stacklevel=2)
                 self._timings[kind] = Timing(len(data.split.train), 1, [0.0])
         timing = self._timings[kind]
         phases = make_phases(make_strategy(recipe), recipe.epochs, timing.exits)
-        # A sweep may change how many phases there are; what it adds is taken to cost what the last one does.
+        # A sweep may add phases; each added phase is assumed to cost as much as the last timed one.
         per_image = timing.phases + timing.phases[-1:] * len(phases)
-        seconds = [phase.epochs * timing.images * each for phase, each in zip(phases, per_image, strict=False)]
+        seconds = [phase.epochs * timing.images * cost for phase, cost in zip(phases, per_image, strict=False)]
         return sum(seconds[first_phase(recipe, len(phases)) :])
 
     def costs(self, recipe: ResolvedRecipe) -> list[ExitCost]:
-        """Return what the exits of a resolved recipe's network cost.
+        """Return the cost of each exit of a recipe's network.
 
         Raises:
-            UserError: its images are missing, or its network can't be built.
+            UserError: the images are missing, or the network can't be built.
         """
         # Imported when used: the command line's help must not load torch.
         from exitkit.networks.costs import cost
         from exitkit.runs.job import make_network
 
-        kind = _alike(recipe, "backbone", "backbone_settings", "dataset", "dataset_settings")
+        kind = _key(recipe, "backbone", "backbone_settings", "dataset", "dataset_settings")
         if kind not in self._costs:
             data = self._data(recipe)
             self._costs[kind] = cost(make_network(recipe, data.input_shape, data.num_classes))
@@ -92,14 +92,14 @@ class Estimate:
         # Imported when used: the command line's help must not load torch.
         from exitkit.runs.job import load_data
 
-        kind = _alike(recipe, "dataset", "dataset_settings", "data_dir")
+        kind = _key(recipe, "dataset", "dataset_settings", "data_dir")
         if kind not in self._loaded:
             self._loaded[kind] = load_data(recipe)
         return self._loaded[kind]
 
 
 class Timing(NamedTuple):
-    """Training images, the network's exits, and the seconds of one image in an epoch of each phase."""
+    """Number of training images, number of exits, and seconds per image and epoch of each phase."""
 
     images: int
     exits: int
@@ -107,17 +107,17 @@ class Timing(NamedTuple):
 
 
 def _kind(recipe: ResolvedRecipe) -> tuple[str, ...]:
-    """Return what runs have in common that take equally long, but for their epochs and their method's settings."""
-    where = ("backbone", "backbone_settings", "dataset", "dataset_settings")
-    return _alike(recipe, "method", *where, "batch_size", "precision", "init_from")
+    """Return a key of the fields that determine the time per epoch, except for the method's settings."""
+    network_and_data = ("backbone", "backbone_settings", "dataset", "dataset_settings")
+    return _key(recipe, "method", *network_and_data, "batch_size", "precision", "init_from")
 
 
-def _alike(recipe: ResolvedRecipe, *names: str) -> tuple[str, ...]:
+def _key(recipe: ResolvedRecipe, *names: str) -> tuple[str, ...]:
     return tuple(str(getattr(recipe, name)) for name in names)
 
 
 def _timed(recipe: ResolvedRecipe, data: Data) -> Timing:
-    """Time an epoch of one batch of each of a run's phases, set up as the run sets it up."""
+    """Time an epoch of one batch in each phase of a run, set up as in training."""
     # Imported when used: the command line's help must not load torch.
     import torch
 
@@ -128,11 +128,11 @@ def _timed(recipe: ResolvedRecipe, data: Data) -> Timing:
     from exitkit.strategy.batch import LocalBatch
     from exitkit.training.phase import PhaseSetup
 
-    recipe = recipe.with_values(compile=False)  # compiling takes longer than what is timed
+    recipe = recipe.with_values(compile=False)  # compilation would take longer than the timed step
     job = Job.make(recipe, data=data)
     teacher = make_network(recipe, data.input_shape, data.num_classes)
     engine = Engine(choose_device(recipe.device), recipe.precision)
-    size = max(_FEWEST, min(recipe.batch_size, int(_LIGHT / cost(job.network)[-1].macs)))
+    size = max(_MIN_IMAGES, min(recipe.batch_size, int(_MAX_MACS / cost(job.network)[-1].macs)))
     images = engine.placement.images(torch.randn(size, *data.input_shape))
     batch = LocalBatch.make(images, engine.placement.labels(torch.arange(size) % data.num_classes))
     engine.place(teacher.eval())
@@ -147,12 +147,12 @@ def _timed(recipe: ResolvedRecipe, data: Data) -> Timing:
 
 
 def _seconds(begun: BegunPhase, batch: LocalBatch) -> float:
-    """Time an epoch of one batch."""
+    """Return the seconds of an epoch of one batch."""
     # Imported when used: the command line's help must not load torch.
     import torch
 
     began = time.perf_counter()
-    with contextlib.suppress(NonFiniteError):  # the run itself will tell that it diverges
+    with contextlib.suppress(NonFiniteError):  # the run itself will report the divergence
         begun.phase.strategy.train_epoch(begun.run, [batch])
     if batch.images.is_cuda:
         torch.cuda.synchronize()
@@ -160,7 +160,7 @@ def _seconds(begun: BegunPhase, batch: LocalBatch) -> float:
 
 
 def in_words(seconds: float) -> str:
-    """Write a duration as a person would: "40 s", "12 min", "3 h 20 min", "5 days"."""
+    """Format a duration: "40 s", "12 min", "3 h 20 min", "5 days"."""
     minutes = round(seconds / 60)
     if seconds < 90:
         return f"{max(round(seconds), 1)} s"
@@ -171,8 +171,8 @@ def in_words(seconds: float) -> str:
 
 
 def wall_time(seconds: Sequence[float], jobs: int) -> float:
-    """Return how long runs of these durations take, longest first, `jobs` at a time."""
+    """Return the total time in seconds of runs of these durations, longest first, `jobs` in parallel."""
     lanes = [0.0] * max(jobs, 1)
-    for each in sorted(seconds, reverse=True):
-        lanes[lanes.index(min(lanes))] += each
+    for duration in sorted(seconds, reverse=True):
+        lanes[lanes.index(min(lanes))] += duration
     return max(lanes)

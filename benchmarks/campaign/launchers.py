@@ -1,4 +1,4 @@
-"""Where the runs of a campaign are trained: in this process, in processes of their own, or by Slurm."""
+"""Launchers of a campaign: train runs in this process, in worker processes, or on Slurm."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _LAUNCHED = ("WORLD_SIZE", "RANK", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORC
 
 @dataclass(frozen=True)
 class Event:
-    """What a campaign says while it goes: run number `index` has `kind`.
+    """An event of the run with number `index`.
 
-    Kinds: "begun", "progress", "done", "failed" (facts hold a message), "held" (another process is at it).
+    Kinds: "begun", "progress", "done", "failed" (`facts` has a message), "held" (another process trains the run).
     """
 
     index: int
@@ -39,37 +39,37 @@ class Event:
 
 
 class Launcher(Protocol):
-    """Trains runs, `slots` at once."""
+    """Trains runs, `slots` in parallel."""
 
     slots: int
 
     def start(self, index: int, recipe: ResolvedRecipe, out: Path) -> None:
-        """Begin a run."""
+        """Start a run."""
 
     def wait(self) -> Event:
-        """Return the next thing that happens to the runs that were begun."""
+        """Wait for the next event of the started runs and return it."""
 
     def close(self) -> None:
-        """End all that is still going on; what was being trained goes on from its checkpoint another time."""
+        """Stop all running runs; they can be resumed from their checkpoints."""
 
 
 def make_launcher(name: str, jobs: int, recipe: ResolvedRecipe, out: Path, slurm: Mapping[str, str]) -> Launcher:
-    """Make a launcher by name.
+    """Return a launcher by name.
 
     Args:
         name: one of `LAUNCHERS`.
-        jobs: how many runs at once.
-        recipe: any of those to come; its device and threads count.
-        out: where run folders go.
+        jobs: number of parallel runs.
+        recipe: any recipe of the campaign; its number of threads is used.
+        out: folder for the run folders.
         slurm: parameters of submitit (`timeout_min=60`, `slurm_partition=gpu`).
 
     Raises:
-        UserError: an unknown name, or submitit is not installed.
+        UserError: the name is unknown, or submitit is not installed.
     """
     if name not in LAUNCHERS:
         raise unknown("launcher", name, LAUNCHERS)
     if slurm and name not in ("slurm", "submitit-local"):
-        raise UserError(f"--slurm goes with --launcher slurm, not with {name}")
+        raise UserError(f"--slurm needs --launcher slurm, got {name}")
     if name == "here":
         return Here()
     if name == "processes":
@@ -78,7 +78,7 @@ def make_launcher(name: str, jobs: int, recipe: ResolvedRecipe, out: Path, slurm
 
 
 def default_jobs(device: str, threads: int) -> int:
-    """Return how many runs to have at once: one a GPU, or as many as there are cores for their threads."""
+    """Return the number of parallel runs: one per GPU, or the number of cores divided by the threads per run."""
     # Imported when used: the command line's help must not load torch.
     import torch
 
@@ -93,7 +93,7 @@ def default_jobs(device: str, threads: int) -> int:
 
 
 class Here:
-    """Trains one run after the other in this process: the simplest to debug."""
+    """Trains one run after the other in this process, for debugging."""
 
     slots = 1
 
@@ -106,10 +106,10 @@ class Here:
         """See `Launcher`."""
 
         def train() -> None:
-            def tell(kind: str, **facts: Any) -> None:
+            def report(kind: str, **facts: Any) -> None:
                 (self._events.put if kind != "progress" else self.on_progress)(Event(index, kind, facts))
 
-            outcome({"recipe": recipe.model_dump(mode="json"), "out": str(out)}, tell)
+            outcome({"recipe": recipe.model_dump(mode="json"), "out": str(out)}, report)
 
         self._next = train
 
@@ -124,7 +124,7 @@ class Here:
 
 
 class _Worker:
-    """One worker process and the thread that listens to it."""
+    """A worker process and the thread that reads its events."""
 
     def __init__(
         self,
@@ -134,10 +134,10 @@ class _Worker:
         answers: queue.SimpleQueue[tuple[_Worker, dict[str, Any] | None]],
     ) -> None:
         self.index, self.number = -1, number
-        # Whatever launched the campaign may have left its ranks' variables; a run here is one process.
+        # Remove variables of a distributed launcher: each run here is a single process.
         environment = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHED)}
         environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-        if gpu is not None:  # so that its runs' recipes need not name a GPU of this machine
+        if gpu is not None:  # the recipe then needs no GPU index of this machine
             environment["CUDA_VISIBLE_DEVICES"] = gpu
         self.process = subprocess.Popen(
             [sys.executable, "-m", "exitkit.benchmarks.campaign.worker"],
@@ -145,7 +145,7 @@ class _Worker:
             stdout=subprocess.PIPE,
             env=environment,
             text=True,
-            start_new_session=True,  # Ctrl-C is for the campaign, which then ends its workers
+            start_new_session=True,  # Ctrl-C reaches the campaign only, which ends its workers
         )
         threading.Thread(target=self._listen, args=(answers,), daemon=True).start()
 
@@ -153,31 +153,31 @@ class _Worker:
         assert self.process.stdout is not None
         try:
             for line in self.process.stdout:
-                with contextlib.suppress(ValueError):  # the last line of a worker that was killed may be cut off
+                with contextlib.suppress(ValueError):  # the last line of a killed worker may be incomplete
                     answers.put((self, json.loads(line)))
         finally:
             answers.put((self, None))
 
     def give(self, index: int, recipe: ResolvedRecipe, out: Path) -> None:
-        """Hand over a run."""
+        """Send a run to the worker."""
         self.index = index
         assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # a worker that is dead already says so by its closed output
+        with contextlib.suppress(BrokenPipeError):  # the closed output of an ended worker is handled in `wait`
             self.process.stdin.write(json.dumps({"recipe": recipe.model_dump(mode="json"), "out": str(out)}) + "\n")
             self.process.stdin.flush()
 
     def end(self) -> None:
-        """End the process, now."""
+        """Kill the process."""
         self.process.kill()
         self.process.wait()
 
 
 class Processes:
-    """Trains runs in worker processes on this machine: one a GPU, or one a group of cores.
+    """Trains runs in worker processes on this machine.
 
     Args:
-        slots: how many.
-        threads: CPU threads of each.
+        slots: number of workers.
+        threads: CPU threads per worker.
     """
 
     def __init__(self, slots: int, threads: int) -> None:
@@ -198,7 +198,7 @@ class Processes:
         worker.give(index, recipe, out)
 
     def wait(self) -> Event:
-        """See `Launcher`; a worker that died has failed at its run, and is replaced."""
+        """See `Launcher`; if a worker process ends, its run has failed and the worker is replaced."""
         while True:
             worker, answer = self._answers.get()
             if worker not in self._busy:
@@ -208,7 +208,7 @@ class Processes:
             if answer is None:
                 self._busy.remove(worker)
                 code = worker.process.wait()
-                message = f"its process ended by itself (exit code {code}; out of memory?)"
+                message = f"the worker process ended unexpectedly (exit code {code}; out of memory?)"
                 return Event(worker.index, "failed", {"message": message})
             kind = answer.pop("event")
             if kind != "progress":
@@ -235,23 +235,23 @@ def gpu_of(number: int) -> str | None:
 
 
 class Submitit:
-    """Hands runs to Slurm as arrays, or to processes that stand in for it (`cluster="local"`), through submitit.
+    """Submits runs with submitit: to Slurm as job arrays, or to local processes (`cluster="local"`).
 
     Args:
         cluster: "slurm" or "local".
-        slots: how many jobs may run at once.
-        out: where run folders go; the jobs' logs go into `slurm` there.
-        parameters: of submitit's executor.
+        slots: maximum number of parallel jobs.
+        out: folder for the run folders; the logs of the jobs are written to its subfolder `slurm`.
+        parameters: parameters of submitit's executor.
 
     Raises:
-        UserError: submitit is not installed, or does not know a parameter.
+        UserError: submitit is not installed, or a parameter is unknown.
     """
 
     _POLL = 0.5
 
     def __init__(self, cluster: str, slots: int, out: Path, parameters: Mapping[str, str]) -> None:
         try:
-            # Imported when used: the command line's help must not load torch.
+            # Imported on use: submitit is optional.
             import submitit
         except ImportError:
             raise UserError("--launcher slurm needs submitit; install it with: pip install 'exitkit[slurm]'") from None
@@ -259,9 +259,9 @@ class Submitit:
         known = {"timeout_min": 240, "slurm_array_parallelism": slots, "cpus_per_task": 1}
         values = known | {key: _number(text) for key, text in parameters.items()}
         try:
-            with tempfile.TemporaryDirectory() as folder:  # an executor makes its folder before it is told anything
+            with tempfile.TemporaryDirectory() as folder:  # an executor creates its folder before it checks parameters
                 submitit.AutoExecutor(folder=folder, cluster=cluster).update_parameters(**values)
-            # Only Slurm puts a job's number in place of %j wherever it stands.
+            # Only Slurm replaces %j by the job's number in every place.
             logs = out / "slurm" / "%j" if cluster == "slurm" else out / "slurm"
             self._executor = submitit.AutoExecutor(folder=logs, cluster=cluster)
         except (NameError, TypeError, ValueError, AssertionError, RuntimeError) as error:
@@ -271,7 +271,7 @@ class Submitit:
         self._jobs: dict[int, Any] = {}
 
     def start(self, index: int, recipe: ResolvedRecipe, out: Path) -> None:
-        """See `Launcher`; what is begun between two waits becomes one array."""
+        """See `Launcher`; the runs started between two waits become one job array."""
         request = {"recipe": recipe.model_dump(mode="json"), "out": str(out.resolve())}
         self._waiting.append((index, request))
 
@@ -279,7 +279,7 @@ class Submitit:
         """See `Launcher`."""
         if self._waiting:
             with self._executor.batch():
-                jobs = [(index, self._executor.submit(_train_there, request)) for index, request in self._waiting]
+                jobs = [(index, self._executor.submit(_train_in_job, request)) for index, request in self._waiting]
             self._jobs |= dict(jobs)
             self._waiting = []
         while True:
@@ -296,15 +296,15 @@ class Submitit:
 
 
 def _number(text: str) -> int | float | str:
-    """Read a number where it is one."""
+    """Return text as an int or float if it is one."""
     for kind in (int, float):
         with contextlib.suppress(ValueError):
             return kind(text)
     return text
 
 
-def _train_there(request: dict[str, Any]) -> list[Any]:
-    """Train one run in a job, and return what became of it."""
+def _train_in_job(request: dict[str, Any]) -> list[Any]:
+    """Train one run in a job, and return its last event."""
     events: list[Any] = []
     outcome(request, lambda kind, **facts: events.append([kind, facts]) if kind != "progress" else None)
     return list(events[-1])
@@ -313,7 +313,7 @@ def _train_there(request: dict[str, Any]) -> list[Any]:
 def _result(job: Any) -> tuple[str, dict[str, Any]]:
     try:
         kind, facts = job.result()
-    except Exception as error:  # submitit has many ways to say that a job is gone
+    except Exception as error:  # submitit raises several exceptions for a lost job
         last = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-        return "failed", {"message": f"its job {job.job_id} ended by itself ({last[0]})"}
+        return "failed", {"message": f"job {job.job_id} ended unexpectedly ({last[0]})"}
     return kind, dict(facts)

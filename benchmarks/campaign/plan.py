@@ -1,18 +1,18 @@
-"""What a comparison is: a recipe whose method, network and data may be lists, with seeds and swept fields.
+"""The recipe of a comparison: the recipe of a run with lists of methods, networks and data sets, seeds and sweeps.
 
-A TOML file of one has all keys of a run's recipe, and these:
+Its TOML file has the keys of a run's recipe and the following ones:
 
-title, note          what it is, and in what it differs from what it stands for
-methods              names, or tables {name = ..., FIELD = ...}; a field may be the recipe's, too (`batch_size`)
-backbone, dataset    a name, a list of names, or of such tables; `stands_for` there names what a paper has in its place
-seeds                how many, from `seed` on
-baseline             the method that differences are taken to; always among the methods
-set                  fields of method, backbone or data set, set wherever there is such a field
-sweep                {field: [values]}: every value (of several fields: every combination) is a run of its own
-published            tables of the papers to stand beside ours, such as "boostnet/table1"
-parts                tables of any of these and a run's keys, each over those above: the runs are those of all parts
-static               true: also each exit as a network of its own, trained for it alone, as reference points
-figures              "diagnose" (draws `exitkit diagnose` of each method), "toy" (the problem of two exits, alone)
+title, note          title of the comparison, and how it differs from the experiment in the paper
+methods              names, or tables {name = ..., FIELD = ...}; FIELD is a method's field or a recipe's (`batch_size`)
+backbone, dataset    a name, or a list of names or such tables; `stands_for` is the name of the paper's one
+seeds                number of seeds, starting at `seed`
+baseline             method that differences refer to; it is always trained
+set                  values of fields of methods, backbones or data sets; used by those that have the field
+sweep                {field: [values]}: one run per value, or per combination of values of several fields
+published            the papers' tables to compare with, such as "boostnet/table1"
+parts                tables of these keys and a run's keys, which override the keys above; all parts are trained
+static               true: also train one static network per exit, for reference
+figures              "diagnose" (`exitkit diagnose` for each method), or "toy" (only the toy problem of two exits)
 report               options of `exitkit report`
 """
 
@@ -37,7 +37,7 @@ FIGURES = ("diagnose", "toy")
 
 @dataclass(frozen=True)
 class Entry:
-    """A method, backbone or data set with some fields set; `stands_for` is what a paper has in its place."""
+    """A method, backbone or data set with values of fields; `stands_for` is the name of the paper's one."""
 
     name: str
     fields: Mapping[str, Any] = field(default_factory=dict)
@@ -46,7 +46,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Planned:
-    """One run to be: its resolved recipe, and the backbone and data set of the paper that it stands for, if others."""
+    """A planned run: its resolved recipe, and the paper's "backbone" and "dataset" that it stands for, if different."""
 
     recipe: ResolvedRecipe
     stands_for: Mapping[str, str]
@@ -54,7 +54,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Plan:
-    """A comparison, checked key by key; `runs` resolves it into recipes."""
+    """The validated recipe of a comparison; `runs` returns the recipes of its runs."""
 
     methods: Sequence[Entry]
     backbones: Sequence[Entry | None]
@@ -74,10 +74,10 @@ class Plan:
 
     @classmethod
     def make(cls, values: Mapping[str, Any]) -> Plan:
-        """Check the values of a comparison's recipe.
+        """Validate the values of a comparison's recipe.
 
         Raises:
-            UserError: unknown keys (the nearest are given) or impossible values; all that are wrong in one line.
+            UserError: keys are unknown (similar ones are suggested) or values are invalid; the message lists all errors.
         """
         # Imported when used: the command line's help must not load torch.
         from exitkit.runs.recipe import Recipe
@@ -85,8 +85,8 @@ class Plan:
         values = dict(values)
         parts = check_value("parts", list[dict[str, Any]], values.pop("parts", []))
         if any("parts" in part for part in parts):
-            raise UserError("a part has parts; expected them side by side")
-        own = {key: value for key, value in values.items() if key in COMPARISON_KEYS}
+            raise UserError("a part has parts; expected all parts at the top level")
+        comparison = {key: value for key, value in values.items() if key in COMPARISON_KEYS}
         run = {key: value for key, value in values.items() if key not in COMPARISON_KEYS}
         known = {*COMPARISON_KEYS, *Recipe.model_fields}
         bad = dict.fromkeys(key for table in (values, *parts) for key in table if key not in known)
@@ -94,15 +94,15 @@ class Plan:
             raise UserError("; ".join(str(unknown("key of a recipe", key, known)) for key in bad))
         backbones = _entries("backbone", run.pop("backbone", None))
         datasets = _entries("dataset", run.pop("dataset", None))
-        baseline = check_value("baseline", str, own.get("baseline", BASELINE))
+        baseline = check_value("baseline", str, comparison.get("baseline", BASELINE))
         plan = cls(
-            methods=_with_baseline(_methods(own.get("methods", DEFAULT_METHODS)), baseline),
+            methods=_with_baseline(_methods(comparison.get("methods", DEFAULT_METHODS)), baseline),
             backbones=backbones or [None],
             datasets=datasets or [None],
             base=Recipe.make(**run),
             baseline=baseline,
-            **_checked(own),
-            parts=_made([values | part for part in parts]),
+            **_checked(comparison),
+            parts=_make_parts([values | part for part in parts]),
         )
         plan._check()
         return plan
@@ -122,78 +122,78 @@ class Plan:
                 raise unknown("figure", name, FIGURES)
         for key, swept in self.sweep.items():
             if not swept:
-                raise UserError(f"sweep of {key} is empty; expected its values")
+                raise UserError(f"sweep of {key} is empty; expected a list of values")
         ReportOptions.make(self.report)
 
     def runs(self) -> list[Planned]:
-        """Return all runs, resolved, in the order in which reports show them; each once.
+        """Return all runs, resolved and without duplicates, in the order of the report.
 
         Raises:
-            UserError: anything wrong with any of them, or a field that nothing here has.
+            UserError: a recipe is invalid, or no run has a field of `set` or `sweep`.
         """
         used: set[str] = set()
         known: set[str] = set()
         parts = self.parts or [self]
-        found = [each for part in parts for each in part._planned(used, known)]
+        runs = [run for part in parts for run in part._planned(used, known)]
         for part in parts:
             for key in (*part.sets, *part.sweep):
                 if key not in used:
                     names = ", ".join(dict.fromkeys(method.name for method in part.methods))
                     raise unknown(f"field of {names} or their network and data", key, known)
-        once: dict[str, Planned] = {}
-        for each in found:
-            once.setdefault(each.recipe.id, each)
-        return list(once.values())
+        unique: dict[str, Planned] = {}
+        for run in runs:
+            unique.setdefault(run.recipe.id, run)
+        return list(unique.values())
 
     def _planned(self, used: set[str], known: set[str]) -> Iterator[Planned]:
-        """Yield the runs of a plan without parts, and note which of its set and swept keys mean a field."""
+        """Yield the runs of a plan without parts; add applied keys of `set` and `sweep` to `used`, valid keys to `known`."""
         # Imported when used: the command line's help must not load torch.
         from exitkit.runs.job import resolve
 
         for dataset, backbone in itertools.product(self.datasets, self.backbones):
-            own = [(entry, kind) for entry, kind in ((dataset, "dataset"), (backbone, "backbone")) if entry]
-            stands_for = {kind: entry.stands_for for entry, kind in own if entry.stands_for}
-            base = self.base.with_values(**{kind: entry.name for entry, kind in own})
-            for entry, kind in own:
-                base = _with_fields(base, {_own(key, kind): value for key, value in entry.fields.items()})
-            recipes = [each for method in self.methods for each in self._varied(base, method, used, known)]
+            entries = [(entry, kind) for entry, kind in ((dataset, "dataset"), (backbone, "backbone")) if entry]
+            stands_for = {kind: entry.stands_for for entry, kind in entries if entry.stands_for}
+            base = self.base.with_values(**{kind: entry.name for entry, kind in entries})
+            for entry, kind in entries:
+                base = _with_fields(base, {_full_key(key, kind): value for key, value in entry.fields.items()})
+            recipes = [recipe for method in self.methods for recipe in self._varied(base, method, used, known)]
             if self.static:
                 varied = self._varied(base, Entry(BASELINE), used, known)
-                recipes += [each for recipe in varied for each in _each_exit_alone(recipe)]
+                recipes += [static for recipe in varied for static in _static_recipes(recipe)]
             for recipe in recipes:
                 for seed in range(self.base.seed, self.base.seed + self.seeds):
                     yield Planned(resolve(recipe.with_values(seed=seed)), stands_for)
 
     def _varied(self, base: Recipe, method: Entry, used: set[str], known: set[str]) -> Iterator[Recipe]:
-        """Yield a method's recipe with what is set, once for every combination of what is swept."""
+        """Yield the recipe of a method with the values of `set`, once per combination of swept values."""
         named = base.with_values(method=method.name)
-        recipe = _with_fields(named, {_own(key, "method"): value for key, value in method.fields.items()})
+        recipe = _with_fields(named, {_full_key(key, "method"): value for key, value in method.fields.items()})
         settable = recipe.settable() | _VALUES
         known |= settable | {f"{method.name}.{key}" for key in settable}
         for point in self._points(method.name, settable):
-            chosen = _having(self.sets, method.name, settable) | point
+            chosen = _applicable(self.sets, method.name, settable) | point
             used |= {key for key in (*self.sets, *self.sweep) if _field(key, method.name, settable) in chosen}
             yield _with_fields(recipe, chosen)
 
     def _points(self, method: str, settable: set[str]) -> Iterator[dict[str, Any]]:
-        """Yield every combination of those swept values that this method has fields for; without any, one empty one."""
+        """Yield each combination of the swept values of this method's fields; one empty combination if none is swept."""
         fields = {_field(key, method, settable): values for key, values in self.sweep.items()}
         fields.pop("", None)
         for values in itertools.product(*fields.values()):
             yield dict(zip(fields, values, strict=True))
 
 
-def _made(parts: Sequence[Mapping[str, Any]]) -> list[Plan]:
-    """Make all parts, or say in one line what is wrong with any."""
-    made, wrong = [], []
+def _make_parts(parts: Sequence[Mapping[str, Any]]) -> list[Plan]:
+    """Return the plans of all parts, or raise one UserError with the errors of all parts."""
+    plans, errors = [], []
     for part in parts:
         try:
-            made.append(Plan.make(part))
+            plans.append(Plan.make(part))
         except UserError as error:
-            wrong.append(str(error))
-    if wrong:
-        raise UserError("; ".join(dict.fromkeys(wrong)))
-    return made
+            errors.append(str(error))
+    if errors:
+        raise UserError("; ".join(dict.fromkeys(errors)))
+    return plans
 
 
 _TYPES: dict[str, tuple[str, Any]] = {
@@ -207,26 +207,26 @@ _TYPES: dict[str, tuple[str, Any]] = {
     "title": ("title", str),
     "note": ("note", str),
 }
-"""What the plan calls a key of a comparison's recipe, and its type."""
+"""{key of a comparison's recipe: (attribute of `Plan`, type)}."""
 
 
-def _checked(own: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of `_TYPES` that are given, by the plan's names.
+def _checked(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the given values of the keys in `_TYPES`, by attribute of `Plan`.
 
     Raises:
-        UserError: values of another type, all in one line.
+        UserError: values have the wrong type; the message lists all of them.
     """
-    found, wrong = {}, []
+    values, errors = {}, []
     for key, (name, kind) in _TYPES.items():
-        if key in own:
-            value = [own[key]] if kind == list[str] and isinstance(own[key], str) else own[key]
+        if key in given:
+            value = [given[key]] if kind == list[str] and isinstance(given[key], str) else given[key]
             try:
-                found[name] = check_value(key, kind, value)
+                values[name] = check_value(key, kind, value)
             except UserError as error:
-                wrong.append(str(error))
-    if wrong:
-        raise UserError("; ".join(wrong))
-    return found
+                errors.append(str(error))
+    if errors:
+        raise UserError("; ".join(errors))
+    return values
 
 
 _VALUES = {"epochs", "batch_size", "lr", "schedule", "decay", "momentum", "weight_decay", "precision", "milestones"}
@@ -252,13 +252,11 @@ def _entry(kind: str, item: Any) -> Entry:
 
 
 def _methods(value: Any) -> list[Entry]:
-    """Read names (text with commas between them, or a list) and tables; `all` is every method that can be had here."""
+    """Parse method names (comma-separated text or a list) and tables; `all` means every installed method."""
     if isinstance(value, str):
         value = [name.strip() for name in value.split(",")] if value.strip(" ,") else []
         if "" in value:
-            raise UserError(
-                f"methods has an empty name ({','.join(value)}); expected names with one comma between them"
-            )
+            raise UserError(f"methods has an empty name ({','.join(value)}); expected comma-separated names")
     if not value:
         raise UserError(f"methods is empty; expected names such as {DEFAULT_METHODS}, or all")
     if value == ["all"]:
@@ -289,35 +287,35 @@ def _with_baseline(entries: list[Entry], baseline: str) -> list[Entry]:
     return unique
 
 
-def _own(key: str, kind: str) -> str:
-    """Return an entry's own field by its full name, one of the recipe's by its own."""
+def _full_key(key: str, kind: str) -> str:
+    """Return `kind.field` for a field of an entry; keys of the recipe are unchanged."""
     return key if key in _VALUES or key.startswith(f"{kind}.") else f"{kind}.{key}"
 
 
-def _each_exit_alone(recipe: Recipe) -> Iterator[Recipe]:
-    """Yield joint training of a recipe's network with the weight on a single exit, for every exit."""
+def _static_recipes(recipe: Recipe) -> Iterator[Recipe]:
+    """Yield one recipe per exit: joint training with weight 1 on that exit and 0 on the others."""
     # Imported when used: the command line's help must not load torch.
     from exitkit.runs.job import count_exits, resolve
 
     exits = count_exits(resolve(recipe))
-    for only in range(exits):
-        yield recipe.with_settings({"method.weights": [float(k == only) for k in range(exits)]})
+    for trained in range(exits):
+        yield recipe.with_settings({"method.weights": [float(k == trained) for k in range(exits)]})
 
 
 def _field(key: str, method: str, settable: set[str]) -> str:
-    """Return the field of `method` that `key` (perhaps `method.field`) means, "" if there is none."""
+    """Return the field of `method` for `key` (`field` or `method.field`); "" if the method has no such field."""
     prefix, dot, rest = key.partition(".")
     if key in settable:
         return key
     return rest if dot and prefix == method and rest in settable else ""
 
 
-def _having(sets: Mapping[str, Any], method: str, settable: set[str]) -> dict[str, Any]:
-    # `boostnet.temperature` says which method is meant, and goes before `temperature`.
+def _applicable(sets: Mapping[str, Any], method: str, settable: set[str]) -> dict[str, Any]:
+    # `boostnet.temperature` names the method, and overrides `temperature`.
     ordered = sorted(sets, key=lambda key: "." in key)
-    found = {_field(key, method, settable): sets[key] for key in ordered}
-    found.pop("", None)
-    return found
+    values = {_field(key, method, settable): sets[key] for key in ordered}
+    values.pop("", None)
+    return values
 
 
 def _with_fields(recipe: Recipe, fields: Mapping[str, Any]) -> Recipe:
@@ -327,7 +325,7 @@ def _with_fields(recipe: Recipe, fields: Mapping[str, Any]) -> Recipe:
 
 
 def _typed(key: str, value: Any) -> Any:
-    """Read text from the command line as the type of a recipe's key."""
+    """Convert text from the command line to the type of a recipe's key."""
     if not isinstance(value, str):
         return value
     # Imported when used: the command line's help must not load torch.

@@ -1,4 +1,4 @@
-"""Many independent runs: which comes when, what becomes of those that fail, and of those that someone else is at."""
+"""The queue of a campaign: the order of the runs, failed runs, and runs that another process trains."""
 
 from __future__ import annotations
 
@@ -15,44 +15,44 @@ from exitkit.runs.ingredients import teacher_recipes
 if TYPE_CHECKING:
     from exitkit.runs.recipe import ResolvedRecipe
 
-_POLL = 2.0  # seconds between two looks at a run that another process is at
+_POLL = 2.0  # seconds between checks of runs that another process trains
 
 
 class Campaign:
-    """Trains recipes that are not finished yet, the longest first, as many at once as the launcher takes.
+    """Trains unfinished recipes, the longest first, `launcher.slots` in parallel.
 
-    A run that fails leaves the others going on. A run that another process is at is waited for, and taken over if that
-    process dies. A run whose teacher is another comes after it.
+    A failed run does not stop the others. The campaign waits for runs that another process trains, and takes them over
+    if that process ends. A run starts after its teachers are finished.
 
     Args:
-        recipes: resolved.
-        out: where run folders go; several campaigns, on several machines, may share it.
-        launcher: what trains them.
-        tell: called with every event.
+        recipes: resolved recipes.
+        out: folder for the run folders; several campaigns, on several machines, may share it.
+        launcher: trains the runs.
+        report: called with every event.
     """
 
     def __init__(
-        self, recipes: Sequence[ResolvedRecipe], out: Path, launcher: Launcher, tell: Callable[[Event], None]
+        self, recipes: Sequence[ResolvedRecipe], out: Path, launcher: Launcher, report: Callable[[Event], None]
     ) -> None:
-        self.recipes, self.out, self.launcher, self.tell = recipes, out, launcher, tell
+        self.recipes, self.out, self.launcher, self.report = recipes, out, launcher, report
         self.order = sorted(range(len(recipes)), key=lambda index: (-_length(recipes[index]), index))
         self.needs = [{teacher.id for teacher in teacher_recipes(recipe).values()} for recipe in recipes]
         self.pending = {recipe.id for recipe in recipes}
         self.failed: dict[int, str] = {}
 
     def run(self) -> dict[int, str]:
-        """Train them all, and return {index: reason} of those that failed."""
-        under_way: set[int] = set()
+        """Train all runs, and return {index: reason} of the failed ones."""
+        running: set[int] = set()
         try:
-            while self.order or under_way:
-                while len(under_way) < self.launcher.slots and (index := self._next()) is not None:
+            while self.order or running:
+                while len(running) < self.launcher.slots and (index := self._next()) is not None:
                     forget_failure(self.out, self.recipes[index])
                     self.launcher.start(index, self.recipes[index], self.out)
-                    self.tell(Event(index, "begun", {}))
-                    under_way.add(index)
-                if not under_way:
+                    self.report(Event(index, "begun", {}))
+                    running.add(index)
+                if not running:
                     if self.order:
-                        time.sleep(_POLL)  # all that is left is others' work, or waits for it
+                        time.sleep(_POLL)  # other processes train the remaining runs or their teachers
                     continue
                 event = self.launcher.wait()
                 if event.kind == "held":
@@ -61,26 +61,26 @@ class Campaign:
                     self._fail(event.index, event.facts["message"])
                 elif event.kind == "done":
                     self.pending.discard(self.recipes[event.index].id)
-                self.tell(event)
+                self.report(event)
                 if event.kind != "progress":
-                    under_way.discard(event.index)
+                    running.discard(event.index)
         finally:
             self.launcher.close()
         return self.failed
 
     def _next(self) -> int | None:
-        """Return a run that can begin now, and take from the queue those that have come to an end elsewhere."""
+        """Return a run that can start; drop runs that another process has finished, and runs whose teacher failed."""
         for index in list(self.order):
             path = self.out / self.recipes[index].id
-            lost = [name for name in self.needs[index] if name in self._failed_names]
+            failed_teachers = [name for name in self.needs[index] if name in self._failed_names]
             if RunFolder.is_finished(path):
                 self.order.remove(index)
                 self.pending.discard(self.recipes[index].id)
-                self.tell(Event(index, "done", {"elsewhere": True}))
-            elif lost:
+                self.report(Event(index, "done", {"elsewhere": True}))
+            elif failed_teachers:
                 self.order.remove(index)
-                self._fail(index, f"its teacher {lost[0]} failed")
-                self.tell(Event(index, "failed", {"message": self.failed[index]}))
+                self._fail(index, f"its teacher {failed_teachers[0]} failed")
+                self.report(Event(index, "failed", {"message": self.failed[index]}))
             elif not self.needs[index] & self.pending and not RunFolder.is_held(path):
                 self.order.remove(index)
                 return index
@@ -96,10 +96,10 @@ class Campaign:
 
 
 def _length(recipe: ResolvedRecipe) -> int:
-    """Return a measure of how long a run takes: its passes over the data."""
+    """Return the number of passes over the training data, as a measure of the length of a run."""
     # Imported when used: the command line's help must not load torch.
     from exitkit.runs.job import make_phases, make_strategy
 
-    exits = 8  # how many the network will have is not known here; any number puts the methods in order
+    exits = 8  # the network is not built yet; any number gives the same order of methods
     phases = make_phases(make_strategy(recipe), recipe.epochs, exits)
     return sum(phase.epochs * phase.strategy.passes(exits) for phase in phases)

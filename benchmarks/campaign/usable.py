@@ -1,4 +1,4 @@
-"""Which methods can be had here: some need a package that is not always installed."""
+"""The installed methods: some methods need an optional package."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from exitkit.plugins import configure
 
 
 def usable(names: list[str]) -> list[str]:
-    """Return the methods that can be had here, and say which can't and why."""
-    found = []
+    """Return the methods whose packages are installed; print the names and reasons of the others."""
+    available = []
     for name in names:
         try:
             configure("method", name, {})
         except UserError as error:
-            click.echo(f"left out {name}: {error}", err=True)
+            click.echo(f"skipped {name}: {error}", err=True)
         else:
-            found.append(name)
-    return found
+            available.append(name)
+    return available

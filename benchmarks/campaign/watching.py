@@ -1,4 +1,4 @@
-"""Where the runs of a folder stand, told from their files alone; nothing is imported that trains, or written."""
+"""The state of the runs of a folder, read from their files; nothing is written, and torch is not imported."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from exitkit.runs.folder import RESULTS, RunFolder
 from exitkit.training.progress import INTERVAL, PROGRESS
 
 STATES = ("running", "stalled", "failed", "waiting", "finished")
-"""In the order in which they are of interest."""
+"""In the order in which `exitkit watch` shows them."""
 
-_FRESH = 3 * INTERVAL  # seconds after a run's folder was made during which nobody asks whether its process lives
-_PATIENCE = 120.0  # seconds; validation between two epochs is silent, and so is the start
+_FRESH = 3 * INTERVAL  # seconds after a run's folder was created during which its lock is not checked
+_PATIENCE = 120.0  # seconds; no progress is reported at the start and during validation
 _NAMES = ("method", "backbone", "dataset", "seed")
 
 
 @dataclass
 class Watched:
-    """One run.
+    """The state of one run.
 
     Attributes:
-        run: its folder's name.
-        recipe: its values, as far as they can be read.
-        state: one of `STATES`; "stalled" is begun, but left by its process or silent for too long.
-        phase: the phase under way, with `epoch` of `epochs` in it.
-        fraction: share of the whole run that is done, 0..1.
-        train_losses: of each exit, in the epoch under way.
-        validation_accuracies: of each exit after the last whole epoch, in percent.
-        test_accuracies: of each exit, in percent, of a finished run.
-        seconds: what its epochs took so far.
-        seconds_left: about how long it will still take.
-        note: why it failed or is thought to have stalled.
+        run: name of its folder.
+        recipe: values of its recipe; empty if they can't be read.
+        state: one of `STATES`; "stalled": started, but its process has ended or has not reported progress for too long.
+        phase: current phase, at `epoch` of `epochs`.
+        fraction: completed fraction of the run, 0..1.
+        train_losses: loss of each exit in the current epoch.
+        validation_accuracies: accuracy of each exit after the last completed epoch, in percent.
+        test_accuracies: test accuracy of each exit of a finished run, in percent.
+        seconds: time of the completed epochs, in seconds.
+        seconds_left: estimated remaining time, in seconds; None if unknown.
+        note: reason why the run failed or is considered stalled.
     """
 
     run: str
@@ -57,53 +57,53 @@ class Watched:
 
 
 def look(folder: Path) -> list[Watched]:
-    """Return the runs that are planned or begun in a folder, planned ones first; what can't be read is left open."""
+    """Return the planned and started runs of a folder, planned ones first; unreadable files leave default values."""
     planned = _read(folder / PLAN).get("runs")
     recipes: dict[str, Mapping[str, Any]] = {}
-    for each in planned if isinstance(planned, list) else ():
-        if isinstance(each, dict) and isinstance(each.get("run"), str):
-            recipes[each["run"]] = each.get("recipe") or {}
+    for run in planned if isinstance(planned, list) else ():
+        if isinstance(run, dict) and isinstance(run.get("run"), str):
+            recipes[run["run"]] = run.get("recipe") or {}
     for path in sorted(folder.glob("[!.]*/recipe.json")):
         recipes.setdefault(path.parent.name, _read(path))
     return [_look(folder, name, recipe) for name, recipe in recipes.items()]
 
 
 def seconds_left(runs: Sequence[Watched]) -> float | None:
-    """Return about how long it takes until all are finished, as many at once as now; None while that can't be told.
+    """Return the estimated seconds until all runs are finished, with as many in parallel as now; None if unknown.
 
-    A run that waits is taken to be as long as the finished ones of its method, or of any.
+    A waiting run is assumed to take as long as the finished runs of its method, or else as all finished runs.
     """
     finished = [run for run in runs if run.state == "finished"]
     total = 0.0
     for run in runs:
         if run.state in ("finished", "failed"):
             continue
-        alike = [other.seconds for other in finished if other.recipe.get("method") == run.recipe.get("method")]
-        others = alike or [other.seconds for other in finished]
-        left = run.seconds_left
-        if left is None and others:
-            left = (1 - run.fraction) * sum(others) / len(others)
-        if left is None:
+        same_method = [other.seconds for other in finished if other.recipe.get("method") == run.recipe.get("method")]
+        durations = same_method or [other.seconds for other in finished]
+        remaining = run.seconds_left
+        if remaining is None and durations:
+            remaining = (1 - run.fraction) * sum(durations) / len(durations)
+        if remaining is None:
             return None
-        total += left
-    at_once = sum(run.state == "running" for run in runs)
-    return total / at_once if at_once else None
+        total += remaining
+    parallel = sum(run.state == "running" for run in runs)
+    return total / parallel if parallel else None
 
 
 def labels(runs: Sequence[Watched]) -> list[str]:
-    """Name each run by what tells it from the others: method and seed, and whatever else differs among them."""
+    """Return a short name per run: method, seed, and the other fields in which the runs differ."""
     values = [_flat(run.recipe) for run in runs]
-    keys = dict.fromkeys(key for each in values for key in each)
-    differ = [key for key in keys if len({str(each.get(key)) for each in values}) > 1]
-    found = []
-    for run, each in zip(runs, values, strict=True):
-        words = [str(each.get(key, "?")) for key in _NAMES[:3] if key == "method" or key in differ]
-        # Fields differ from method to method anyway; only those that tell runs of the same names apart are of interest.
-        twins = [other for other in values if all(other.get(name) == each.get(name) for name in _NAMES)]
-        apart = [key for key in differ if key not in _NAMES and len({str(twin.get(key)) for twin in twins}) > 1]
-        others = [f"{key.rpartition('.')[2]}={each[key]}" for key in apart if key in each]
-        found.append(" ".join([*words, *others, f"s{each.get('seed', '?')}"]) if each else run.run)
-    return found
+    keys = dict.fromkeys(key for recipe in values for key in recipe)
+    varying = [key for key in keys if len({str(recipe.get(key)) for recipe in values}) > 1]
+    names = []
+    for run, recipe in zip(runs, values, strict=True):
+        words = [str(recipe.get(key, "?")) for key in _NAMES[:3] if key == "method" or key in varying]
+        # Methods have different fields; a field is shown only if runs of the same method, data and seed differ in it.
+        twins = [other for other in values if all(other.get(name) == recipe.get(name) for name in _NAMES)]
+        shown = [key for key in varying if key not in _NAMES and len({str(twin.get(key)) for twin in twins}) > 1]
+        fields = [f"{key.rpartition('.')[2]}={recipe[key]}" for key in shown if key in recipe]
+        names.append(" ".join([*words, *fields, f"s{recipe.get('seed', '?')}"]) if recipe else run.run)
+    return names
 
 
 def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,52 +122,53 @@ def _plain(value: Any) -> Any:
 
 def _look(folder: Path, name: str, recipe: Mapping[str, Any]) -> Watched:
     path = folder / name
-    seen = Watched(name, recipe, epochs=recipe.get("epochs"))
-    beat = _read(path / PROGRESS)
+    watched = Watched(name, recipe, epochs=recipe.get("epochs"))
+    progress = _read(path / PROGRESS)
     metrics = _rows(path / "metrics.csv")
-    seen.seconds = sum(_number(row.get("seconds")) for row in _rows(path / "timing.csv"))
+    watched.seconds = sum(_number(row.get("seconds")) for row in _rows(path / "timing.csv"))
     if metrics:
         last = metrics[-1]
-        seen.phase, seen.epoch = str(last.get("phase")), int(_number(last.get("epoch")))
-        seen.validation_accuracies = _exits(last, "validation_accuracy_")
-        seen.train_losses = _exits(last, "train_loss_")
-        seen.fraction = min(len(metrics) / seen.epochs, 1.0) if seen.epochs else 0.0
-    if beat:
-        seen.phase, seen.epoch, seen.epochs = str(beat.get("phase")), beat.get("epoch", 0), beat.get("epochs")
-        seen.fraction, seen.train_losses = _number(beat.get("fraction")), beat.get("losses") or seen.train_losses
+        watched.phase, watched.epoch = str(last.get("phase")), int(_number(last.get("epoch")))
+        watched.validation_accuracies = _exits(last, "validation_accuracy_")
+        watched.train_losses = _exits(last, "train_loss_")
+        watched.fraction = min(len(metrics) / watched.epochs, 1.0) if watched.epochs else 0.0
+    if progress:
+        watched.phase, watched.epoch = str(progress.get("phase")), progress.get("epoch", 0)
+        watched.epochs, watched.fraction = progress.get("epochs"), _number(progress.get("fraction"))
+        watched.train_losses = progress.get("losses") or watched.train_losses
     results = _read(path / RESULTS)
     if results:
-        seen.state, seen.fraction, seen.test_accuracies = "finished", 1.0, results.get("test") or []
-        seen.phase, seen.epoch, seen.epochs = "", len(metrics), len(metrics)
-        return seen
-    seen.state, seen.note = _state(folder, path, beat, seen.seconds / len(metrics) if metrics else 0.0)
-    if seen.state == "running":
-        seen.seconds_left = beat.get("seconds_left")
-    return seen
+        watched.state, watched.fraction, watched.test_accuracies = "finished", 1.0, results.get("test") or []
+        watched.phase, watched.epoch, watched.epochs = "", len(metrics), len(metrics)
+        return watched
+    watched.state, watched.note = _state(folder, path, progress, watched.seconds / len(metrics) if metrics else 0.0)
+    if watched.state == "running":
+        watched.seconds_left = progress.get("seconds_left")
+    return watched
 
 
-def _state(folder: Path, path: Path, beat: Mapping[str, Any], epoch_seconds: float) -> tuple[str, str]:
-    """Tell the state of a run that is not finished, and why."""
+def _state(folder: Path, path: Path, progress: Mapping[str, Any], epoch_seconds: float) -> tuple[str, str]:
+    """Return the state of an unfinished run, and the reason."""
     failure = folder / FAILURES / f"{path.name}.json"
     reason = str(_read(failure).get("reason", ""))
     if not (path / "recipe.json").is_file():
         return ("failed", reason) if reason else ("waiting", "")
-    heard = max(_number(beat.get("when")), _changed(path))
-    if reason and _changed(failure) >= heard:
+    last_report = max(_number(progress.get("when")), _changed(path))
+    if reason and _changed(failure) >= last_report:
         return "failed", reason
-    silent = time.time() - heard
-    if silent < _FRESH and not beat:  # it is being made, and nobody holds it yet
+    silence = time.time() - last_report
+    if silence < _FRESH and not progress:  # the folder was just created, and its lock may not be held yet
         return "running", ""
-    # A lock is only sure to be seen on the machine that holds it.
-    if beat.get("host", platform.node()) == platform.node() and not RunFolder.is_held(path):
-        return ("failed", reason) if reason else ("stalled", "nobody trains it; start the same command again")
-    if silent > max(_PATIENCE, 3 * epoch_seconds):
-        return "stalled", f"nothing was heard for {round(silent / 60)} min"
+    # A lock is reliably visible only on the machine that holds it.
+    if progress.get("host", platform.node()) == platform.node() and not RunFolder.is_held(path):
+        return ("failed", reason) if reason else ("stalled", "no process trains it; run the same command again")
+    if silence > max(_PATIENCE, 3 * epoch_seconds):
+        return "stalled", f"no progress for {round(silence / 60)} min"
     return "running", ""
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Return what a JSON file holds; nothing while it is not there, not whole, or no object."""
+    """Return the object in a JSON file; {} if the file is missing, incomplete or contains no object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

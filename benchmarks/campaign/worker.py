@@ -1,7 +1,7 @@
-"""A worker of a campaign: takes runs as JSON lines on standard input, tells how they go on standard output.
+"""A worker process of a campaign: it reads runs as JSON lines from standard input and writes events to standard output.
 
-When standard input closes, whoever started it is gone or wants no more, and the process ends at once: whatever it was
-training goes on from its checkpoint next time. So a campaign that was killed leaves nothing running.
+When standard input closes, the parent process has ended, and the worker exits immediately; its run can be resumed from
+the last checkpoint. A killed campaign therefore leaves no worker running.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import IO, Any
 from exitkit.errors import format_warning
 
 
-def outcome(request: Mapping[str, Any], tell: Callable[..., None]) -> None:
-    """Train the run of a request and tell what becomes of it: "progress" often, then "done", "failed" or "held".
+def outcome(request: Mapping[str, Any], report: Callable[..., None]) -> None:
+    """Train the run of a request and report its events: "progress" repeatedly, then "done", "failed" or "held".
 
-    Whatever goes wrong is told: one run must not end the others.
+    Every exception is reported as "failed", so that one run does not stop the others.
     """
     # Imported when used: the command line's help must not load torch.
     from exitkit.errors import HeldError, UserError
@@ -31,15 +31,15 @@ def outcome(request: Mapping[str, Any], tell: Callable[..., None]) -> None:
 
     try:
         recipe = Recipe.make(**request["recipe"])
-        run = train(recipe, request["out"], report=lambda progress: tell("progress", **dataclasses.asdict(progress)))
-        tell("done", path=str(run.path))
+        run = train(recipe, request["out"], report=lambda progress: report("progress", **dataclasses.asdict(progress)))
+        report("done", path=str(run.path))
     except HeldError:
-        tell("held")
+        report("held")
     except UserError as error:
-        tell("failed", message=str(error))
+        report("failed", message=str(error))
     except Exception as error:
         traceback.print_exception(error)
-        tell("failed", message=f"{type(error).__name__}: {error}")
+        report("failed", message=f"{type(error).__name__}: {error}")
 
 
 def serve(requests: IO[str], answers: IO[str]) -> None:
@@ -53,20 +53,19 @@ def serve(requests: IO[str], answers: IO[str]) -> None:
 
     threading.Thread(target=listen, daemon=True).start()
 
-    def tell(event: str, **facts: Any) -> None:
+    def report(event: str, **facts: Any) -> None:
         answers.write(json.dumps({"event": event, **facts}) + "\n")
         answers.flush()
 
     while True:
-        outcome(json.loads(waiting.get()), tell)
+        outcome(json.loads(waiting.get()), report)
 
 
 def main() -> None:
-    """Serve on this process's standard streams; whatever else prints goes to standard error."""
+    """Serve on this process's standard streams; other output is redirected to standard error."""
     requests, answers = os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    # The processes that read images close standard input as they start, and would wait for ever for a thread that
-    # reads there.
+    # Data-loading processes close standard input as they start, and would deadlock with a thread that reads from it.
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     warnings.formatwarning = format_warning
     serve(requests, answers)

@@ -1,1 +1,1 @@
-"""The harness's commands, one file per verb; modules are imported when used, so that help answers at once."""
+"""The commands of the benchmarks, one file per command. Modules are imported on use, so that `--help` is fast."""

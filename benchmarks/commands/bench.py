@@ -1,4 +1,4 @@
-"""`exitkit bench`: how long trained networks really take: each exit, early exit, and a smaller network as accurate."""
+"""`exitkit bench`: measured latency of trained networks: per exit, with early exit, and of a static network."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from exitkit.runs.folder import RunFolder
 
 MODES = {"latency": 1, "throughput": 256}
-"""Each mode's images at once, unless told otherwise."""
+"""{mode: default batch size}."""
 BOUNDARIES = ("model", "end-to-end")
 SHARES = (0.25, 0.5, 1.0, 2.0, 4.0)
-"""The operating points unless budgets are given: q, the ratio between the shares of neighbouring exits."""
+"""Default operating points: q, the ratio of the exit shares of consecutive exits."""
 
 
-@click.command(short_help="Measure how long exits and early exit really take.")
+@click.command(short_help="Measure the latency of exits and of early exit.")
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True, shell_complete=complete_runs)
 @click.option(
     "--mode",
@@ -35,7 +35,7 @@ SHARES = (0.25, 0.5, 1.0, 2.0, 4.0)
     default="latency",
     show_default=True,
     shell_complete=one_of(*MODES),
-    help="latency (1 image at once) or throughput (256).",
+    help="latency (batch size 1) or throughput (256).",
 )
 @click.option(
     "--boundary",
@@ -43,15 +43,15 @@ SHARES = (0.25, 0.5, 1.0, 2.0, 4.0)
     default="model",
     show_default=True,
     shell_complete=one_of(*BOUNDARIES),
-    help="model, or end-to-end: reading images and fetching classes count.",
+    help="model, or end-to-end: includes reading images and returning classes.",
 )
-@click.option("--batch-size", type=int, help="Images at once.  [default: the mode's]")
-@click.option("--budget", "budgets", metavar="AMOUNT", multiple=True, help="An average budget (40M); repeatable.")
-@click.option("--repeats", type=int, default=50, show_default=True, help="How often, each time on other images.")
+@click.option("--batch-size", type=int, help="Batch size.  [default: of --mode]")
+@click.option("--budget", "budgets", metavar="AMOUNT", multiple=True, help="Average budget, such as 40M; repeatable.")
+@click.option("--repeats", type=int, default=50, show_default=True, help="Measured rounds, each on different images.")
 @click.option("--threads", type=int, default=1, show_default=True, help="CPU threads.")
 @device_option("[default: auto]", "auto")
 @data_dir_option
-@json_option("all that was measured")
+@json_option("all measurements")
 def bench(
     runs: tuple[str, ...],
     mode: str,
@@ -64,11 +64,12 @@ def bench(
     data_dir: str | None,
     as_json: bool,
 ) -> None:
-    """Measure the milliseconds an image of trained runs, on their test images, and keep them in the run folders.
+    """Measure the latency of trained runs in milliseconds per image, and store it in the run folders.
 
-    Timed are: until each exit answers; early exit at several operating points, thresholds from validation; and for
-    each of these the smallest part of the same network, cut at one exit, that is as accurate on validation. Runs take
-    turns, round by round, on the same images. `exitkit report --cost latency` then has milliseconds on its axes.
+    Three latencies are measured on test images: the time until each exit predicts; early exit at several operating
+    points, with thresholds from validation; and, per operating point, the network cut at the first exit that is as
+    accurate on validation. Each round measures all runs on the same images, in alternating order. `exitkit report
+    --cost latency` then uses milliseconds as the cost.
 
     \b
     Examples:
@@ -82,36 +83,36 @@ def bench(
     for name, value in (("--batch-size", batch_size), ("--repeats", repeats), ("--threads", threads)):
         if value < 1:
             raise UserError(f"{name} is {value}; expected at least 1")
-    folders = [RunFolder(name) for name in _without_others(list(dict.fromkeys(runs)))]
+    folders = [RunFolder(name) for name in _only_runs(list(dict.fromkeys(runs)))]
     for folder in folders:
-        folder.results()  # says how to go on with one that is not finished
+        folder.results()  # raises for an unfinished run
     try:
         with interruptible():
             asked = {"batch_size": batch_size, "repeats": repeats, "threads": threads, "boundary": boundary}
-            found = _measure(folders, budgets, device, data_dir, asked)
+            measured = _measure(folders, budgets, device, data_dir, asked)
     except KeyboardInterrupt:
         raise Interrupted("stopped; nothing was written") from None
-    for folder, facts in found.items():
+    for folder, facts in measured.items():
         _write(folder, {"mode": mode} | facts)
     if as_json:
-        click.echo(json.dumps({folder.path.name: facts for folder, facts in found.items()}, indent=2))
+        click.echo(json.dumps({folder.path.name: facts for folder, facts in measured.items()}, indent=2))
     else:
-        _print(found, batch_size, boundary)
+        _print(measured, batch_size, boundary)
 
 
-def _without_others(names: list[str]) -> list[str]:
-    """Leave out what a shell's star finds beside runs (`report`, `comparison.json`, ...), if any run is left."""
+def _only_runs(names: list[str]) -> list[str]:
+    """Drop paths that are not runs (`runs/*` also matches `report`, `comparison.json`), unless no run remains."""
     from exitkit.benchmarks.campaign.record import FAILURES, PLAN
     from exitkit.files import exists
 
     others = [name for name in names if exists(Path(name)) and not Path(name, "recipe.json").is_file()]
-    found = [name for name in names if name not in others]
-    if not any(exists(Path(name)) for name in found):
+    kept = [name for name in names if name not in others]
+    if not any(exists(Path(name)) for name in kept):
         return names
     for name in others:
         if Path(name).name not in ("report", "slurm", PLAN, FAILURES):
-            click.echo(f"left out {name}: it holds no run", err=True)
-    return found
+            click.echo(f"skipped {name}: not a run folder", err=True)
+    return kept
 
 
 def _check(mode: str, boundary: str, batch_size: int | None) -> int:
@@ -138,7 +139,7 @@ def _measure(
         if not torch.equal(subjects[first].data.split.test, subjects[folder].data.split.test) or (
             first.recipe.dataset != folder.recipe.dataset
         ):
-            raise UserError(f"{first.path} and {folder.path} have other test images; expected runs of one data set")
+            raise UserError(f"{first.path} and {folder.path} have different test images; expected runs on one data set")
     before = torch.get_num_threads()
     torch.set_num_threads(asked["threads"])
     try:
@@ -162,7 +163,7 @@ def _subject(run: RunFolder, budgets: Sequence[str], data_dir: str | None, engin
 
 
 def _points(run: RunFolder, budgets: Sequence[str]) -> list[Point]:
-    """Return a run's operating points, each with the first exit that is as accurate on validation."""
+    """Return the operating points of a run, each with the first exit that is as accurate on validation."""
     import numpy as np
 
     from exitkit.benchmarks.timing.stopwatch import Point
@@ -190,38 +191,42 @@ def _facts(subject: Subject, asked: Mapping[str, Any]) -> dict[str, Any]:
 
     size, repeats = asked["batch_size"], asked["repeats"]
 
-    def told(name: str) -> dict[str, Any]:
+    def timing(name: str) -> dict[str, Any]:
         used = subject.joules.get(name)
         joules = None if used is None else used / (size * repeats)
         return {"name": name, **summary(subject.seconds[name], size), "joules_per_image": joules}
 
     exits = [summary(column, size) for column in np.transpose(subject.exits)]
     points = [
-        told(point.name)
-        | {"rule": json.loads(point.rule.to_json()), "static": told(cut_name(point.matched)) | {"exit": point.matched}}
+        timing(point.name)
+        | {"rule": json.loads(point.rule.to_json())}
+        | {"static": timing(cut_name(point.matched)) | {"exit": point.matched}}
         for point in subject.points
     ]
     return {"milliseconds": [row["p50"] for row in exits], "exits": exits, "points": points}
 
 
-def _print(found: Mapping[RunFolder, Mapping[str, Any]], batch_size: int, boundary: str) -> None:
+def _print(measured: Mapping[RunFolder, Mapping[str, Any]], batch_size: int, boundary: str) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
+    from exitkit.benchmarks.timing.stopwatch import cut_name
+
     console = Console(highlight=False)
-    for folder, facts in found.items():
-        table = Table(title=f"{escape(folder.path.name)}: milliseconds an image, {batch_size} at once, {boundary}")
-        for name in ("", "p50", "p95", "p99", "mean", "images/s", "J/image", "as accurate, cut", "its mean"):
+    for folder, facts in measured.items():
+        table = Table(title=f"{escape(folder.path.name)}: milliseconds per image, batch size {batch_size}, {boundary}")
+        for name in ("", "p50", "p95", "p99", "mean", "images/s", "J/image", "static network", "its mean"):
             table.add_column(name, justify="left" if not name else "right")
         for number, row in enumerate(facts["exits"], start=1):
             table.add_row(f"exit {number}", *_numbers(row))
         for point in facts["points"]:
             static = point["static"]
-            table.add_row(escape(point["name"]), *_numbers(point), f"at exit {static['exit']}", f"{static['mean']:.3g}")
+            cut = cut_name(static["exit"])
+            table.add_row(escape(point["name"]), *_numbers(point), cut, f"{static['mean']:.3g}")
         console.print(table)
-    if all(point["joules_per_image"] is None for facts in found.values() for point in facts["points"]):
-        console.print("energy: this machine does not tell it")
+    if all(point["joules_per_image"] is None for facts in measured.values() for point in facts["points"]):
+        console.print("energy: not available on this machine")
 
 
 def _numbers(row: Mapping[str, Any]) -> list[str]:

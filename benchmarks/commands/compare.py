@@ -1,4 +1,4 @@
-"""`exitkit compare`: methods, networks, data and seeds under one recipe; tables and curves at the end."""
+"""`exitkit compare`: train methods, networks, data sets and seeds under one recipe, and report tables and curves."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ if TYPE_CHECKING:
     "--baseline",
     metavar="NAME",
     shell_complete=names("methods"),
-    help=f"What differences are taken to.  [default: {BASELINE}]",
+    help=f"Method that differences refer to.  [default: {BASELINE}]",
 )
-@click.option("--seeds", type=int, help="How many seeds each.  [default: 2]")
-@click.option("--seed", type=int, help="The first seed.  [default: 0]")
-@click.option("--sweep", "sweeps", metavar="FIELD=A,B,...", multiple=True, help="Try these values; repeatable.")
-@click.option("--static", is_flag=True, help="Also train each exit as a network of its own, as reference points.")
-@click.option("--plan", "only_plan", is_flag=True, help="Show what would be run, and about how long; run nothing.")
-@click.option("--jobs", type=int, help="Runs at once.  [default: one a core, or one a GPU]")
+@click.option("--seeds", type=int, help="Number of seeds.  [default: 2]")
+@click.option("--seed", type=int, help="First seed.  [default: 0]")
+@click.option("--sweep", "sweeps", metavar="FIELD=A,B,...", multiple=True, help="One run per value; repeatable.")
+@click.option("--static", is_flag=True, help="Also train one static network per exit, for reference.")
+@click.option("--plan", "only_plan", is_flag=True, help="Show the planned runs and the estimated time; train nothing.")
+@click.option("--jobs", type=int, help="Parallel runs.  [default: one per core, or per GPU]")
 @click.option(
     "--launcher",
     metavar="NAME",
@@ -50,9 +50,9 @@ if TYPE_CHECKING:
     shell_complete=one_of("processes", "here", "slurm", "submitit-local"),
     help="processes, here, slurm or submitit-local.",
 )
-@click.option("--slurm", "slurm", metavar="KEY=VALUE", multiple=True, help="A parameter of submitit; repeatable.")
-@click.option("--resume", is_flag=True, help="What compare always does: skip what is finished, go on with the rest.")
-@json_option("the plan, with --plan; else all tables, as `exitkit report --json` does")
+@click.option("--slurm", "slurm", metavar="KEY=VALUE", multiple=True, help="Parameter of submitit; repeatable.")
+@click.option("--resume", is_flag=True, help="No effect: compare always resumes.")
+@json_option("with --plan the plan, else all tables as in `exitkit report --json`")
 @recipe_options
 def compare(
     sets: tuple[str, ...],
@@ -67,11 +67,11 @@ def compare(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Train methods side by side, the baseline always among them, and print accuracy against cost.
+    """Train several methods, including the baseline, and print their accuracy and cost.
 
-    Methods, --backbone and --dataset may be lists with commas; every combination is run, with every seed. Started
-    again, it skips what is finished, goes on with what is not and tries again what failed; several may share a folder.
-    Tables and figures go into OUT/report.
+    --methods, --backbone and --dataset accept comma-separated lists. Every combination is trained, with every seed.
+    The same command skips finished runs, resumes unfinished ones and retries failed ones. Several processes may share
+    one folder. Tables and figures are written to OUT/report.
 
     \b
     Examples:
@@ -89,10 +89,10 @@ def compare(
     plan = Plan.make(_values(read_recipe(recipe_file), given, parse_sets(sets), parse_sweeps(sweeps)))
     folder = Path(out)
     if exists(folder) and not folder.is_dir():
-        raise UserError(f"--out {out} is a file; expected a folder, or a name that is free")
+        raise UserError(f"--out {out} is a file; expected a folder, or a new name")
     if "toy" in plan.figures:
         if only_plan:
-            click.echo("plan: the problem of two exits; seconds")
+            click.echo("plan: the toy problem of two exits; takes seconds")
             return
         from exitkit.benchmarks.commands.diagnose import draw_toy
 
@@ -107,7 +107,7 @@ def compare(
     workers = default_jobs(first.device, first.threads) if jobs is None else jobs
     if workers < 1:
         raise UserError(f"--jobs is {workers}; expected at least 1")
-    recipes = {each.recipe.id: each.recipe for each in runs}
+    recipes = {planned.recipe.id: planned.recipe for planned in runs}
     needed = recipes | {teacher.id: teacher for teacher in _teachers(list(recipes.values()))}
     starter = make_launcher(launcher, workers, first, folder, parse_sets(slurm, "--slurm"))
     try:
@@ -117,70 +117,70 @@ def compare(
                 return
             failed = _train(todo, len(needed), folder, starter, plan, runs)
     except KeyboardInterrupt:
-        raise Interrupted("stopped; the same command goes on where it was") from None
-    wrong = [_told(failed, len(needed))] if failed else []
+        raise Interrupted("stopped; run the same command again to resume") from None
+    errors = [_reasons(failed, len(needed))] if failed else []
     if len(failed) < len(needed):
         try:
             publish(folder, plan, recipes, as_json)
         except UserError as error:
-            wrong.append(str(error))
-    if wrong:
-        raise UserError("; ".join(wrong))
+            errors.append(str(error))
+    if errors:
+        raise UserError("; ".join(errors))
 
 
 def _values(
     values: Mapping[str, Any], given: Mapping[str, Any], sets: Mapping[str, str], sweeps: Mapping[str, list[str]]
 ) -> dict[str, Any]:
-    """Put what the command line gives over what the recipe says, in each of its parts, too."""
-    said = {key: value for key, value in given.items() if value is not None and value is not False}
-    for key in said.keys() & {"backbone", "dataset"}:
-        said[key] = _instead([name.strip() for name in said[key].split(",") if name.strip()], values.get(key))
+    """Override the values of a recipe, and of its parts, with those of the command line."""
+    options = {key: value for key, value in given.items() if value is not None and value is not False}
+    for key in options.keys() & {"backbone", "dataset"}:
+        options[key] = _replaced([name.strip() for name in options[key].split(",") if name.strip()], values.get(key))
 
-    def over(table: Mapping[str, Any], keep: bool) -> dict[str, Any]:
-        merged = {key: value for key, value in table.items() if key not in said} | (said if keep else {})
+    def override(table: Mapping[str, Any], keep: bool) -> dict[str, Any]:
+        merged = {key: value for key, value in table.items() if key not in options} | (options if keep else {})
         for key, more in (("set", sets), ("sweep", sweeps)):
             if more and (keep or key in table):
                 earlier = table.get(key, {})
                 merged[key] = {**(earlier if isinstance(earlier, Mapping) else {}), **more}
         return merged
 
-    merged = over(values, keep=True)
+    merged = override(values, keep=True)
     if isinstance(values.get("parts"), list):
         parts = values["parts"]
-        merged["parts"] = [over(part, keep=False) if isinstance(part, Mapping) else part for part in parts]
+        merged["parts"] = [override(part, keep=False) if isinstance(part, Mapping) else part for part in parts]
     return merged
 
 
-def _instead(names: list[str], before: Any) -> list[Any]:
-    """Return names that take the place of those before, in order; each stands for what the one before it stood for."""
+def _replaced(names: list[str], before: Any) -> list[Any]:
+    """Return entries for the new names; each keeps the `stands_for` of the entry at the same position before."""
     entries = before if isinstance(before, list) else [before]
-    there = [entry.get("stands_for") if isinstance(entry, Mapping) else None for entry in entries]
-    there += [None] * (len(names) - len(there))
-    return [{"name": n, "stands_for": s} if s else n for n, s in zip(names, there, strict=False)]
+    references = [entry.get("stands_for") if isinstance(entry, Mapping) else None for entry in entries]
+    references += [None] * (len(names) - len(references))
+    return [{"name": n, "stands_for": s} if s else n for n, s in zip(names, references, strict=False)]
 
 
 def parse_sweeps(sweeps: Sequence[str]) -> dict[str, list[str]]:
-    """Read `field=a,b,c` (or `field=1,2;1,3` where values have commas themselves).
+    """Parse `field=a,b,c`, or `field=1,2;1,3` where the values contain commas.
 
     Raises:
-        UserError: one without an equals sign, without a value, or a field given twice.
+        UserError: a sweep has no equals sign or no value, or a field occurs twice.
     """
-    found = {}
+    values = {}
     for field, text in parse_sets(tuple(sweeps), "--sweep").items():
-        found[field] = [value.strip() for value in text.split(";" if ";" in text else ",") if value.strip()]
-        if not found[field]:
-            raise UserError(f"--sweep {field}= has no values; expected such as {field}=0,0.5,1")
-    return found
+        values[field] = [value.strip() for value in text.split(";" if ";" in text else ",") if value.strip()]
+        if not values[field]:
+            raise UserError(f"--sweep {field}= has no values; expected for example {field}=0,0.5,1")
+    return values
 
 
 def _announce(
     needed: Mapping[str, ResolvedRecipe], folder: Path, workers: int, whole: bool, as_json: bool, options: ReportOptions
 ) -> list[ResolvedRecipe]:
-    """Show the plan with an estimate, and return what is to be trained.
+    """Show the plan with the estimated time, and return the recipes that are to be trained.
 
     Raises:
-        UserError: images are missing, a network can't be built, or no exit is within a budget that the report is to
-            have: told before anything is trained.
+        UserError: images are missing, a network can't be built, or a budget of the report is below the cost of every
+            first exit. All of this is checked before training.
     """
     from exitkit.benchmarks.campaign.display import announce
     from exitkit.benchmarks.campaign.estimate import Estimate, wall_time
@@ -206,15 +206,15 @@ def _announce(
 
 
 def _planned(name: str, recipe: ResolvedRecipe, seconds: float | None) -> dict[str, Any]:
-    """Return what `--plan --json` says of a run; `seconds` is about how long it takes, None of a finished one."""
-    what = {key: getattr(recipe, key) for key in ("method", "backbone", "dataset", "seed", "epochs")}
-    return {"run": name, **what, "finished": seconds is None, "seconds": seconds or 0.0}
+    """Return the entry of a run in `--plan --json`; `seconds` is its estimated time, None if it is finished."""
+    names = {key: getattr(recipe, key) for key in ("method", "backbone", "dataset", "seed", "epochs")}
+    return {"run": name, **names, "finished": seconds is None, "seconds": seconds or 0.0}
 
 
 def _train(
     todo: list[ResolvedRecipe], planned: int, folder: Path, launcher: Any, plan: Plan, runs: Sequence[Planned]
 ) -> dict[str, str]:
-    """Train what is left, and return {name: reason} of what failed."""
+    """Train the unfinished runs, and return {name: reason} of the failed ones."""
     from exitkit.benchmarks.campaign.display import CampaignDisplay
     from exitkit.benchmarks.campaign.queue import Campaign
     from exitkit.benchmarks.campaign.record import write_plan
@@ -228,42 +228,42 @@ def _train(
     return {todo[index].id: reason for index, reason in failed.items()}
 
 
-_HERE = ("out", "data_dir", "device", "jobs", "launcher", "slurm", "resume", "threads", "tensorboard", "as_json")
-"""Options that say where and how runs are made, not what they are."""
+_LOCAL = ("out", "data_dir", "device", "jobs", "launcher", "slurm", "resume", "threads", "tensorboard", "as_json")
+"""Options that do not change the results: paths, devices, scheduling and output."""
 
 
 def _command_line() -> str:
-    """Return the command as it was given, but for what is of this machine alone."""
+    """Return the command line without the options that depend on the machine."""
     context = click.get_current_context()
     words = ["exitkit", "compare"]
     for parameter in context.command.params:
         value = context.params.get(str(parameter.name))
-        if parameter.name in _HERE or value in (None, False, ()):
+        if parameter.name in _LOCAL or value in (None, False, ()):
             continue
-        for each in value if isinstance(value, tuple) else (value,):
-            words += [parameter.opts[0]] + ([] if each is True else [str(each)])
+        for item in value if isinstance(value, tuple) else (value,):
+            words += [parameter.opts[0]] + ([] if item is True else [str(item)])
     return shlex.join(words)
 
 
-def _told(failed: Mapping[str, str], planned: int) -> str:
-    """Say which runs failed and why, runs with one reason together."""
+def _reasons(failed: Mapping[str, str], planned: int) -> str:
+    """Return a message that lists the failed runs, grouped by reason."""
     reasons: dict[str, list[str]] = {}
     for name, reason in failed.items():
         reasons.setdefault(reason, []).append(name)
     if len(reasons) == 1 and len(failed) == planned:
         return next(iter(reasons))
-    return "; ".join(f"left out {', '.join(names)}: {reason}" for reason, names in reasons.items())
+    return "; ".join(f"failed: {', '.join(names)}: {reason}" for reason, names in reasons.items())
 
 
 def _teachers(recipes: list[ResolvedRecipe]) -> list[ResolvedRecipe]:
-    """Return the recipes of the runs that some of these learn from."""
+    """Return the recipes of the teachers of these recipes."""
     from exitkit.runs.ingredients import teacher_recipes
 
     return [teacher for recipe in recipes for teacher in teacher_recipes(recipe).values()]
 
 
 def publish(out: Path, plan: Plan, recipes: Mapping[str, ResolvedRecipe], as_json: bool = False) -> None:
-    """Write and print the report of those runs that are finished, and draw what the plan asks for."""
+    """Write and print the report of the finished runs, and draw the figures of the plan."""
     from rich.console import Console
 
     from exitkit.benchmarks.campaign.record import read_plan
@@ -275,13 +275,13 @@ def publish(out: Path, plan: Plan, recipes: Mapping[str, ResolvedRecipe], as_jso
     context, options, _ = read_plan(out)
     runs = [RunFolder(out / name) for name in recipes if exists(out / name / RESULTS)]
     if "diagnose" in plan.figures:
-        from exitkit.benchmarks.commands.diagnose import draw_run, told_apart
+        from exitkit.benchmarks.commands.diagnose import draw_run, messages_to_stderr
 
         for run in runs:
             if run.recipe.seed != plan.base.seed:
                 continue
             try:
-                with told_apart(as_json):
+                with messages_to_stderr(as_json):
                     draw_run(run, run.path / DIAGNOSTICS, data_dir=recipes[run.path.name].data_dir)
             except UserError as error:
                 warnings.warn(Note(f"not diagnosed: {error}"), stacklevel=2)

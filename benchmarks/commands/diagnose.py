@@ -1,4 +1,4 @@
-"""`exitkit diagnose`: what went on between a run's exits, as figures and numbers."""
+"""`exitkit diagnose`: how the exits of a run affect each other, as figures and tables."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
     from exitkit.runs.folder import RunFolder
 
 
-@click.command(short_help="Draw how a run's exits got on with one another.")
+@click.command(short_help="Plot how the exits of a run affect each other.")
 @click.argument("run", metavar="RUN", required=False, shell_complete=runs)
-@click.option("--toy", is_flag=True, help="Draw every gradient method's path on a toy problem of two exits instead.")
-@click.option("--share", type=float, default=0.01, show_default=True, help="Share of the parameters that is pruned.")
-@click.option("--out", metavar="DIR", help="Where to write.  [default: RUN/diagnostics, or toy]")
+@click.option("--toy", is_flag=True, help="Instead plot each gradient method's path on a toy problem.")
+@click.option("--share", type=float, default=0.01, show_default=True, help="Pruned fraction of the shared parameters.")
+@click.option("--out", metavar="DIR", help="Output folder.  [default: RUN/diagnostics, or toy]")
 @data_dir_option
-@json_option("an object of what was drawn, {name: its PNG file}; .pdf and .csv lie beside it")
+@json_option("{name of figure: PNG file}; PDF and CSV are in the same folder")
 def diagnose(run: str | None, toy: bool, share: float, out: str | None, data_dir: str | None, as_json: bool) -> None:
-    """Draw what went on between a run's exits: figures (PNG, PDF) and their numbers (CSV).
+    """Plot how the exits of a run affect each other: figures (PNG, PDF) and their values (CSV).
 
-    Always: how consistently the exits rank the images, and what each loses when the parameters that matter to another
-    are pruned. With probes (train with --probe-every N): gradient conflict, magnitude and variance, valid images, and
-    the weights of images where the method has any.
+    Always available: the rank correlation of the exits' confidences, and the accuracy that each exit loses when the
+    parameters most important to another exit are pruned. With probes (train with --probe-every N): gradient conflict,
+    magnitude and variance, valid images, and sample weights if the method has any.
 
     \b
     Examples:
@@ -48,36 +48,36 @@ def diagnose(run: str | None, toy: bool, share: float, out: str | None, data_dir
     if not 0 < share < 1:
         raise UserError(f"--share is {share}; expected above 0 and below 1")
     if toy:
-        with told_apart(as_json):
+        with messages_to_stderr(as_json):
             drawn = draw_toy(Path(out or "toy"))
-        _answer(drawn, Path(out or "toy"), as_json)
+        _print_files(drawn, Path(out or "toy"), as_json)
         return
     from exitkit.runs.folder import DIAGNOSTICS, RunFolder
 
     trained = RunFolder(str(run))
-    trained.results()  # says how to go on with one that is not finished
+    trained.results()  # raises for an unfinished run
     from exitkit.cli.progress import loading, working
 
     with loading("torch"):
         import torch  # noqa: F401
     folder = Path(out) if out else trained.path / DIAGNOSTICS
-    with working("looking at the exits"), told_apart(as_json):
+    with working("computing the diagnostics"), messages_to_stderr(as_json):
         drawn = draw_run(trained, folder, share, data_dir)
     if "conflict" not in drawn:
         click.echo(
-            "gradient conflict, magnitude and valid images are seen during training only; "
-            f"train with probes: exitkit train --recipe {trained.path / 'recipe.json'} --probe-every 1",
+            "gradient conflict, magnitude and valid images need probes, which are recorded during training; "
+            f"train with: exitkit train --recipe {trained.path / 'recipe.json'} --probe-every 1",
             err=as_json,
         )
-    _answer(drawn, folder, as_json)
+    _print_files(drawn, folder, as_json)
 
 
-def told_apart(as_json: bool) -> contextlib.AbstractContextManager[object]:
-    """With --json, say on standard error what is for people: standard output is the answer's alone."""
+def messages_to_stderr(as_json: bool) -> contextlib.AbstractContextManager[object]:
+    """With --json, print messages on standard error, so that standard output is JSON only."""
     return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
 
 
-def _answer(drawn: Drawn, folder: Path, as_json: bool) -> None:
+def _print_files(drawn: Drawn, folder: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({name: str(folder / f"{name}.png") for name in drawn}, indent=2))
 
@@ -87,20 +87,20 @@ Drawn = dict[str, tuple[Any, Mapping[str, Any]]]
 
 
 def draw_toy(folder: Path) -> Drawn:
-    """Draw every gradient method's path on the toy problem into a folder, and say so."""
+    """Plot the path of each gradient method on the toy problem, write it to a folder and print the file names."""
     drawn = _toy()
     _write(drawn, folder)
     return drawn
 
 
 def draw_run(run: RunFolder, folder: Path, share: float = 0.01, data_dir: str | None = None) -> Drawn:
-    """Draw all that a finished run can show into a folder, and say so.
+    """Plot all diagnostics of a finished run, write them to a folder and print the file names.
 
     Args:
         run: the run.
-        folder: where to.
-        share: of the parameters that is pruned.
-        data_dir: where its images lie now, if elsewhere than they did.
+        folder: output folder.
+        share: fraction of the shared parameters that is pruned, 0 < share < 1.
+        data_dir: folder of the images, if they have been moved since training.
     """
     drawn = _probed(run) | _finished(run, share, data_dir)
     _write(drawn, folder)
@@ -161,23 +161,23 @@ def _finished(run: RunFolder, share: float, data_dir: str | None) -> Drawn:
     }
 
 
-def _images(data: Any, part: Any, most: int) -> tuple[Any, Any]:
-    """Return up to `most` images and labels of a part, evenly spread over it."""
+def _images(data: Any, part: Any, limit: int) -> tuple[Any, Any]:
+    """Return at most `limit` images [n, C, H, W] and labels [n] of a part, evenly spaced over it."""
     import torch
 
     count = len(data.labels(part))
-    positions = torch.linspace(0, count - 1, min(count, most)).round().long()
+    positions = torch.linspace(0, count - 1, min(count, limit)).round().long()
     (batch,) = data.batches(part, [positions], augment=False, seed=0)
     return batch.images, batch.labels
 
 
 def _long(values: np.ndarray, epochs: np.ndarray, names: tuple[str, ...], measure: str) -> dict[str, Any]:
-    """Return an array [T, ...] as columns: epoch, the numbers (from 1) of its other dimensions, and the value."""
+    """Return an array [T, ...] in long form: epoch, the indices (from 1) along its other dimensions, and the value."""
     import numpy as np
 
-    places = np.indices(values.shape)
-    numbers = {name: place.ravel() + 1 for name, place in zip(names, places[1:], strict=True)}
-    return {"epoch": epochs[places[0].ravel()], **numbers, measure: values.ravel()}
+    indices = np.indices(values.shape)
+    columns = {name: index.ravel() + 1 for name, index in zip(names, indices[1:], strict=True)}
+    return {"epoch": epochs[indices[0].ravel()], **columns, measure: values.ravel()}
 
 
 def _square(values: np.ndarray, names: tuple[str, str], measure: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`exitkit recipes`: list the recipes of the papers' tables and figures, copy one to edit, check one."""
+"""`exitkit recipes`: list, show, copy and check the recipes of the papers' tables and figures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from exitkit.files import exists, write_text
 
 @click.group(short_help="List, copy and check recipes of comparisons.")
 def recipes() -> None:
-    """List, copy and check recipes: one for every table and figure of the papers, with a `-quick` twin each.
+    """List, show, copy and check recipes.
+
+    There is one recipe per table and figure of the papers, and a small version of each, named `-quick`.
 
     \b
     Examples:
@@ -29,10 +31,10 @@ def recipes() -> None:
     """
 
 
-@recipes.command("list", short_help="Name all recipes.")
+@recipes.command("list", short_help="List all recipes.")
 @json_option("an array of objects with name, summary and values")
 def list_recipes(as_json: bool) -> None:
-    """Name all recipes, with what each is.
+    """List the name and the title of every recipe.
 
     \b
     Example:
@@ -58,7 +60,7 @@ def list_recipes(as_json: bool) -> None:
 @recipes.command("show", short_help="Print a recipe.")
 @click.argument("name", metavar="NAME", shell_complete=names("recipes"))
 def show_recipe(name: str) -> None:
-    """Print a recipe's file.
+    """Print the TOML file of a recipe.
 
     \b
     Example:
@@ -71,7 +73,7 @@ def show_recipe(name: str) -> None:
 @click.argument("name", metavar="NAME", shell_complete=names("recipes"))
 @click.argument("file", metavar="[FILE]", required=False)
 def copy_recipe(name: str, file: str | None) -> None:
-    """Copy a recipe into FILE (by default NAME.toml, here), to edit it.
+    """Copy a recipe to FILE (default: NAME.toml in the current folder), to edit it.
 
     \b
     Example:
@@ -80,7 +82,7 @@ def copy_recipe(name: str, file: str | None) -> None:
     target = Path(file or f"{name}.toml")
     text = _text(name)
     if exists(target):
-        raise UserError(f"{target} is there already; name another file")
+        raise UserError(f"{target} already exists; choose another file")
     write_text(target, text)
     click.echo(f"wrote {target}; run it with: exitkit compare --recipe {target}")
 
@@ -88,7 +90,7 @@ def copy_recipe(name: str, file: str | None) -> None:
 @recipes.command("validate", short_help="Check a recipe.")
 @click.argument("file", metavar="FILE", shell_complete=complete_recipes)
 def validate_recipe(file: str) -> None:
-    """Check a recipe (a file, or the name of a shipped one): every key and every value; nothing is run or loaded.
+    """Check every key and value of a recipe (a file or a recipe's name) without training.
 
     \b
     Example:
@@ -99,15 +101,17 @@ def validate_recipe(file: str) -> None:
 
     plan = Plan.make(read_recipe(file))
     if "toy" in plan.figures:
-        click.echo(f"{file} is valid: it draws the toy problem of two exits")
+        click.echo(f"{file} is valid: it plots the toy problem of two exits")
         return
     runs = plan.runs()
-    methods, networks, data = (
-        list(dict.fromkeys(str(getattr(each.recipe, kind)) for each in runs))
+    methods, networks, datasets = (
+        list(dict.fromkeys(str(getattr(planned.recipe, kind)) for planned in runs))
         for kind in ("method", "backbone", "dataset")
     )
-    told = f"{file} is valid: {len(runs)} runs of {', '.join(methods)} on {', '.join(networks)} and {', '.join(data)}"
-    click.echo(textwrap.fill(told, 110, subsequent_indent="  ", break_on_hyphens=False))
+    text = (
+        f"{file} is valid: {len(runs)} runs of {', '.join(methods)} on {', '.join(networks)} and {', '.join(datasets)}"
+    )
+    click.echo(textwrap.fill(text, 110, subsequent_indent="  ", break_on_hyphens=False))
 
 
 def _text(name: str) -> str:
@@ -118,4 +122,4 @@ def _text(name: str) -> str:
     except OSError as error:
         raise UserError(f"recipe {name} can't be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise UserError(f"recipe {name} is no text; expected TOML") from None
+        raise UserError(f"recipe {name} is not a text file; expected TOML") from None

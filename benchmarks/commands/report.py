@@ -1,4 +1,4 @@
-"""`exitkit report`: the tables and figures of runs that are there, without training anything."""
+"""`exitkit report`: tables and figures of finished runs; nothing is trained."""
 
 from __future__ import annotations
 
@@ -19,11 +19,9 @@ if TYPE_CHECKING:
 FORMATS = ("csv", "md", "latex", "html", "pdf", "png")
 
 
-@click.command(short_help="Print tables of finished runs, and write them.")
+@click.command(short_help="Print and write the tables of finished runs.")
 @click.argument("folder", metavar="FOLDER", default="runs", shell_complete=folders)
-@click.option(
-    "--out", metavar="DIR", shell_complete=folders, help="Where to write tables and figures.  [default: FOLDER/report]"
-)
+@click.option("--out", metavar="DIR", shell_complete=folders, help="Output folder.  [default: FOLDER/report]")
 @click.option(
     "--format",
     "formats",
@@ -35,15 +33,15 @@ FORMATS = ("csv", "md", "latex", "html", "pdf", "png")
     "--baseline",
     metavar="NAME",
     shell_complete=names("methods"),
-    help="What differences are taken to.  [default: joint, or the first]",
+    help="Method that differences refer to.  [default: joint, or the first]",
 )
 @click.option(
     "--cost",
     metavar="NAME",
     shell_complete=one_of("macs", "papers", "latency"),
-    help="macs, papers (their count) or latency (ms).  [default: macs]",
+    help="macs, papers (the papers' count) or latency (ms).  [default: macs]",
 )
-@click.option("--points", metavar="P", help="Operating points: shares q = p / 20 for p = 1..P.  [default: 39]")
+@click.option("--points", metavar="P", help="Number of operating points: q = p / 20 for p = 1..P.  [default: 39]")
 @click.option(
     "--rule",
     metavar="NAME",
@@ -51,13 +49,18 @@ FORMATS = ("csv", "md", "latex", "html", "pdf", "png")
     help="confidence, margin, entropy or patience.  [default: confidence]",
 )
 @click.option("--calibrated", is_flag=True, default=None, help="Calibrate each exit on validation first.")
-@click.option("--hold", is_flag=True, default=None, help="Stay at the point before where one brings nothing.")
+@click.option(
+    "--hold",
+    is_flag=True,
+    default=None,
+    help="Replace points that do not improve validation accuracy by the previous one.",
+)
 @click.option("--budgets", metavar="A,B,...", help="Average budgets, such as 40M,60M or 1.5ms.  [default: nine]")
-@click.option("--risk", metavar="POINTS", help="Accuracy that may be lost, for risk control.  [default: 1]")
-@click.option("--certainty", metavar="SHARE", help="How sure that has to be.  [default: 0.95]")
-@json_option("all tables, as arrays of rows, and the files that were written")
+@click.option("--risk", metavar="POINTS", help="Risk control: tolerated loss of accuracy.  [default: 1]")
+@click.option("--certainty", metavar="SHARE", help="Risk control: confidence level.  [default: 0.95]")
+@json_option("all tables, as arrays of rows, and the written files")
 def report(folder: str, out: str | None, formats: str | None, as_json: bool, **given: Any) -> None:
-    """Make the tables and curves of all finished runs in FOLDER.
+    """Print and write the tables and curves of all finished runs in FOLDER.
 
     \b
     Examples:
@@ -76,18 +79,18 @@ def report(folder: str, out: str | None, formats: str | None, as_json: bool, **g
 
     wanted = split_formats(formats)
     context, options, order = read_plan(Path(folder))
-    asked = {key: value for key, value in given.items() if value is not None}
-    chosen = ReportOptions.make(options | asked)
-    place = {name: number for number, name in enumerate(order)}
-    runs = sorted(find_runs(folder), key=lambda run: (place.get(run.path.name, len(place)), run.path.name))
+    overrides = {key: value for key, value in given.items() if value is not None}
+    chosen = ReportOptions.make(options | overrides)
+    position = {name: number for number, name in enumerate(order)}
+    runs = sorted(find_runs(folder), key=lambda run: (position.get(run.path.name, len(position)), run.path.name))
     if not order:
         runs.sort(key=lambda run: run.recipe.method != (chosen.baseline or "joint"))
-    if given["budgets"] is not None:  # a plan's own may be for networks whose runs have failed
+    if given["budgets"] is not None:  # budgets of the plan may be for networks whose runs failed
         chosen.check_reach(min(float(exit_costs(run, chosen.cost)[0]) for run in runs))
     target = Path(out) if out else Path(folder) / "report"
     with working(f"tables and figures of {len(runs)} runs"):
         comparison = collect(runs, options=chosen, context=context)
-        if given["baseline"] is not None:  # a plan's own may be of a method that has failed
+        if given["baseline"] is not None:  # the plan's baseline may be a method whose runs failed
             _check_baseline(given["baseline"], comparison)
         files = write_report(comparison, target, runs=runs, formats=wanted)
     if as_json:
@@ -98,7 +101,7 @@ def report(folder: str, out: str | None, formats: str | None, as_json: bool, **g
 
 
 def _check_baseline(name: str, comparison: Comparison) -> None:
-    """Refuse a baseline that none of the tables has, with fields or without."""
+    """Raise UserError if no table has the baseline, given with or without its settings."""
     methods = dict.fromkeys(comparison.anytime["method"])
     known = [*methods, *(method.split(" ")[0] for method in methods)]
     if name not in known:
@@ -106,16 +109,16 @@ def _check_baseline(name: str, comparison: Comparison) -> None:
 
 
 def as_data(comparison: Comparison, files: Sequence[Path]) -> str:
-    """Return a comparison as JSON: {"tables": {name: rows}, "files": paths}; the tables are those of the CSV files."""
+    """Return a comparison as JSON: {"tables": {name: rows}, "files": paths}, with the same tables as the CSV files."""
     tables = {name: json.loads(frame.to_json(orient="records")) for name, frame in comparison.frames().items()}
     return json.dumps({"tables": tables, "files": [str(path) for path in files]}, indent=2)
 
 
 def split_formats(formats: str | None) -> tuple[str, ...]:
-    """Read a list of formats.
+    """Parse a comma-separated list of formats; None means all.
 
     Raises:
-        UserError: an unknown one, or none.
+        UserError: the list is empty, or a format is unknown.
     """
     if formats is None:
         return FORMATS

@@ -1,4 +1,4 @@
-"""`exitkit reproducibility`: what our runs reproduce of the papers, as one Markdown document made from run folders."""
+"""`exitkit reproducibility`: one Markdown document that compares run folders with the papers' results."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ _LEGEND = f"""\
 
 {_MARK}
 
-What runs of exitkit gave, beside what the papers print. Accuracies are top-1 on the test images in percent, as the
-mean over all exits and at the last exit, ± standard deviation over n seeds (n - 1).
+Results of exitkit beside the published results. Accuracies are top-1 on the test images, in percent: the mean over all
+exits, and the last exit, ± standard deviation over n seeds (n - 1).
 
-*Against the paper*: "as published" where the paper's mean over the exits lies in the {CONFIDENCE:.0%} prediction
-interval for one more run of ours (Student's t on our seeds), "above" or "below" where it does not; "one seed" where
-that can't be said; and in what ours is another experiment, where it is one: then the two numbers can't be compared,
-and no verdict is given.
+*Against the paper*: "as published" if the paper's mean over the exits is in the {CONFIDENCE:.0%} prediction interval of
+one further run of ours (Student's t over our seeds); "above" or "below" if ours is above or below that range; "one
+seed" if there is no interval. "not comparable" lists what differs from the paper's experiment; no verdict is given
+then.
 
-*Against the baseline*: the difference of the mean height of the budgeted-batch curve, seed by seed, with its 95 %
-interval; "*" where it is more than noise (p < 0.05 after Holm's correction for the methods of the table).
+*Against the baseline*: the difference of the mean height of the budgeted-batch curve, paired by seed, with its 95 %
+interval; "*" if it is significant (p < 0.05 after Holm's correction for the methods of the table).
 """
 
 
 class Score(NamedTuple):
-    """Means over seeds, in percent, of the accuracy over all exits and at the last, with their sd (NaN for n = 1)."""
+    """Mean accuracy over the exits, and accuracy of the last exit, in percent, over n seeds (sd is NaN if n = 1)."""
 
     mean: float
     mean_sd: float
@@ -50,13 +50,14 @@ class Score(NamedTuple):
     n: int
 
 
-@click.command(short_help="Write what runs reproduce of the papers.")
+@click.command(short_help="Compare runs with the papers' results.")
 @click.argument("folders", metavar="FOLDER...", nargs=-1, required=True)
-@click.option("--out", metavar="FILE", default="REPRODUCIBILITY.md", show_default=True, help="Where to write.")
+@click.option("--out", metavar="FILE", default="REPRODUCIBILITY.md", show_default=True, help="Output file.")
 def reproducibility(folders: tuple[str, ...], out: str) -> None:
-    """Write one document about all comparisons in the FOLDERs: ours, published, verdict, command, hardware, time.
+    """Write one document about the comparisons in the FOLDERs.
 
-    Each FOLDER is one that `exitkit compare` (or `train`) wrote to. Nothing is trained.
+    For each comparison it contains our accuracy, the published one, a verdict, the command, the hardware and the
+    training time. Each FOLDER is an output folder of `exitkit compare` or `train`. Nothing is trained.
 
     \b
     Examples:
@@ -67,17 +68,17 @@ def reproducibility(folders: tuple[str, ...], out: str) -> None:
     if target.is_dir():
         raise UserError(f"--out {target} is a folder; expected a file")
     if exists(target) and _MARK not in target.read_text(encoding="utf-8", errors="replace"):
-        raise UserError(f"{target} was not made by this command; name another file with --out")
+        raise UserError(f"{target} was not written by this command; choose another file with --out")
     sections = [section(Path(folder)) for folder in folders]
     write_text(target, "\n".join([_LEGEND, *sections]))
     click.echo(f"wrote {target}: {len(sections)} comparison{'s' if len(sections) > 1 else ''}")
 
 
 def section(folder: Path) -> str:
-    """Return the part of the document that is about one folder of runs.
+    """Return the section of the document for one folder of runs.
 
     Raises:
-        UserError: it holds no finished run, or something there is damaged.
+        UserError: the folder has no finished run, or a file in it is damaged.
     """
     from exitkit.benchmarks.campaign.record import command, read_plan
     from exitkit.benchmarks.report import ReportOptions, collect
@@ -85,10 +86,10 @@ def section(folder: Path) -> str:
     from exitkit.runs.table import find_runs
 
     context, options, order = read_plan(folder)
-    place = {name: number for number, name in enumerate(order)}
-    runs = sorted(find_runs(folder), key=lambda run: (place.get(run.path.name, len(place)), run.path.name))
+    position = {name: number for number, name in enumerate(order)}
+    runs = sorted(find_runs(folder), key=lambda run: (position.get(run.path.name, len(position)), run.path.name))
     if order:
-        runs = [run for run in runs if run.path.name in place]  # teachers are no part of the table
+        runs = [run for run in runs if run.path.name in position]  # without teachers
     comparison = collect(runs, options=ReportOptions.make(options), context=context)
     facts = [f"- command: `{command(folder)}`", f"- hardware: {_hardware(runs)}", f"- time: {_time(runs)}"]
     for row in comparison.missing.itertuples():
@@ -106,13 +107,12 @@ def _table(comparison: Comparison, runs: Sequence[RunFolder]) -> str:
     for run in runs:
         groups.setdefault(comparison.names[run.path.name], []).append(run)
     rows = []
-    for names, mine in groups.items():
-        score = _score([run.results()["test"] for run in mine])
-        theirs = _of(comparison.published, names)
-        paper, verdict = _against_paper(score, theirs)
-        seconds = sum(run.training_cost()["seconds"] for run in mine) / len(mine)
+    for names, seeds in groups.items():
+        score = _score([run.results()["test"] for run in seeds])
+        paper, verdict = _against_paper(score, _of(comparison.published, names))
+        seconds = sum(run.training_cost()["seconds"] for run in seeds) / len(seeds)
         ours = [_spread(score.mean, score.mean_sd), _spread(score.last, score.last_sd)]
-        facts = [*names, str(mine[0].recipe.epochs), str(score.n), *ours, paper, verdict]
+        facts = [*names, str(seeds[0].recipe.epochs), str(score.n), *ours, paper, verdict]
         rows.append([*facts, _against_baseline(_of(comparison.differences, names)), in_words(seconds)])
     align = ["left"] * 3 + ["right"] * 4 + ["left"] * 3 + ["right"]
     frame = pd.DataFrame(rows, columns=list(_HEADS))
@@ -126,36 +126,36 @@ def _of(frame: Any, names: Any) -> Any:
 def _score(accuracies: Sequence[Sequence[float]]) -> Score:
     import numpy as np
 
-    every = np.asarray(accuracies, dtype=np.float64)
-    means, last, n = every.mean(1), every[:, -1], len(every)
-    spread = [float(values.std(ddof=1)) if n > 1 else math.nan for values in (means, last)]
+    values = np.asarray(accuracies, dtype=np.float64)
+    means, last, n = values.mean(1), values[:, -1], len(values)
+    spread = [float(part.std(ddof=1)) if n > 1 else math.nan for part in (means, last)]
     return Score(float(means.mean()), spread[0], float(last.mean()), spread[1], n)
 
 
-def _against_paper(score: Score, theirs: Any) -> tuple[str, str]:
-    """Return the published accuracies, one of each table, and what ours say of them."""
+def _against_paper(score: Score, published: Any) -> tuple[str, str]:
+    """Return the published accuracies, one per table, and the verdicts on them."""
     from exitkit.benchmarks.report.narrow_tables import unlike_published
 
-    told, verdicts = [], []
-    for (paper, table), rows in theirs.groupby(["paper", "table"], sort=False):
+    accuracies, verdicts = [], []
+    for (paper, table), rows in published.groupby(["paper", "table"], sort=False):
         by_exit = rows.set_index("exit")["published"].sort_index()
-        told.append(f"{by_exit.mean():.2f}, {by_exit.iloc[-1]:.2f} ({paper}, {table})")
+        accuracies.append(f"{by_exit.mean():.2f}, {by_exit.iloc[-1]:.2f} ({paper}, {table})")
         unlike = unlike_published(rows)
         verdicts.append(f"not comparable: other {', '.join(unlike)}" if unlike else verdict(score, by_exit.mean()))
-    return "; ".join(told) or "–", "; ".join(dict.fromkeys(verdicts)) or "–"
+    return "; ".join(accuracies) or "–", "; ".join(dict.fromkeys(verdicts)) or "–"
 
 
 def verdict(score: Score, published: float) -> str:
-    """Say whether a published mean could be one more run of ours: "as published", "above", "below" or "one seed".
+    """Return "as published", "above" or "below" (our mean against the published one), or "one seed".
 
-    Above means that ours is.
+    "as published" means that the published mean is in the prediction interval of one further run of ours.
     """
     from scipy import stats
 
     if score.n < 2:
         return "one seed"
-    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, score.n - 1)) * score.mean_sd * math.sqrt(1 + 1 / score.n)
-    if abs(score.mean - published) <= reach:
+    half_width = float(stats.t.ppf((1 + CONFIDENCE) / 2, score.n - 1)) * score.mean_sd * math.sqrt(1 + 1 / score.n)
+    if abs(score.mean - published) <= half_width:
         return "as published"
     return "above" if score.mean > published else "below"
 
@@ -175,17 +175,18 @@ def _spread(mean: float, sd: float) -> str:
 
 
 def _hardware(runs: Sequence[RunFolder]) -> str:
-    told: dict[str, None] = {}
+    machines: dict[str, None] = {}
     for run in runs:
         facts = run.environment()
         device = facts.get("gpu") or facts.get("processor") or facts["device"]
-        how = f"{run.recipe.threads} thread{'s' if run.recipe.threads > 1 else ''} a run, " if not facts["gpu"] else ""
-        told.setdefault(f"{device} ({how}PyTorch {facts['torch']}, exitkit {facts['exitkit']})")
-    return "; ".join(told)
+        threads = run.recipe.threads
+        count = f"{threads} thread{'s' if threads > 1 else ''} per run, " if not facts["gpu"] else ""
+        machines.setdefault(f"{device} ({count}PyTorch {facts['torch']}, exitkit {facts['exitkit']})")
+    return "; ".join(machines)
 
 
 def _time(runs: Sequence[RunFolder]) -> str:
     from exitkit.benchmarks.campaign.estimate import in_words
 
     seconds = sum(run.training_cost()["seconds"] for run in runs)
-    return f"{in_words(seconds)} of training in all {len(runs)} runs"
+    return f"{in_words(seconds)} of training over {len(runs)} runs"

@@ -1,4 +1,4 @@
-"""`exitkit watch`: the runs of a folder, live, whoever trains them and wherever."""
+"""`exitkit watch`: show the runs of a folder while any process, on any machine, trains them."""
 
 from __future__ import annotations
 
@@ -32,16 +32,17 @@ _STYLES = {
 
 @click.command(short_help="Watch the runs of a folder while they train.")
 @click.argument("folder", metavar="FOLDER", default="runs", shell_complete=folders)
-@click.option("--once", is_flag=True, help="Print it once, and end.")
-@click.option("--interval", type=click.FloatRange(0.1), default=2.0, show_default=True, help="Seconds between looks.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, once.")
+@click.option("--once", is_flag=True, help="Print the table once and exit.")
+@click.option("--interval", type=click.FloatRange(0.1), default=2.0, show_default=True, help="Seconds between updates.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON once and exit.")
 def watch(folder: str, once: bool, interval: float, as_json: bool) -> None:
-    """Show the runs of FOLDER while they train: state, epoch, loss and accuracy of the first and last exit, time left.
+    """Show the runs of FOLDER while they train.
 
-    It reads the run folders alone, so that it can run anywhere that sees them, beside any number of `train` and
-    `compare` on any machines. Accuracy is of validation, of test once a run is finished. A run is "stalled" when its
-    process is gone, or has said nothing for long. Watching ends when all runs are finished or failed, or by Ctrl-C;
-    what trains goes on.
+    The table has the state, the epoch, the loss and accuracy of the first and the last exit, and the time left. The
+    command only reads the run folders, so it works on any machine that can access them, for any number of `train` and
+    `compare` processes. Accuracy is on validation, and on test for finished runs. A run is "stalled" if its process
+    has ended, or has not reported progress for a long time. The command exits when all runs are finished or failed, or
+    on Ctrl-C; training continues.
 
     \b
     Examples:
@@ -53,24 +54,24 @@ def watch(folder: str, once: bool, interval: float, as_json: bool) -> None:
 
     from exitkit.benchmarks.campaign.watching import look
 
-    place = Path(folder)
-    if not place.is_dir():
-        raise UserError(f"folder {folder} {'is a file' if place.exists() else 'does not exist'}; expected one of runs")
+    path = Path(folder)
+    if not path.is_dir():
+        raise UserError(f"{folder} {'is a file' if path.exists() else 'does not exist'}; expected a folder of runs")
     console = Console(highlight=False)
     if as_json:
-        click.echo(json.dumps(_facts(place, look(place)), indent=2))
+        click.echo(json.dumps(_facts(path, look(path)), indent=2))
     elif once:
-        console.print(_view(place, look(place), None))
+        console.print(_view(path, look(path), None))
     else:
         try:
             with interruptible():
-                (_live if console.is_terminal else _lines)(console, place, interval)
+                (_live if console.is_terminal else _lines)(console, path, interval)
         except KeyboardInterrupt:
-            raise Interrupted("stopped watching; what trains goes on") from None
+            raise Interrupted("stopped watching; training continues") from None
 
 
 def _live(console: Console, folder: Path, interval: float) -> None:
-    """Show the folder's runs until all have ended."""
+    """Show a live table of the folder's runs until all have ended."""
     from rich.live import Live
 
     from exitkit.benchmarks.campaign.watching import look
@@ -85,10 +86,10 @@ def _live(console: Console, folder: Path, interval: float) -> None:
 
 
 def _lines(console: Console, folder: Path, interval: float) -> None:
-    """Print a line whenever a run's state or epoch changes, until all have ended."""
+    """Print a line whenever the state or epoch of a run changes, until all have ended."""
     from exitkit.benchmarks.campaign.watching import labels, look
 
-    told: dict[str, str] = {}
+    printed: dict[str, str] = {}
     while True:
         runs = look(folder)
         for run, label in zip(runs, labels(runs), strict=True):
@@ -96,8 +97,8 @@ def _lines(console: Console, folder: Path, interval: float) -> None:
             line = f"{label}: {_state_words(run)}"
             line += f", loss {loss}, accuracy {accuracy} %" if accuracy else ""
             key = f"{run.state} {run.epoch} {run.phase}"
-            if told.get(run.run) != key:
-                told[run.run] = key
+            if printed.get(run.run) != key:
+                printed[run.run] = key
                 console.print(f"{time.strftime('%H:%M:%S')}  {line}", soft_wrap=True, markup=False)
         if _all_ended(runs):
             return
@@ -112,17 +113,17 @@ def _facts(folder: Path, runs: Sequence[Watched]) -> dict[str, Any]:
     from exitkit.benchmarks.campaign.watching import STATES, labels, seconds_left
 
     counts = Counter(run.state for run in runs)
-    named = []
+    rows = []
     for run, label in zip(runs, labels(runs), strict=True):
-        what = {key: run.recipe.get(key) for key in ("method", "backbone", "dataset", "seed")}
-        rest = {key: value for key, value in asdict(run).items() if key != "recipe"}
-        named.append({"label": label, **what, **rest})
+        names = {key: run.recipe.get(key) for key in ("method", "backbone", "dataset", "seed")}
+        fields = {key: value for key, value in asdict(run).items() if key != "recipe"}
+        rows.append({"label": label, **names, **fields})
     states = {state: counts[state] for state in STATES}
-    return {"folder": str(folder), "states": states, "seconds_left": seconds_left(runs), "runs": named}
+    return {"folder": str(folder), "states": states, "seconds_left": seconds_left(runs), "runs": rows}
 
 
 def _view(folder: Path, runs: Sequence[Watched], height: int | None) -> RenderableType:
-    """Draw the table, of at most so many lines, what is of most interest first, and a line about all."""
+    """Return the table of the runs and a summary line; at most `height` rows, sorted by state (None: all, unsorted)."""
     from rich import box
     from rich.console import Group
     from rich.table import Table
@@ -151,12 +152,12 @@ def _view(folder: Path, runs: Sequence[Watched], height: int | None) -> Renderab
         table.add_row(Text(label), state, Text(_epoch(run)), loss, accuracy, left)
         if run.note:
             notes.setdefault(run.note, []).append(label)
-    told = [Text(f"{', '.join(names)}: {note}", style="dim") for note, names in notes.items()]
+    reasons = [Text(f"{', '.join(names)}: {note}", style="dim") for note, names in notes.items()]
     more = [Text(f"and {len(rows) - len(shown)} more", style="dim")] if len(shown) < len(rows) else []
-    return Group(table, *more, *told, Text(_about(runs)))
+    return Group(table, *more, *reasons, Text(_summary(runs)))
 
 
-def _about(runs: Sequence[Watched]) -> str:
+def _summary(runs: Sequence[Watched]) -> str:
     from exitkit.benchmarks.campaign.watching import STATES, seconds_left
 
     counts = Counter(run.state for run in runs)
@@ -183,7 +184,7 @@ def _epoch(run: Watched) -> str:
 
 
 def _first_and_last(run: Watched) -> tuple[str, str]:
-    """Write loss and accuracy of the first and the last exit."""
+    """Return the loss, and the accuracy in percent, of the first and the last exit as text."""
     accuracies = run.test_accuracies or run.validation_accuracies
     loss = f"{run.train_losses[0]:.2f} {run.train_losses[-1]:.2f}" if run.train_losses else ""
     return loss, f"{accuracies[0]:.1f} {accuracies[-1]:.1f}" if accuracies else ""

@@ -1,7 +1,7 @@
-"""What a data set imports: its interface, loaded images, batches and splits.
+"""The interface of data sets: settings, loaded images, batches and splits.
 
 A data set is a plugin (entry-point group `exitkit.datasets`): a dataclass derived from `DataSet` whose `load` returns
-`Data`. Images that fit into memory are a `TensorData`; `hold_out` draws its parts, stratified.
+`Data`. `TensorData` stores images that fit into memory; `hold_out` draws stratified parts.
 """
 
 from exitkit.data.base import Batch, Data, DataSet, Part, TensorData

@@ -1,4 +1,4 @@
-"""What a data set is: settings, a `load`, and loaded images that come in batches."""
+"""The interface of data sets: settings, `load`, and loaded images that are read in batches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Part = Literal["train", "validation", "test"]
 
 
 class Batch(NamedTuple):
-    """Images [B, C, H, W], normalised floats, and labels [B], integers from 0."""
+    """Images [B, C, H, W], normalised float32, and labels [B], int64 from 0."""
 
     images: Tensor
     labels: Tensor
@@ -32,9 +32,9 @@ class DataSet:
     """A data set that can be loaded; its fields are its settings.
 
     Class attributes:
-        house: the recipe used with it unless told otherwise: backbone, epochs, batch_size, lr, schedule, milestones,
+        house: default recipe of runs on this data set: backbone, epochs, batch_size, lr, schedule, milestones,
             weight_decay.
-        split_seed: the seed of the hold-out split; the data set's own, so that all runs share one split.
+        split_seed: seed of the hold-out split; fixed per data set, so that all runs share one split.
     """
 
     house: ClassVar[dict[str, Any]] = {
@@ -48,51 +48,52 @@ class DataSet:
     }
     split_seed: ClassVar[int] = 0
 
-    validation: int = setting(5000, "images held out of the training images, stratified")
+    validation: int = setting(5000, "number of validation images, held out of the training images, stratified")
     val_transform: Literal["eval", "train"] = setting(
-        "eval", "read validation images plainly, or through the training augmentation (the papers' habit)"
+        "eval", "transform of validation images: that of evaluation, or the training augmentation as in the papers"
     )
 
-    per_class: int | None = setting(None, "keep the first so many training images of each class; none: all")
-    imbalance: float = setting(1.0, "make a long tail: how many times as many images the first class keeps as the last")
+    per_class: int | None = setting(None, "number of training images kept per class (the first ones); none: all")
+    imbalance: float = setting(1.0, "long tail: images kept of the first class over those of the last; 1: no long tail")
 
     def __post_init__(self) -> None:
         if self.validation is not None and self.validation < 1:
-            raise UserError(f"validation is {self.validation}; expected at least 1, since thresholds come from there")
+            raise UserError(f"validation is {self.validation}; expected at least 1, to choose thresholds")
         if self.per_class is not None and self.per_class < 1:
             raise UserError(f"per_class is {self.per_class}; expected at least 1")
         if not (self.imbalance >= 1 and math.isfinite(self.imbalance)):
             raise UserError(f"imbalance is {self.imbalance}; expected at least 1 (1: no long tail)")
 
     def digest(self, data_dir: Path | None) -> str | None:
-        """Return what tells the images there from others, for data sets that are whatever lies in a folder.
+        """Return a digest of the image files, for data sets that are read from the user's folder.
 
-        None where they are always the same, or can't be looked at.
+        None for data sets whose images are fixed, and if the folder does not exist.
         """
         return None
 
     def load(self, data_dir: Path | None, download: bool = True) -> Data:
-        """Read the images, or get ready to.
+        """Read the images, or prepare to read them on demand.
 
         Args:
-            data_dir: where they lie, or are downloaded to.
-            download: whether they may be fetched.
+            data_dir: folder that contains the images, or to download them to.
+            download: whether missing images may be downloaded.
 
         Raises:
-            UserError: they are not there, damaged, or too few for the settings.
+            UserError: the images are missing, damaged, or too few for the settings.
         """
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Data:
-    """Loaded images. Indices count them in the data set's own order.
+    """Loaded images. Indices refer to the data set's original order.
 
     Attributes:
-        class_names: one name a class, in the order of the labels.
-        input_shape: (channels, height, width) of what a network gets.
-        train_labels, test_labels: labels of all images that `train`/`validation` and `test` indices point to.
-        split: which of them are used for what.
+        class_names: one name per class, in the order of the labels.
+        input_shape: (channels, height, width) of a network's input.
+        train_labels, test_labels: int64 [N], labels of all images that the `train` and `validation` indices, and the
+            `test` indices, refer to.
+        split: indices of the training, validation and test images.
     """
 
     class_names: list[str]
@@ -103,42 +104,42 @@ class Data:
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are."""
+        """The number of classes."""
         return len(self.class_names)
 
     def labels(self, part: Part) -> Tensor:
-        """Return the labels [n] of a part, in the order of its positions."""
+        """Return the labels of a part, int64 [n], in the order of its positions."""
         return (self.test_labels if part == "test" else self.train_labels)[getattr(self.split, part)]
 
     def with_split(self, split: Split) -> Self:
-        """Return the same images under a stored split.
+        """Return the same images with a stored split.
 
         Raises:
-            UserError: it is another data set's, or damaged.
+            UserError: the split belongs to another data set, or is damaged.
         """
         split.check(self.split, len(self.train_labels), len(self.test_labels))
         return dataclasses.replace(self, split=split)
 
     def on(self, device: torch.device) -> Self:
-        """Return the same images, held by a device where they fit there; the batches are the same wherever they are."""
+        """Return the same images, stored on `device` if they fit there; the batches have the same values."""
         return self
 
     def batches(self, part: Part, positions: Sequence[Tensor], *, augment: bool, seed: int) -> Iterator[Batch]:
-        """Yield one batch for each tensor of positions (0..n-1 within the part).
+        """Yield one batch per tensor of positions (int64, 0..n-1 within the part).
 
-        An image's augmentation depends on `seed` and its position alone, whatever the batches, ranks or workers.
+        An image's augmentation depends only on `seed` and its position, not on batches, ranks or workers.
         """
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class TensorData(Data):
-    """Images that fit into memory, as bytes; augmented and normalised a batch at a time.
+    """Images in memory, stored as uint8; augmented and normalised per batch.
 
     Attributes:
         train_images, test_images: uint8 [N, C, H, W].
-        mean, std: of each channel, of values 0..1.
-        padding: zeros around an image before a random crop to its size and a random flip; 0: no augmentation.
+        mean, std: per channel, of pixel values scaled to 0..1.
+        padding: pixels of zero padding before a random crop to the original size and a random flip; 0: no augmentation.
     """
 
     train_images: Tensor
@@ -148,7 +149,7 @@ class TensorData(Data):
     padding: int = 0
 
     def on(self, device: torch.device) -> Self:
-        """Return the same images in the device's memory: bytes, so that all of CIFAR takes 180 MB there."""
+        """Return the same images in the device's memory, as uint8 (all of CIFAR: 180 MB)."""
         held = {name: getattr(self, name).to(device) for name in ("train_images", "test_images")}
         return dataclasses.replace(self, **held)
 
@@ -160,7 +161,7 @@ class TensorData(Data):
         scale = 1 / (torch.tensor(self.std, device=images.device).view(1, -1, 1, 1) * 255)
         draws = None
         if augment and self.padding:
-            generator = torch.Generator().manual_seed(seed)  # the CPU's, so that every device draws the same
+            generator = torch.Generator().manual_seed(seed)  # on the CPU: the same numbers for every device
             size = (len(indices), 2)
             offsets = torch.randint(2 * self.padding + 1, size, generator=generator)
             flips = torch.rand(len(indices), generator=generator) < 0.5
@@ -168,13 +169,17 @@ class TensorData(Data):
         indices, labels = indices.to(images.device), labels.to(images.device)
         for batch in positions:
             batch = batch.to(images.device, non_blocking=True)
-            chosen = images[indices[batch]]
+            selected = images[indices[batch]]
             if draws is not None:
-                chosen = crops_and_flips(chosen, self.padding, draws[0][batch], draws[1][batch])
-            yield Batch((chosen - mean) * scale, labels[batch])
+                selected = crops_and_flips(selected, self.padding, draws[0][batch], draws[1][batch])
+            yield Batch((selected - mean) * scale, labels[batch])
 
 
 def build_dataset(name: str, settings: Mapping[str, Any]) -> DataSet:
-    """Return the description of a data set; its `load` reads the images."""
+    """Return the data set called `name` with these settings; its `load` reads the images.
+
+    Raises:
+        UserError: the name or a setting is unknown, or a value is invalid.
+    """
     dataset: DataSet = configure("dataset", name, settings)
     return dataset

@@ -1,4 +1,4 @@
-"""CIFAR's official binary layout: fixed-size records, so that nothing has to be unpickled."""
+"""CIFAR's official binary layout: fixed-size records, which are read without unpickling."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _PIXELS = 3 * 32 * 32
 
 
 def find_binary(folder: Path, name: str, train: Sequence[str], test: Sequence[str]) -> list[list[Path]] | None:
-    """Return the training and the test files of the layout in `folder`, or in its subfolder `name`; None if absent.
+    """Return the training and test files of the layout in `folder` or its subfolder `name`; None if there are none.
 
     Raises:
-        UserError: some of the files are there and some are not.
+        UserError: some of the files exist and others are missing.
     """
     for place in (folder / name, folder):
         paths = [[place / file for file in files] for files in (train, test)]
@@ -26,18 +26,19 @@ def find_binary(folder: Path, name: str, train: Sequence[str], test: Sequence[st
         if not missing:
             return paths
         if place.name == name and place.is_dir():
-            lacking = ", ".join(path.name for path in missing)
-            raise UserError(f"{place} lacks {lacking}; expected the whole binary release")
+            names = ", ".join(path.name for path in missing)
+            raise UserError(f"{place} lacks {names}; expected the whole binary release")
     return None
 
 
 def read_binary(files: Sequence[Path], records: int, label_bytes: int, classes: int) -> tuple[Tensor, Tensor]:
-    """Read files of `records` records, each `label_bytes` labels (the last is the class) and 3 x 32 x 32 pixels.
+    """Read files of `records` records: `label_bytes` label bytes (the last is the class), then 3 x 32 x 32 pixels.
 
-    Returns images uint8 [N, 3, 32, 32] and labels int64 [N].
+    Returns:
+        Images uint8 [N, 3, 32, 32] and labels int64 [N].
 
     Raises:
-        UserError: a file that can't be read, has another size, or holds labels that are no class.
+        UserError: a file can't be read, has a wrong size, or contains a label that is not a class.
     """
     size = label_bytes + _PIXELS
     images, labels = [], []

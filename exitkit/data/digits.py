@@ -1,4 +1,4 @@
-"""scikit-learn's digits: 1,797 real images that come with the package, so that there is always data."""
+"""scikit-learn's digits: 1,797 images that are installed with the package and need no download."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TEST = 500
 
 @dataclass(frozen=True)
 class Digits(DataSet):
-    """1,797 handwritten digits of scikit-learn, 8x8 brought to 16x16, 10 classes; 500 are for testing."""
+    """1,797 handwritten digits of scikit-learn, 8x8 scaled to 16x16, 10 classes; 500 test images."""
 
     house: ClassVar[dict[str, Any]] = DataSet.house | {
         "backbone": "msdnet-tiny",
@@ -27,10 +27,10 @@ class Digits(DataSet):
         "milestones": (),
     }
 
-    validation: int = setting(200, "images held out of the training images, stratified")
+    validation: int = setting(200, "number of validation images, held out of the training images, stratified")
 
     def load(self, data_dir: Path | None, download: bool = True) -> Data:
-        """Return the digits; they lie in scikit-learn's package, and `data_dir` is not asked."""
+        """Return the digits, which are part of scikit-learn; `data_dir` and `download` are ignored."""
         # Imported when used: scikit-learn takes a second to load.
         from sklearn.datasets import load_digits
 

@@ -1,4 +1,4 @@
-"""Images in files: listing a folder of class folders, and reading images as they are needed."""
+"""Image files: listing of class folders, and reading of images on demand."""
 
 from __future__ import annotations
 
@@ -22,103 +22,103 @@ from exitkit.engine.randomness import derive
 from exitkit.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-_LOOKED_AT = 20_000  # images whose headers are looked at beforehand: a few seconds
-_READ, _BYTES = 1_000, 65_536  # images whose beginnings tell a folder from another, and how much of each
+_MAX_HEADERS = 20_000  # images whose headers are checked before training: a few seconds
+_MAX_SAMPLES, _SAMPLE_BYTES = 1_000, 65_536  # images whose first bytes enter a folder's digest, and their number
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 Listing = tuple[list[str], list[str], Tensor]
-"""Class names, image paths and labels."""
+"""Class names, and the path and label (int64 [N]) of each image."""
 
 
 def list_images(folder: Path) -> Listing:
-    """List a folder's images: each subfolder is a class, and all images at any depth below it belong to it.
+    """List the images of a folder; each subfolder is a class, and contains its images at any depth.
 
-    What begins with a dot is passed over, be it a file or a folder: thumbnails and the like are no images.
+    Files and folders whose name begins with a dot, such as thumbnails, are ignored.
 
     Raises:
-        UserError: no subfolders, one without images, or a folder that can't be read.
+        UserError: there are fewer than two subfolders, one has no images, or a folder can't be read.
     """
     try:
         classes = sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
     except OSError as error:
         raise UserError(f"{folder} can't be read: {error.strerror}") from None
     if len(classes) < 2:
-        raise UserError(f"{folder} has {len(classes)} class folders; expected at least 2, each with its images")
+        raise UserError(f"{folder} has {len(classes)} class folders; expected at least 2, one per class")
     paths: list[str] = []
     labels: list[int] = []
     for label, child in enumerate(classes):
-        found = sorted(_images_below(child))
-        if not found:
+        images = sorted(_images_below(child))
+        if not images:
             raise UserError(f"class folder {child} holds no images; expected {', '.join(SUFFIXES[:3])}, ...")
-        paths += found
-        labels += [label] * len(found)
+        paths += images
+        labels += [label] * len(images)
     return [child.name for child in classes], paths, torch.tensor(labels)
 
 
 def _images_below(folder: Path) -> Iterator[str]:
-    # os.walk and not rglob: it asks the disk nothing about single files, and ImageNet has 1.3 million.
-    for place, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
+    # os.walk, not rglob: it makes no system call per file, and ImageNet has 1.3 million files.
+    for place, folders, files in os.walk(folder, onerror=_raise_unreadable_folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):
                 yield f"{place}{os.sep}{name}"
 
 
-def _refuse(error: OSError) -> None:
-    # Without it, os.walk would pass over a folder that can't be read, and training take what is left.
+def _raise_unreadable_folder(error: OSError) -> None:
+    # By default os.walk skips a folder that can't be read, and training would use the remaining images.
     raise UserError(f"{error.filename} can't be read: {error.strerror}") from None
 
 
 def digest_of(folder: Path, paths: Sequence[str]) -> str:
-    """Return what tells the images of a folder from others: names below it and sizes of all, beginnings of a sample."""
-    known = hashlib.sha256()
+    """Return a digest of images: relative paths and sizes of all files, and the first bytes of a sample."""
+    digest = hashlib.sha256()
     try:
         for path in paths:
             fact = f"{os.path.relpath(path, folder)}\0{Path(path).stat().st_size}\0"
-            known.update(fact.encode(errors="surrogateescape"))
-        for path in _spread(paths, _READ):
+            digest.update(fact.encode(errors="surrogateescape"))
+        for path in _sample(paths, _MAX_SAMPLES):
             with Path(path).open("rb") as file:
-                known.update(file.read(_BYTES))
+                digest.update(file.read(_SAMPLE_BYTES))
     except OSError as error:
-        _refuse(error)
-    return known.hexdigest()[:16]
+        _raise_unreadable_folder(error)
+    return digest.hexdigest()[:16]
 
 
-def _spread(paths: Sequence[str], most: int) -> Sequence[str]:
-    """Return all paths, or so many of them at most, evenly spread."""
-    return paths[:: max(1, -(-len(paths) // most))]
+def _sample(paths: Sequence[str], limit: int) -> Sequence[str]:
+    """Return at most `limit` of the paths, evenly spaced."""
+    return paths[:: max(1, -(-len(paths) // limit))]
 
 
 def check_headers(paths: Sequence[str]) -> None:
-    """Look whether files are images at all, before anything is trained on them; of many, an even sample.
+    """Check before training that files are images; of more than 20,000 files, an even sample is checked.
 
-    What only reading them through would tell, comes out when they are read.
+    Only headers are read; damaged pixel data is reported when an image is read.
 
     Raises:
-        UserError: one is not.
+        UserError: a file is not an image.
     """
     # Imported when used: only image files need Pillow.
     from PIL import Image
 
-    for path in _spread(paths, _LOOKED_AT):
+    for path in _sample(paths, _MAX_HEADERS):
         try:
             with Image.open(path):
                 pass
-        except Exception as error:  # Pillow raises many kinds
+        except Exception as error:  # Pillow raises many types of error
             raise _unreadable(path, error) from None
 
 
 def _unreadable(path: str, error: Exception) -> UserError:
-    # An OSError's own words would name the file a second time.
+    # The message of an OSError would name the file a second time.
     reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
     return UserError(f"image {path} can't be read: {reason}")
 
 
 def read_image(path: str) -> Any:
-    """Open an image as RGB (grey and palette images are turned into it).
+    """Read an image as RGB (grey and palette images are converted).
 
     Raises:
-        UserError: it is damaged, no image, or has more than 8 bits a channel (Pillow would cut them off at 255).
+        UserError: the file is damaged, is not an image, or has more than 8 bits per channel, which Pillow would clip.
     """
     # Imported when used: only image files need Pillow.
     from PIL import Image
@@ -127,18 +127,18 @@ def read_image(path: str) -> Any:
         with Image.open(path) as file:
             mode = file.mode
             image = file.convert("RGB")
-    except Exception as error:  # Pillow raises many kinds for a file that is not what it should be
+    except Exception as error:  # Pillow raises many types of error for invalid files
         raise _unreadable(path, error) from None
     if mode.startswith(("I", "F")):
-        raise UserError(f"image {path} has more than 8 bits a channel (mode {mode}); expected 8")
+        raise UserError(f"image {path} has more than 8 bits per channel (mode {mode}); expected 8")
     return image
 
 
 class _Images(Dataset[tuple[Tensor, int] | str]):
-    """Reads, transforms and seeds one image at a time, in whichever worker it falls to.
+    """Reads and transforms one image at a time, in any worker, with random numbers seeded per image.
 
-    Of an image that can't be read it gives the error's words: an error that a worker raises comes wrapped in its
-    traceback, and keeps the other workers from being shut down.
+    For an image that can't be read it returns the error message: an error raised in a worker is wrapped in the
+    worker's traceback, and prevents the shutdown of the other workers.
     """
 
     def __init__(self, paths: list[str], labels: Tensor, indices: Tensor, size: int, seed: int | None) -> None:
@@ -154,22 +154,22 @@ class _Images(Dataset[tuple[Tensor, int] | str]):
         transform = _transform(self.size, self.seed is not None)
         if self.seed is None:
             return transform(image), label
-        # The transforms draw from the CPU's global generator; what it was is put back, and other devices' stay.
+        # The transforms use the CPU's global generator; its state is restored, and other devices are not affected.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(derive(self.seed, position))
             return transform(image), label
 
 
-def _together(items: list[tuple[Tensor, int] | str]) -> Any:
-    """Make a batch of images and labels, or hand on the first error's words."""
+def _collate(items: list[tuple[Tensor, int] | str]) -> Any:
+    """Return a batch of images and labels, or the first error message."""
     return next((item for item in items if isinstance(item, str)), None) or default_collate(items)
 
 
 @contextlib.contextmanager
-def _interrupts_held_back() -> Iterator[None]:
-    """Block SIGINT until the end of the block, and for good in processes that start within it.
+def _interrupts_blocked() -> Iterator[None]:
+    """Block SIGINT in this block, and permanently in processes that are started in it.
 
-    Ctrl-C in a terminal reaches the workers too; where one dies of it, this process fails or waits instead of stopping.
+    Ctrl-C in a terminal is sent to the workers, too; if it ended one, this process would fail or wait instead of stop.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
@@ -181,14 +181,14 @@ def _interrupts_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _keep_quiet(worker: int) -> None:
-    # What goes wrong in a worker is told by the process that it reads for. Only the thread that hands images over would
-    # print anything: that nobody takes them any more, when that process is being stopped.
+def _silence_worker(worker: int) -> None:
+    # The main process reports the errors of its workers. While it is being stopped, only a worker's thread that sends
+    # images would print an error: that its queue is closed.
     sys.excepthook = lambda *error: None
 
 
 def _transform(size: int, augment: bool) -> Any:
-    """Return the papers' transform of an image to [3, size, size]."""
+    """Return the papers' transform of a PIL image to float32 [3, size, size]."""
     v2 = torchvision("transforms.v2")
     if augment:
         shape = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
@@ -199,11 +199,11 @@ def _transform(size: int, augment: bool) -> Any:
 
 @dataclass(frozen=True)
 class FolderData(Data):
-    """Images read from files as they are needed.
+    """Images that are read from files on demand.
 
     Attributes:
-        train_paths, test_paths: the files that the indices count.
-        workers: processes that read them.
+        train_paths, test_paths: the files that the indices refer to.
+        workers: number of processes that read images; 0: the main process reads them.
     """
 
     train_paths: list[str]
@@ -220,17 +220,17 @@ class FolderData(Data):
             self.input_shape[1],
             seed if augment else None,
         )
-        torchvision("transforms.v2")  # here, so that workers do not each import (and mend) it
+        torchvision("transforms.v2")  # imported (and worked around) here once, not in every worker
         loader = DataLoader(
             images,
             batch_sampler=[batch.tolist() for batch in positions],
             num_workers=self.workers,
-            collate_fn=_together,
-            worker_init_fn=_keep_quiet,
+            collate_fn=_collate,
+            worker_init_fn=_silence_worker,
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator().manual_seed(seed),  # else it would draw from the global one
+            generator=torch.Generator().manual_seed(seed),  # otherwise it would use the global generator
         )
-        with _interrupts_held_back():
+        with _interrupts_blocked():
             batches = iter(loader)  # starts the workers
         try:
             for batch in batches:
@@ -238,4 +238,4 @@ class FolderData(Data):
                     raise UserError(batch)
                 yield Batch(*batch)
         finally:
-            del batches  # else an error's traceback keeps the workers
+            del batches  # otherwise an error's traceback keeps the workers alive

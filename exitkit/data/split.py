@@ -1,4 +1,4 @@
-"""Which images train, which find thresholds, which test: drawn once from the data set's own seed, stratified."""
+"""The training, validation and test parts of a data set: drawn once, with the data set's seed, stratified."""
 
 from __future__ import annotations
 
@@ -15,75 +15,75 @@ from exitkit.files import load_tensors, save_tensors
 
 @dataclass(frozen=True)
 class Split:
-    """Indices, int64: `train` and `validation` into the training images, `test` into the test images."""
+    """Indices, int64 [n]: `train` and `validation` of the training images, `test` of the test images."""
 
     train: Tensor
     validation: Tensor
     test: Tensor
 
     def save(self, path: Path, run: str | None = None) -> None:
-        """Write it (safetensors), as that of a run by name."""
+        """Write the split (safetensors), with the name of its run if given."""
         save_tensors(path, {"train": self.train, "validation": self.validation, "test": self.test}, run)
 
     @classmethod
     def load(cls, path: Path) -> Split:
-        """Read it.
+        """Read a split.
 
         Raises:
-            UserError: the file is missing, damaged or no split.
+            UserError: the file is missing or damaged, or is not a split.
         """
         tensors = load_tensors(path)
         if tensors.keys() != {"train", "validation", "test"} or any(
             tensor.dtype != torch.int64 or tensor.dim() != 1 for tensor in tensors.values()
         ):
-            raise UserError(f"{path} is no split; expected indices called train, validation and test")
+            raise UserError(f"{path} is not a split; expected int64 indices called train, validation and test")
         return cls(**tensors)
 
-    def check(self, own: Split, training: int, testing: int) -> None:
-        """Check that it can stand in for `own`, the split that the images were loaded with.
+    def check(self, reference: Split, training: int, testing: int) -> None:
+        """Check that the split can replace `reference`, the split that the images were loaded with.
 
         Args:
-            own: what it has to count as many images as: one more in a folder, and the indices mean other images.
-            training, testing: how many images the indices may point to.
+            reference: the split must have as many indices; if a file was added, indices refer to other images.
+            training, testing: the number of training and test images that indices may refer to.
 
         Raises:
-            UserError: it is of fewer or more images, points to some that are not there, or to some twice.
+            UserError: the number of indices differs, or indices are out of range or not unique.
         """
-        learning, whole = torch.cat([self.train, self.validation]), torch.cat([own.train, own.validation])
+        expected_train = len(reference.train) + len(reference.validation)
         for name, indices, expected, count in (
-            ("training and validation", learning, len(whole), training),
-            ("test", self.test, len(own.test), testing),
+            ("training and validation", torch.cat([self.train, self.validation]), expected_train, training),
+            ("test", self.test, len(reference.test), testing),
         ):
             if len(indices) != expected:
                 raise UserError(
-                    f"the stored split has {len(indices)} {name} images and here are {expected}; "
-                    "is --data-dir another data set than the run's, or were files added or removed?"
+                    f"the stored split has {len(indices)} {name} images, but the data has {expected}; expected the "
+                    "run's data set in --data-dir, without files added or removed"
                 )
             if indices.min() < 0 or indices.max() >= count or len(indices.unique()) < len(indices):
                 raise UserError(
-                    f"the stored split's {name} indices are not {expected} different ones from 0 to {count - 1}; "
-                    "it is damaged"
+                    f"the stored split is damaged: its {name} indices are not {expected} different integers from 0 "
+                    f"to {count - 1}"
                 )
 
 
 def hold_out(
     labels: Tensor, pool: Tensor, count: int, seed: int, what: str, names: Sequence[str] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Draw `count` of the indices in `pool`, with each class's share kept.
+    """Draw `count` of the indices in `pool`, stratified by class.
 
     Args:
-        labels: [N], of all images.
-        pool: which of them may be drawn, int64.
-        count: how many to draw.
-        seed: the data set's.
-        what: what they are for, for error messages.
-        names: what the classes are called, for error messages.
+        labels: labels of all images, int64 [N].
+        pool: indices that may be drawn, int64 [n].
+        count: number of indices to draw.
+        seed: seed of the data set's split.
+        what: name of the part in error messages ("a test set").
+        names: class names for error messages; None: labels.
 
     Returns:
-        (the rest, those drawn), each in ascending order.
+        (remaining indices, drawn indices), each in ascending order.
 
     Raises:
-        UserError: too many, or too few for a class to be on both sides.
+        UserError: `count` does not leave at least one image per class on both sides, or a class has a single image.
     """
     # Imported when used: scikit-learn takes a second to load.
     from sklearn.model_selection import train_test_split
@@ -92,7 +92,7 @@ def hold_out(
     if not len(classes) <= count <= len(pool) - len(classes):
         raise UserError(
             f"{what} of {count} images can't be drawn from {len(pool)} images in {len(classes)} classes; "
-            f"expected {len(classes)} to {len(pool) - len(classes)}, one a class at least on both sides"
+            f"expected {len(classes)} to {len(pool) - len(classes)}, at least one per class on both sides"
         )
     if sizes.min() < 2:
         rare = int(classes[sizes.argmin()])

@@ -28,12 +28,12 @@ class Small(DataSet):
     """A set of small images with an official test set.
 
     Class attributes:
-        title: its name, for messages.
+        title: name of the data set in messages.
         torchvision_name: torchvision's class that downloads and reads it.
-        mean, std: of each channel, as the papers have them.
-        padding: of the papers' augmentation; 0: none.
-        classes: how many; they are called by their numbers.
-        layouts: where below the folder its files may lie, for messages.
+        mean, std: per channel, of pixel values scaled to 0..1, as in the papers.
+        padding: pixels of padding in the papers' augmentation; 0: no augmentation.
+        classes: number of classes; their names are their numbers.
+        layouts: subfolders that may contain the files, for messages.
     """
 
     title: ClassVar[str]
@@ -45,7 +45,7 @@ class Small(DataSet):
     layouts: ClassVar[str]
 
     def load(self, data_dir: Path | None, download: bool = True) -> Data:
-        """See `DataSet.load`; without `data_dir` it is the folder `data` here."""
+        """See `DataSet.load`; the default of `data_dir` is `data` in the current folder."""
         folder = data_dir or DEFAULT_DIR
         (train_images, train_labels), (test_images, test_labels) = self._read(folder, download)
         pool = torch.arange(len(train_labels))
@@ -74,38 +74,39 @@ class Small(DataSet):
         reader = functools.partial(getattr(torchvision("datasets"), self.torchvision_name), str(folder), train=train)
         try:
             try:
-                found = reader()
-            except Exception:  # not there, not the official files, or half there while another process fetches them
+                dataset = reader()
+            except Exception:  # missing, not the official files, or incomplete while another process downloads them
                 if not download:
                     raise
-                with _fetching(folder):
-                    found = reader(download=True)
-            images, labels = torch.as_tensor(np.asarray(found.data)), torch.as_tensor(np.asarray(found.targets)).long()
+                with _download_lock(folder):
+                    dataset = reader(download=True)
+            images = torch.as_tensor(np.asarray(dataset.data))
+            labels = torch.as_tensor(np.asarray(dataset.targets)).long()
             if len(images) != len(labels):
                 raise ValueError(f"{len(images)} images and {len(labels)} labels")
-        except Exception as error:  # whatever torchvision, the network, an archive or the disk throws
+        except Exception as error:  # torchvision, network, archive and disk raise many types of error
             raise self._unreadable(folder, error, download) from None
         return (images.unsqueeze(1) if images.dim() == 3 else images.movedim(-1, 1).contiguous()), labels
 
     def _unreadable(self, folder: Path, error: Exception, download: bool) -> UserError:
-        # On one line, and without torchvision's advice, which is for those who call it.
+        # In one line, and without torchvision's advice, which is meant for its callers.
         reason = " ".join(str(error).split()).partition(". You can use download")[0] or type(error).__name__
         return UserError(
-            f"{self.title} can't be read from {folder.resolve()}{' or fetched' if download else ''} "
-            f"(looked for {self.layouts}: {reason.rstrip('.')}); say where it lies by --data-dir DIR, "
-            "or delete what is damaged there"
+            f"{self.title} can't be read from {folder.resolve()}{' or downloaded' if download else ''} "
+            f"(looked for {self.layouts}: {reason.rstrip('.')}); expected its files in "
+            "--data-dir DIR; delete damaged files there"
         )
 
 
 @contextlib.contextmanager
-def _fetching(folder: Path) -> Iterator[None]:
-    """Let one of several ranks and runs fetch into a folder while the others wait; a failure leaves no empty folder."""
-    made, path = False, folder / ".download.lock"
+def _download_lock(folder: Path) -> Iterator[None]:
+    """Let one of several ranks and runs download to a folder while the others wait; remove empty folders on failure."""
+    created, path = False, folder / ".download.lock"
     lock = FileLock(path)
     while True:
-        made |= not folder.exists()
+        created |= not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        # Whoever waited for one that failed, finds folder and lock gone, or holds a lock that no one else will find.
+        # If the download of another process failed, that process may have removed the folder and this lock file.
         with contextlib.suppress(FileNotFoundError):
             lock.acquire()
             if path.exists():
@@ -114,11 +115,11 @@ def _fetching(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception:
-        if made:
+        if created:
             with contextlib.suppress(OSError):
                 path.unlink()
-            for place in [*sorted(folder.rglob("*/"), reverse=True), folder]:  # a folder after those in it
-                with contextlib.suppress(OSError):  # someone's files are in it
+            for place in [*sorted(folder.rglob("*/"), reverse=True), folder]:  # subfolders first
+                with contextlib.suppress(OSError):  # it contains files
                     place.rmdir()
         raise
     finally:
@@ -141,12 +142,12 @@ class FashionMNIST(Small):
 
 @dataclass(frozen=True)
 class CIFAR(Small):
-    """A CIFAR set, read from its official binary layout where that lies there, or through torchvision.
+    """A CIFAR data set, read from its official binary layout if that exists, otherwise through torchvision.
 
     Class attributes:
-        binary: the folder of the binary layout, its training and test files.
-        records: images in a training and in a test file of that layout.
-        label_bytes: labels before each image, the class last.
+        binary: folder, training files and test files of the binary layout.
+        records: number of images per training file and per test file of that layout.
+        label_bytes: number of label bytes before each image; the last is the class.
     """
 
     padding: ClassVar[int] = 4

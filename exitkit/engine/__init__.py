@@ -1,4 +1,4 @@
-"""Devices, precision, ranks and randomness: how the arithmetic of a run is carried out."""
+"""Devices, precision, ranks and randomness of a run."""
 
 from exitkit.engine.devices import Placement, choose_device
 from exitkit.engine.engine import Engine

@@ -1,4 +1,4 @@
-"""Batch normalisation over the batches of all ranks, on every device (torch's own runs on GPUs only)."""
+"""Batch normalisation over the batches of all ranks, on every device (`torch.nn.SyncBatchNorm` supports GPUs only)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """The sum over ranks; what flows back to a rank's share is the sum of what every rank sends."""
+    """The sum over ranks; its gradient is the sum of the ranks' gradients."""
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
@@ -21,7 +21,7 @@ class _SumOverRanks(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        """Keep nothing: the derivative is the same everywhere."""
+        """Save nothing: the function is linear."""
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Tensor:
@@ -39,14 +39,14 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 class SyncedBatchNorm(_BatchNorm):
-    """Batch normalisation whose training statistics are those of the global batch; plain in evaluation mode."""
+    """Batch normalisation whose training statistics are those of the global batch; evaluation is unchanged."""
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
             raise ValueError(f"expected at least 2 dimensions, got {input.dim()}")
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise [B, C, ...]: two sums over the ranks, one for the means and one for the variances."""
+        """Normalise [B, C, ...]; two sums over the ranks: one for the means and one for the variances."""
         if not self.training or not dist.is_initialized():
             plain: Tensor = super().forward(input)
             return plain
@@ -60,7 +60,7 @@ class SyncedBatchNorm(_BatchNorm):
         centred = x - mean.view(shape)
         variance = _SumOverRanks.apply((centred * centred).sum(dims)) / count
         if self.track_running_stats:
-            self._move_statistics(mean.detach(), variance.detach() * count / (count - 1).clamp(min=1))
+            self._update_statistics(mean.detach(), variance.detach() * count / (count - 1).clamp(min=1))
         scale = torch.rsqrt(variance + self.eps)
         if self.affine:
             scale = scale * self.weight
@@ -69,24 +69,24 @@ class SyncedBatchNorm(_BatchNorm):
             normalised = normalised + self.bias.view(shape)
         return normalised.to(input.dtype)
 
-    def _move_statistics(self, mean: Tensor, variance: Tensor) -> None:
+    def _update_statistics(self, mean: Tensor, variance: Tensor) -> None:
         assert self.running_mean is not None and self.running_var is not None
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        for running, now in ((self.running_mean, mean), (self.running_var, variance)):
-            running.add_(momentum * (now.to(running.dtype) - running))  # `lerp_`, which has no rule under vmap
+        for running, current in ((self.running_mean, mean), (self.running_var, variance)):
+            running.add_(momentum * (current.to(running.dtype) - running))  # as `lerp_`, which vmap does not support
 
 
 def synchronise_batchnorm(module: nn.Module) -> None:
-    """Replace every batch normalisation inside `module` by its synchronised twin, sharing parameters and buffers."""
+    """Replace every batch normalisation inside `module` by a synchronised one with the same parameters and buffers."""
     for name, child in module.named_children():
         if isinstance(child, _BatchNorm) and not isinstance(child, SyncedBatchNorm):
-            twin = SyncedBatchNorm(
+            synced = SyncedBatchNorm(
                 child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats
             )
-            twin._parameters, twin._buffers, twin.training = child._parameters, child._buffers, child.training
-            setattr(module, name, twin)
+            synced._parameters, synced._buffers, synced.training = child._parameters, child._buffers, child.training
+            setattr(module, name, synced)
         else:
             synchronise_batchnorm(child)
 

@@ -1,4 +1,4 @@
-"""Devices: choosing one, and moving networks and images to it in the right memory layout."""
+"""Devices: selection, and placement of networks and images in the right memory layout."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from exitkit.errors import UserError
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device called `name`; `auto` is CUDA where there is one, then MPS, then the CPU.
+    """Return the device called `name`; `auto` is CUDA if available, otherwise MPS, otherwise the CPU.
 
     Raises:
-        UserError: no such device on this machine.
+        UserError: the name is invalid, or this machine does not have the device.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kinds = [kind for kind, present in available.items() if present]
@@ -28,18 +28,19 @@ def choose_device(name: str) -> torch.device:
     except RuntimeError:
         raise UserError(f"device is {name!r}; expected auto, cpu, cuda, cuda:N or mps") from None
     if device.type not in kinds:
-        raise UserError(f"device {name!r} is not available here; expected one of auto, {', '.join(kinds)}")
+        raise UserError(f"device {name!r} is not available; expected one of auto, {', '.join(kinds)}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device {name!r} is not here; there are {torch.cuda.device_count()} CUDA devices, from cuda:0")
+        last = torch.cuda.device_count() - 1
+        raise UserError(f"device {name!r} is not available; expected a CUDA device from cuda:0 to cuda:{last}")
     return device
 
 
 @dataclass(frozen=True)
 class Placement:
-    """A device, and the memory layout of images and convolutions on it.
+    """A device and the memory layout of images and convolutions on it.
 
     Args:
-        device: the device.
+        device: where networks and batches are placed.
         channels_last: use the channels-last layout.
     """
 
@@ -63,7 +64,7 @@ class Placement:
         return labels.to(self.device, non_blocking=self.device.type == "cuda")
 
     def forked_randomness(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context that restores the states of torch's random generators at its end."""
+        """Return a context that restores the states of torch's global random generators at its end."""
         on_gpu = self.device.type == "cuda"
         forked: contextlib.AbstractContextManager[None] = torch.random.fork_rng(
             [self.device.index or 0] if on_gpu else [], device_type="cuda"
@@ -73,12 +74,12 @@ class Placement:
 
 @contextlib.contextmanager
 def process_settings(device: torch.device, *, tf32: bool = False, threads: int | None = None) -> Iterator[None]:
-    """Set the process up for reproducible work on a device, and restore its settings at the end.
+    """Configure the process for reproducible computation on a device, and restore its settings at the end.
 
     Args:
-        device: CUDA devices are made reproducible: deterministic kernels, no benchmarking of algorithms.
+        device: CUDA devices use deterministic kernels and do not benchmark algorithms.
         tf32: allow TensorFloat-32 products on CUDA.
-        threads: CPU threads of this process; None leaves them as they are.
+        threads: CPU threads of this process; None keeps the current number.
     """
     threads_before = torch.get_num_threads()
     if threads is not None:
@@ -102,7 +103,8 @@ def _deterministic_cuda(device: torch.device, tf32: bool) -> Iterator[None]:
         cudnn.allow_tf32,
         torch.cuda.current_device(),
     )
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, when cuBLAS starts: it can't be restored
+    # cuBLAS reads this variable once, when it starts, so that it can't be restored.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.cuda.set_device(device)
     torch.use_deterministic_algorithms(True, warn_only=True)
     cudnn.benchmark = False

@@ -1,11 +1,11 @@
 """The engine: local gradients, averaged over the ranks, then the update.
 
-It combines a placement (device), an arithmetic (precision) and ranks. Its one rule holds for every method: what is
-computed from data is a mean over the local batch; multiplied by the batch's rank weight and averaged over the ranks it
-is the mean over the global batch.
+It combines a placement (device), an arithmetic (precision) and ranks. One rule holds for every method: a loss or
+gradient is computed as a mean over the local batch; multiplied by the batch's rank weight and averaged over the ranks,
+it is the mean over the global batch.
 
-`DistributedDataParallel` is not used: several backward passes on one forward pass, `autograd.grad` and forward-mode
-products, on which half of the methods rest, are not averaged (or fail) under it.
+`DistributedDataParallel` is not used: it does not average (or fails at) several backward passes per forward pass,
+`autograd.grad` and forward-mode products, which half of the methods need.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from exitkit.errors import UserError
 
 
 class Engine:
-    """How one process computes: its placement, its arithmetic and its rank.
+    """The placement, arithmetic and rank of one process.
 
     Args:
-        device: where to compute.
+        device: device of the computation.
         precision: see `Precision`.
-        ranks: this process among others; by default it is alone.
+        ranks: this process's rank; None: a single process.
 
     Raises:
-        UserError: a precision that the device does not have.
+        UserError: the device does not support the precision.
     """
 
     def __init__(self, device: torch.device, precision: Precision = "fp32", ranks: Ranks | None = None) -> None:
@@ -56,8 +56,8 @@ class Engine:
 
         Args:
             loss: a mean over the local batch.
-            parameters: the parameters that are trained.
-            rank_weight: of the local batch.
+            parameters: the trained parameters.
+            rank_weight: the rank weight of the local batch.
         """
         for parameter in parameters:
             parameter.grad = None
@@ -65,7 +65,7 @@ class Engine:
         self.ranks.average([parameter.grad for parameter in parameters])
 
     def gradients(self, loss: Tensor, tensors: Sequence[Tensor], rank_weight: float = 1.0) -> list[Tensor | None]:
-        """Return the gradient of `loss`, averaged over the ranks; the graph is kept for the next loss."""
+        """Return the gradients of `loss`, averaged over the ranks (None: not reached); the graph is kept."""
         scaled = self.arithmetic.scaled(rank_share(loss, rank_weight))
         raw = torch.autograd.grad(scaled, tensors, retain_graph=True, allow_unused=True)
         gradients: list[Tensor | None] = [
@@ -86,7 +86,7 @@ class Engine:
         parameters: Sequence[nn.Parameter],
         gradients: Iterable[Tensor | None],
     ) -> None:
-        """Step the optimiser on given gradients; a parameter whose gradient is None is left unchanged."""
+        """Step the optimiser with these gradients; a parameter whose gradient is None stays unchanged."""
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient if gradient is None else self.arithmetic.rescaled(gradient)
         self.arithmetic.step(optimizer)
@@ -94,14 +94,14 @@ class Engine:
 
 def rank_share(local_mean: Tensor, rank_weight: float) -> Tensor:
     """Return this rank's share of a mean over the global batch: the local mean times the rank weight."""
-    if rank_weight == 0:  # no image on this rank: its mean is not a number, and must not count
+    if rank_weight == 0:  # this rank has no image: the mean over its empty batch is NaN
         local_mean = local_mean.nan_to_num()
     return local_mean if rank_weight == 1 else local_mean * rank_weight
 
 
 @contextlib.contextmanager
 def launch(device: str, precision: Precision, threads: int) -> Iterator[Engine]:
-    """Set this process up, and join the other ranks where torchrun started it; at the end all is restored.
+    """Configure this process and, under torchrun, join the other ranks; settings are restored at the end.
 
     Args:
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`; under torchrun each rank takes the GPU of its local rank.
@@ -109,7 +109,7 @@ def launch(device: str, precision: Precision, threads: int) -> Iterator[Engine]:
         threads: CPU threads of this process.
 
     Raises:
-        UserError: a device or precision that this machine does not have, or ranks on mps.
+        UserError: this machine does not have the device or precision, or several ranks are to train on mps.
     """
     world, rank, local = torchrun_variables()
     if world > 1 and device == "auto" and not torch.cuda.is_available():

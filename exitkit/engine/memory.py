@@ -1,4 +1,4 @@
-"""How much memory training took at most."""
+"""Peak memory of training."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _MIB = 2**20
 
 
 def give_back_freed() -> None:
-    """Give memory that an earlier run in this process has freed back to the system, so that it counts for no later one.
+    """Return freed memory to the system, so that memory of an earlier run in this process is not measured again.
 
-    Only glibc can be asked to; elsewhere nothing happens.
+    This works with glibc only; elsewhere it does nothing.
     """
     gc.collect()
     with contextlib.suppress(OSError, AttributeError, TypeError):
@@ -24,18 +24,18 @@ def give_back_freed() -> None:
 
 
 def begin_peak(device: torch.device) -> None:
-    """Forget earlier peaks, where the device or the system lets one."""
+    """Reset the measured peak, where the device or the system supports it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    with contextlib.suppress(OSError):  # not Linux: then it is the peak since the process began
+    with contextlib.suppress(OSError):  # not Linux: the peak since the process started is measured
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def peak_mib(device: torch.device) -> float:
-    """Return the most memory since `begin_peak`, in MiB: what tensors took on a GPU, else the whole process.
+    """Return the peak memory since `begin_peak`, in MiB: of tensors on a GPU, otherwise of the whole process.
 
-    On MPS and on Windows, which do not tell, it is NaN.
+    It is NaN on MPS and on Windows, which do not report it.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / _MIB
@@ -45,9 +45,9 @@ def peak_mib(device: torch.device) -> float:
         status = Path("/proc/self/status").read_text(encoding="ascii")
         return int(status.split("VmHWM:")[1].split()[0]) / 1024
     try:
-        # Imported when used: Windows has no such module.
+        # Imported when used: Windows does not have this module.
         import resource
     except ImportError:
         return float("nan")
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most / _MIB if sys.platform == "darwin" else most / 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / _MIB if sys.platform == "darwin" else peak / 1024

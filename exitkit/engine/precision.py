@@ -31,14 +31,14 @@ class Arithmetic:
     def __init__(self, precision: Precision, device_type: str) -> None:
         if precision == "tf32" and device_type != "cuda":
             raise UserError(
-                f"precision tf32 needs a CUDA device, and this is {device_type}; expected fp32, bf16 or fp16"
+                f"precision tf32 needs a CUDA device, and the device is {device_type}; expected fp32, bf16 or fp16"
             )
         self.precision = precision
         self._device_type = device_type
         self._scaler = torch.amp.GradScaler(device_type, enabled=precision == "fp16")
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Return the context that forward passes run in."""
+        """Return the autocast context of forward passes (a null context in fp32 and tf32)."""
         if self.precision not in _AUTOCAST:
             return contextlib.nullcontext()
         return torch.autocast(self._device_type, dtype=_AUTOCAST[self.precision])
@@ -49,23 +49,23 @@ class Arithmetic:
         return scaled
 
     def unscaled(self, gradient: Tensor) -> Tensor:
-        """Return a gradient of a scaled loss without the scale."""
+        """Return a gradient of a scaled loss, divided by the loss scale."""
         scale = self._scaler.get_scale()
         return gradient if scale == 1 else gradient / scale
 
     def rescaled(self, gradient: Tensor) -> Tensor:
-        """Return a gradient with the scale, as `step` expects it."""
+        """Return a gradient times the loss scale, as `step` expects it."""
         scale = self._scaler.get_scale()
         return gradient if scale == 1 else gradient * scale
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Step the optimiser on scaled gradients in place; in fp16 the step is skipped if a gradient overflowed."""
+        """Step the optimiser with the scaled gradients in `grad`; in fp16 it is skipped if a gradient overflowed."""
         self._scaler.step(optimizer)
         self._scaler.update()
 
     @property
     def may_overflow(self) -> bool:
-        """Whether gradients may be infinite because of the loss scale, so that their step is to be skipped."""
+        """Whether the loss scale may make gradients infinite; their step is then skipped."""
         return self.precision == "fp16"
 
     def state_dict(self) -> dict[str, Any]:

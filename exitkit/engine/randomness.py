@@ -1,4 +1,4 @@
-"""All randomness is a function of what it is for, never of what ran before in the process."""
+"""Seeds and generators that depend on their purpose only, not on earlier work in the process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def derive(*parts: int | str) -> int:
-    """Return a 63-bit seed that depends on every part and on nothing else (`derive(seed, "order", epoch)`)."""
+    """Return a 63-bit seed that depends on all parts and nothing else (`derive(seed, "order", epoch)`)."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 

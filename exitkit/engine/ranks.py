@@ -1,4 +1,4 @@
-"""Ranks: the processes that train one run together, started by torchrun, and what they exchange."""
+"""Ranks: the processes that train one run together, started by torchrun, and their communication."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch import Tensor
 from exitkit.errors import UserError
 
 _TORCHRUN = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0}
-"""The variables that torchrun sets, and their values without it."""
+"""The environment variables that torchrun sets, and their values without torchrun."""
 
 _PATIENCE = timedelta(days=2)
-"""How long ranks wait at a barrier for one that evaluates or holds a lock; torchrun ends them all if it dies."""
+"""Time limit of a barrier, where ranks wait for one that evaluates or holds a lock; torchrun ends all if it dies."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Ranks:
     rank: int = 0
     world: int = 1
     waiting: dist.ProcessGroup | None = None
-    """The group of `barrier`, whose time limit is long; None: the default group."""
+    """The process group of `barrier`, with a long time limit; None: the default group."""
 
     @property
     def is_main(self) -> bool:
@@ -41,7 +41,7 @@ class Ranks:
 
     @torch.no_grad()
     def average(self, tensors: Sequence[Tensor | None]) -> None:
-        """Average each tensor over the ranks, in place; a None (a parameter not reached) is None on every rank."""
+        """Average each tensor over the ranks, in place; None (no gradient) must be None on every rank."""
         present = [tensor for tensor in tensors if tensor is not None]
         if self.world == 1 or not present:
             return
@@ -53,16 +53,16 @@ class Ranks:
 
     @torch.no_grad()
     def total(self, tensor: Tensor, device: torch.device) -> Tensor:
-        """Return the sum over the ranks of a tensor on the CPU; `device` is where the ranks communicate."""
+        """Return the sum over the ranks of a tensor on the CPU; the ranks communicate on `device`."""
         if self.world == 1:
             return tensor
-        summed = tensor.to(device, copy=True)  # NCCL takes tensors on a GPU only
+        summed = tensor.to(device, copy=True)  # NCCL accepts GPU tensors only
         dist.all_reduce(summed)
         return summed.cpu()
 
     @torch.no_grad()
     def gather(self, tensor: Tensor) -> Tensor:
-        """Return the ranks' tensors concatenated along the batch; their lengths may differ."""
+        """Return the ranks' tensors [b, ...], concatenated to [B, ...]; the local batch sizes b may differ."""
         if self.world == 1:
             return tensor
         lengths = self._lengths(tensor)
@@ -73,7 +73,7 @@ class Ranks:
         return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
 
     def local_rows(self, gathered: Tensor, local: Tensor) -> Tensor:
-        """Return this rank's rows of what `gather(local)` returned."""
+        """Return the rows of `gathered`, the result of `gather(local)`, that belong to this rank."""
         if self.world == 1:
             return gathered
         start = sum(self._lengths(local)[: self.rank])
@@ -94,37 +94,38 @@ def torchrun_variables() -> tuple[int, int, int]:
     """Return (world size, rank, local rank) as torchrun sets them; (1, 0, 0) without it.
 
     Raises:
-        UserError: only some of the variables are set, or one is not a number.
+        UserError: only some of the variables are set, or one is not an integer.
     """
-    given = [variable for variable in _TORCHRUN if variable in os.environ]
-    if given and len(given) < len(_TORCHRUN):
-        missing = ", ".join(sorted(set(_TORCHRUN) - set(given)))
-        raise UserError(f"{', '.join(given)} is set but {missing} is not; start several ranks by torchrun, or unset it")
+    present = [variable for variable in _TORCHRUN if variable in os.environ]
+    if present and len(present) < len(_TORCHRUN):
+        missing = ", ".join(sorted(set(_TORCHRUN) - set(present)))
+        stated = f"{', '.join(present)} is set but {missing} is not"
+        raise UserError(f"{stated}; start several ranks with torchrun, or unset {', '.join(present)}")
     values = []
     for name, default in _TORCHRUN.items():
         try:
             values.append(int(os.environ.get(name, default)))
         except ValueError:
-            raise UserError(f"{name} is {os.environ[name]!r}; expected a number, as torchrun sets it") from None
+            raise UserError(f"{name} is {os.environ[name]!r}; expected an integer, as torchrun sets it") from None
     world, rank, local = values
     return world, rank, local
 
 
 @contextlib.contextmanager
 def join_ranks(world: int, rank: int, backend: str) -> Iterator[Ranks]:
-    """Join the other ranks for the length of the block.
+    """Join the other ranks until the end of the block.
 
-    The process group ends with the block, so that no rank waits for one that is gone; a group that the caller had made
-    stays.
+    The process group is destroyed at the end, so that no rank waits for one that has exited; a group that the caller
+    created is kept.
     """
     if world == 1:
         yield Ranks()
         return
-    made = not dist.is_initialized()
-    if made:
+    created = not dist.is_initialized()
+    if created:
         dist.init_process_group(backend)
     try:
         yield Ranks(rank, world, dist.new_group(backend="gloo", timeout=_PATIENCE))
     finally:
-        if made:
+        if created:
             dist.destroy_process_group()

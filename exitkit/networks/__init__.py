@@ -1,4 +1,4 @@
-"""What a family of networks, a method or a deployment imports: the cascade and what is done with it."""
+"""Public interface of multi-exit networks: the cascade, backbones, costs, pruning, compilation, attached exits."""
 
 from exitkit.errors import UserError
 from exitkit.networks.attach.exits import attach_exits

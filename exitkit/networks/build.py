@@ -1,4 +1,4 @@
-"""Networks made from the names of their backbones."""
+"""Construction of networks by the names of their backbones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from exitkit.networks.cascade import MultiExitNetwork
 from exitkit.networks.families.base import Backbone, home
 
 _TOO_LARGE = ("allocate memory", "Overflow", "out of memory", "Storage size calculation overflowed")
-"""What torch says of sizes that no machine, or not this one, has room for."""
+"""Parts of torch's error messages for tensors that do not fit into memory."""
 
 
 def build_network(
@@ -23,13 +23,13 @@ def build_network(
     """Build a network by the name of its backbone.
 
     Args:
-        name: a backbone or preset, as `exitkit list backbones` shows them.
-        num_classes: width of the logits; by default what the preset was published for.
-        input_shape: (channels, height, width) of the images; by default what the preset was published for.
-        settings: any fields of the backbone.
+        name: a backbone or preset, as listed by `exitkit list backbones`.
+        num_classes: width of the logits; by default as published for the backbone or preset.
+        input_shape: (channels, height, width) of the images; by default as published for the backbone or preset.
+        settings: fields of the backbone.
 
     Raises:
-        UserError: unknown name or field, or settings that make no network.
+        UserError: an unknown name or field, or settings that give no valid network.
     """
     backbone: Backbone = plugins.configure("backbone", name, settings)
     home_shape, home_classes = home(plugins.load("backbone", name))

@@ -1,11 +1,11 @@
-"""The cascade: stages in a chain, a head at each, gradient taps and one logit link between them.
+"""The cascade: a chain of stages with one head each, gradient taps, and one logit link.
 
     state_i    = stage_i(state_{i-1})                 state_0 = x
     e_i        = head_i.embed(view(state_i))          [B, d_i]
     z_i        = head_i.classify(e_i)                 [B, C]    the head's own logits ("raw")
     y_i, carry = link(i, z_i, e_i, carry)             [B, C]    the exit's output ("logits")
 
-Whole forward passes, early exit, cost and timing all run this one chain through `MultiExitNetwork.step`.
+Forward passes, early exit, cost counting and timing all run the chain through `MultiExitNetwork.step`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from torch.utils import _pytree as pytree
 from exitkit.errors import UserError
 
 State = Any
-"""What one stage hands to the next: any pytree of tensors whose first dimension is the batch."""
+"""State between two stages: any pytree of tensors whose first dimension is the batch."""
 Carry = Any
-"""What a logit link remembers from one exit to the next: a pytree like `State`, None before the first exit."""
+"""State of a logit link between two exits: a pytree like `State`, None before the first exit."""
 
 
 class ExitOutput(NamedTuple):
-    """What one exit gives: `logits` [B, C] (the output), `raw` [B, C] (the head's own), `embedding` [B, d]."""
+    """Outputs of one exit: `logits` [B, C], the head's own logits `raw` [B, C], and `embedding` [B, d]."""
 
     logits: Tensor
     raw: Tensor
@@ -34,7 +34,7 @@ class ExitOutput(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What all exits give, first to last, each a tuple of K tensors (never stacked: exits differ in their graphs)."""
+    """Outputs of all exits, first to last: tuples of K tensors, not stacked: each exit has its own autograd graph."""
 
     logits: tuple[Tensor, ...]
     raw: tuple[Tensor, ...]
@@ -56,42 +56,43 @@ class Head(nn.Module):
 
 
 class GradientTap:
-    """Changes how gradients flow at the boundary behind each stage; an identity forward.
+    """Changes the gradients at the boundary after each stage; the forward pass is the identity.
 
-    Subclasses are frozen dataclasses: two taps that compare equal are one tap.
+    Subclasses are frozen dataclasses: equal taps count as one tap.
     """
 
     def into_last_unit(self, network: MultiExitNetwork, index: int, state: State) -> State:
-        """Return what the last unit of stage `index` reads, with its gradients changed (see `Units`)."""
+        """Return the input of the last unit of stage `index`, with its gradients changed (see `Units`)."""
         return state
 
     def to_head(self, network: MultiExitNetwork, index: int, view: Tensor) -> Tensor:
-        """Return `view`, the tensor that head `index` reads, with its gradient changed."""
+        """Return `view`, the input of head `index`, with its gradient changed."""
         return view
 
     def onward(self, network: MultiExitNetwork, index: int, state: State) -> State:
-        """Return the state that stage `index + 1` reads, with its gradients changed (never called at the last)."""
+        """Return the input of stage `index + 1`, with its gradients changed; not called for the last stage."""
         return state
 
 
 class LogitLink(nn.Module):
-    """Decides how an exit's output uses the exits before it; stays at inference. This one uses none of them.
+    """Computes the output of an exit from its head and the earlier exits, in training and at inference.
 
-    `config` is what the link was made from: two links of one type and one config are the same link.
+    The base class returns the head's own logits. `config` holds the arguments that the link was made with: two links
+    of the same type and config are the same link.
     """
 
     config: tuple[Any, ...] = ()
 
     def forward(self, index: int, raw: Tensor, embedding: Tensor, carry: Carry) -> tuple[Tensor, Carry]:
-        """Return the output of exit `index` [B, C] and what the next exit's link needs."""
+        """Return the output of exit `index` [B, C], and the carry for the next exit."""
         return raw, carry
 
 
 class Units(nn.Sequential):
-    """A stage made of units in a row; the last one bears the exit, and a tap can reach in before it."""
+    """A stage of consecutive units; the exit follows the last one, whose input a tap can change."""
 
     def forward(self, state: State, into_last: Callable[[State], State] = lambda state: state) -> State:
-        """Run the units, with `into_last` applied to what the last one reads."""
+        """Run the units, with `into_last` applied to the input of the last one."""
         *before, last = self
         for unit in before:
             state = unit(state)
@@ -106,9 +107,12 @@ class MultiExitNetwork(nn.Module):
         heads: K heads, each reading `view(state)`.
         input_shape: (channels, height, width) of one image.
         num_classes: width C of every exit's logits.
-        family: which published family this is ("msdnet", ...): methods that copy a released quirk ask for it.
+        family: the published family ("msdnet", ...); methods that reproduce released code depend on it.
 
     Subclasses whose state is not a single tensor override `view` and `with_view`.
+
+    Raises:
+        UserError: the numbers of stages and heads differ, or are 0.
     """
 
     def __init__(
@@ -123,7 +127,7 @@ class MultiExitNetwork(nn.Module):
         self.stages = nn.ModuleList(stages)
         self.heads = nn.ModuleList(heads)
         if len(self.stages) != len(self.heads) or not self.heads:
-            raise UserError(f"a cascade needs one head a stage: {len(self.stages)} stages, {len(self.heads)} heads")
+            raise UserError(f"{len(self.stages)} stages and {len(self.heads)} heads; expected one head per stage")
         self.link: LogitLink = LogitLink()
         self.taps: list[GradientTap] = []
         self.input_shape = input_shape
@@ -147,11 +151,11 @@ class MultiExitNetwork(nn.Module):
     def step(self, index: int, state: State, carry: Carry = None) -> tuple[ExitOutput, State, Carry]:
         """Run stage and head `index` on the state before it.
 
-        Returns the exit's output, and the state and carry for `step(index + 1, ...)`. Whoever drops finished samples
-        drops their rows of both.
+        Returns the exit's output, and the state and carry for `step(index + 1, ...)`. A caller that drops finished
+        samples must drop their rows from both.
         """
-        # Inference mode records no gradient of either kind, so nothing can flow back for a tap to change.
-        # (A compiler can't ask which mode it is in; it compiles the taps, which are identities, away.)
+        # Inference mode records no gradients, so that taps have no effect.
+        # (A compiler can't query the mode; it removes the taps, which are identities.)
         taps = self.taps if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled() else ()
         stage = self.stages[index]
         if taps and isinstance(stage, Units):
@@ -176,7 +180,7 @@ class MultiExitNetwork(nn.Module):
         return state
 
     def iterate(self, x: Tensor) -> Iterator[ExitOutput]:
-        """Yield the exits' outputs one by one; nothing is computed for an exit before it is asked for."""
+        """Yield the exits' outputs in order; each exit is computed when it is requested."""
         state, carry = x, None
         for index in range(self.num_exits):
             output, state, carry = self.step(index, state, carry)
@@ -191,37 +195,37 @@ class MultiExitNetwork(nn.Module):
         """Add a gradient tap; adding an equal one again changes nothing.
 
         Raises:
-            UserError: a tap of the same kind with other settings is there already.
+            UserError: the network already has a tap of the same type with other settings.
         """
         if tap in self.taps:
             return
-        twin = next((other for other in self.taps if type(other) is type(tap)), None)
-        if twin is not None:
-            raise UserError(f"the network has {twin} already, and {tap} contradicts it; use one setting for both")
+        existing = next((other for other in self.taps if type(other) is type(tap)), None)
+        if existing is not None:
+            raise UserError(f"the network already has {existing}, which contradicts {tap}; use equal settings")
         self.taps.append(tap)
 
     def set_link(self, link: LogitLink) -> None:
         """Set the logit link; setting an equal one again changes nothing.
 
         Raises:
-            UserError: another link is there already (a network takes one).
+            UserError: the network already has another link.
         """
         if type(self.link) is not LogitLink:
             if type(self.link) is type(link) and self.link.config == link.config:
                 return
             raise UserError(
-                f"the network's logit link is {type(self.link).__name__}{self.link.config} already, "
-                f"{type(link).__name__}{link.config} can't be added: a network takes one"
+                f"the network already has the logit link {type(self.link).__name__}{self.link.config}; "
+                f"{type(link).__name__}{link.config} can't be added, expected at most one link"
             )
         self.link = link
 
     @torch.no_grad()
     def embedding_widths(self) -> list[int]:
-        """Return how many numbers each exit's embedding has for one image."""
+        """Return the number of elements of each exit's embedding for one image."""
         reference = next(self.parameters())
         x = torch.zeros(2, *self.input_shape, dtype=reference.dtype, device=reference.device)
         training = [module for module in self.modules() if module.training]
-        self.eval()  # batch norm must not move its statistics
+        self.eval()  # batch norm must not update its running statistics
         try:
             return [output.embedding[0].numel() for output in self.iterate(x)]
         finally:

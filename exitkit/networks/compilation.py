@@ -1,4 +1,4 @@
-"""Compiled networks: each stage and each head by itself, so that what lies between them stays plain Python."""
+"""Compilation of each stage and each head by torch.compile; gradient taps and the logit link remain plain Python."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ if TYPE_CHECKING:
 
 
 def eagerly() -> AbstractContextManager[None]:
-    """Return a context that takes no compiled code: compilers know neither forward mode nor a backward's backward."""
+    """Return a context without compiled code: torch.compile supports neither forward mode nor double backward."""
     stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
     return stance
 
 
 def compile_parts(network: MultiExitNetwork) -> None:
-    """Have a network's stages and heads compiled in place when they first run; names and weights stay as they are.
+    """Compile a network's stages and heads in place, when they first run; names and weights do not change.
 
-    A cascade is compiled in parts since its gradient taps and its logit link differ from method to method, and since
-    an early exit stops between two of them. The shapes of a part repeat, so that it is compiled once (and once more for
-    the last, smaller batch of an epoch).
+    The parts are compiled separately because gradient taps and the logit link differ between methods, and because
+    early exit stops between two stages. Input shapes repeat, so that a part is compiled once, and once more for the
+    smaller last batch of an epoch.
     """
     # Imported when used: only compiled networks need it.
     import torch._functorch.config as functorch
 
-    # Compiled code may reuse saved tensors as scratch; several backwards through one graph (aggregators) need them.
+    # Compiled code may overwrite saved tensors, but aggregators need several backward passes through one graph.
     functorch.donated_buffer = False
     for part in _parts(network):
         part.compile()

@@ -1,4 +1,4 @@
-"""Multiply-adds and parameters of every exit, counted while the chain runs stage by stage."""
+"""Cost of every exit: multiply-adds and parameters, counted while the network runs stage by stage."""
 
 from __future__ import annotations
 
@@ -21,16 +21,18 @@ Shape = tuple[int, ...]
 
 
 class ExitCost(NamedTuple):
-    """What it costs to answer one image at an exit: everything executed up to it, earlier heads included.
+    """Cost of the prediction for one image at an exit: all that is executed up to it, earlier heads included.
 
     Attributes:
         exit: number of the exit, from 1.
         papers: the count behind the papers' tables: `macs`, and 1 for each bias of a linear layer, 1 for each input
             of a ReLU, and k*k for each output of a k x k pooling.
         macs: multiply-adds of convolutions and linear layers.
-        pruned: the `macs` of the network cut at this exit (`prune_to`): only what its answer depends on. Left out are
-            the earlier heads, but for those that a logit link carries on, and fine-scale work for later exits.
-        params: parameters of all modules executed; as in the papers' count, without single mixing weights (SDN).
+        pruned: `macs` of the network pruned to this exit (`prune_to`): the operations that its prediction depends on.
+            Earlier heads are excluded unless a logit link uses their output, as are fine-scale operations that only
+            later exits need.
+        params: number of parameters of all executed modules; as in the papers, scalar parameters (SDN's mixing
+            weights) are not counted.
     """
 
     exit: int
@@ -40,7 +42,7 @@ class ExitCost(NamedTuple):
     params: int
 
 
-# What the papers' convention adds. The counter counts operations, two a multiply-add, and so do these.
+# Operations that the papers count in addition. FlopCounterMode counts two operations per multiply-add; so do these.
 def _linear_with_bias(bias: Shape, a: Shape, b: Shape, *_: Any, **__: Any) -> int:
     return 2 * (a[0] * a[1] * b[1] + math.prod(bias))
 
@@ -50,7 +52,7 @@ def _relu(x: Shape, *_: Any, **__: Any) -> int:
 
 
 def _pool(x: Shape, kernel: list[int], *_: Any, out_shape: Any = None, **__: Any) -> int:
-    # Max pooling gives two tensors, values and indices; its shape is then a pair of shapes.
+    # Max pooling returns values and indices, so that `out_shape` is a pair of shapes.
     values: Shape = out_shape if isinstance(out_shape[0], int) else out_shape[0]
     return 2 * math.prod(values) * math.prod(kernel if len(kernel) == 2 else kernel * 2)
 
@@ -71,19 +73,18 @@ _PAPERS = {
 
 
 def cost(network: MultiExitNetwork, input_shape: tuple[int, int, int] | None = None) -> list[ExitCost]:
-    """Count what each exit costs, for one image.
+    """Count the cost of each exit for one image.
 
-    A copy of the network without storage runs on an image without storage, so that nothing of the network changes
-    and ImageNet sizes cost no memory.
+    A copy of the network runs on the `meta` device, so that the network does not change and no memory is allocated.
 
     Args:
-        network: the network, with whatever links a method has put into it.
-        input_shape: (channels, height, width); by default what the network was built for.
+        network: the network, adapted by its method; a logit link adds to the cost.
+        input_shape: (channels, height, width) of the image; by default the network's `input_shape`.
 
     Returns:
-        one `ExitCost` an exit, first to last.
+        one `ExitCost` per exit, first to last.
     """
-    ghost = copy.deepcopy(network).to("meta").eval()
+    meta_copy = copy.deepcopy(network).to("meta").eval()
     state: Any = torch.empty(1, *(input_shape or network.input_shape), device="meta", dtype=_dtype(network))
     carry = None
     counts: list[tuple[int, int]] = []
@@ -91,9 +92,9 @@ def cost(network: MultiExitNetwork, input_shape: tuple[int, int, int] | None = N
     operations = FlopCounterMode(display=False)
     papers = FlopCounterMode(display=False, custom_mapping=_PAPERS)
     flow = _Flow(operations)
-    with _counting(), _executed_parameters(ghost) as executed, operations, papers, flow:
+    with _counting(), _executed_parameters(meta_copy) as executed, operations, papers, flow:
         for index in range(network.num_exits):
-            output, state, carry = ghost.step(index, state, carry)
+            output, state, carry = meta_copy.step(index, state, carry)
             flow.mark(output.logits)
             counts.append((papers.get_total_flops() // 2, operations.get_total_flops() // 2))
             parameters.append(sum(executed.values()))
@@ -103,7 +104,7 @@ def cost(network: MultiExitNetwork, input_shape: tuple[int, int, int] | None = N
 
 @contextmanager
 def _counting() -> Iterator[None]:
-    """Have every operation come to the counters by itself: none recorded for gradients, none fused away."""
+    """Disable autograd and fused attention, so that the counters see every operation separately."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -114,9 +115,9 @@ def _counting() -> Iterator[None]:
 
 
 class _Flow(TorchDispatchMode):
-    """Records of every operation how much it counts, and which earlier operations its inputs come from.
+    """Records the count of every operation, and the earlier operations that produce its inputs.
 
-    A tensor is known by its storage, so that views and in-place operations are followed, too.
+    A tensor is identified by its storage, so that views and in-place operations are followed.
     """
 
     def __init__(self, counter: FlopCounterMode) -> None:
@@ -126,7 +127,7 @@ class _Flow(TorchDispatchMode):
         self.inputs: list[set[int]] = []
         self.marked: list[int] = []
         self._writer: dict[int, int] = {}
-        self._alive: list[Any] = []  # a storage that were freed could give its identity to another
+        self._alive: list[Any] = []  # the identity of a freed storage may be used again
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before = self.counter.get_total_flops()
@@ -139,20 +140,20 @@ class _Flow(TorchDispatchMode):
             self._writer[self._key(tensor)] = len(self.counts) - 1
         return result
 
-    def mark(self, answer: Tensor) -> None:
-        """Note which operation gave an exit's answer."""
-        self.marked.append(self._writer[self._key(answer)])
+    def mark(self, output: Tensor) -> None:
+        """Record the operation that produces an exit's output."""
+        self.marked.append(self._writer[self._key(output)])
 
     def needed(self) -> list[int]:
-        """Return the counts of all that each marked answer depends on."""
-        return [self._behind(operation) for operation in self.marked]
+        """Return, for each marked output, the count of all operations that it depends on."""
+        return [self._count_needed(operation) for operation in self.marked]
 
-    def _behind(self, last: int) -> int:
-        wanted = {last}
-        for operation in range(last, -1, -1):  # operations come after what they read
-            if operation in wanted:
-                wanted |= self.inputs[operation]
-        return sum(self.counts[operation] for operation in wanted)
+    def _count_needed(self, last: int) -> int:
+        needed = {last}
+        for operation in range(last, -1, -1):  # an operation comes after those that produce its inputs
+            if operation in needed:
+                needed |= self.inputs[operation]
+        return sum(self.counts[operation] for operation in needed)
 
     def _key(self, tensor: Tensor) -> int:
         storage = tensor.untyped_storage()
@@ -170,15 +171,15 @@ def _dtype(network: nn.Module) -> torch.dtype:
 
 @contextmanager
 def _executed_parameters(network: nn.Module) -> Iterator[dict[int, int]]:
-    """Collect {identity: size} of the parameters of every module that runs."""
-    seen: dict[int, int] = {}
+    """Collect {identity: number of elements} of the parameters of every module that runs."""
+    sizes: dict[int, int] = {}
 
-    def note(module: nn.Module, inputs: Any) -> None:
-        seen.update({id(p): p.numel() for p in module.parameters(recurse=False) if p.dim()})
+    def record(module: nn.Module, inputs: Any) -> None:
+        sizes.update({id(p): p.numel() for p in module.parameters(recurse=False) if p.dim()})
 
-    handles = [module.register_forward_pre_hook(note) for module in network.modules()]
+    handles = [module.register_forward_pre_hook(record) for module in network.modules()]
     try:
-        yield seen
+        yield sizes
     finally:
         for handle in handles:
             handle.remove()

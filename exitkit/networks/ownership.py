@@ -1,4 +1,4 @@
-"""Which exits read which parameter."""
+"""Dependence of the exits' outputs on the parameters."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from exitkit.networks.cascade import MultiExitNetwork
 
 
 def owners(network: MultiExitNetwork) -> dict[str, tuple[int, ...]]:
-    """Say which exits' outputs depend on each trainable parameter.
+    """Return the exits whose outputs depend on each trainable parameter.
 
-    Returns {parameter name: indices of the exits whose output reads it}; an empty tuple for a parameter that no exit
-    reads. Dependence is asked of the graph, so that a gradient which happens to be zero still counts, and a detached
-    one does not.
+    Dependence is read from the autograd graph, so that a gradient that happens to be zero counts, and a detached path
+    does not.
+
+    Returns:
+        {parameter name: exit indices, from 0}; an empty tuple for a parameter on which no exit depends.
     """
     named = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
     if not named:
@@ -21,13 +23,13 @@ def owners(network: MultiExitNetwork) -> dict[str, tuple[int, ...]]:
     reference = named[0][1]
     x = torch.zeros(2, *network.input_shape, dtype=reference.dtype, device=reference.device)
     training = [module for module in network.modules() if module.training]
-    network.eval()  # batch norm must not move its statistics
+    network.eval()  # batch norm must not update its running statistics
     try:
         with torch.enable_grad():
             logits = network(x).logits
             reached: dict[str, list[int]] = {name: [] for name, _ in named}
             for index, output in enumerate(logits):
-                if not output.requires_grad:  # all that it reads is frozen
+                if not output.requires_grad:  # it depends on frozen parameters only
                     continue
                 grads = torch.autograd.grad(output.sum(), [p for _, p in named], retain_graph=True, allow_unused=True)
                 for (name, _), grad in zip(named, grads, strict=True):
@@ -40,12 +42,12 @@ def owners(network: MultiExitNetwork) -> dict[str, tuple[int, ...]]:
 
 
 def unreached(network: MultiExitNetwork) -> list[str]:
-    """Return the names of the parameters that no exit reads (MSDNet's last fine-scale units)."""
+    """Return the names of the trainable parameters on which no exit depends (MSDNet's last fine-scale units)."""
     return [name for name, exits in owners(network).items() if not exits]
 
 
 def batchnorm_parameters(network: MultiExitNetwork) -> set[str]:
-    """Return the names of the scales and shifts of all batch normalisations."""
+    """Return the names of the scale and shift parameters of all batch-norm layers."""
     return {
         f"{prefix}.{name}"
         for prefix, module in network.named_modules()

@@ -1,4 +1,4 @@
-"""A network cut at one exit: what a deployment that always answers there really needs."""
+"""Pruning of a network to one exit, for deployments that always use that exit."""
 
 from __future__ import annotations
 
@@ -12,29 +12,30 @@ from exitkit.networks.cascade import Head, MultiExitNetwork
 
 
 def prune_to(network: MultiExitNetwork, exit: int) -> MultiExitNetwork:
-    """Return a network with one exit that answers what exit `exit` of `network` answers, and does nothing else.
+    """Return a network with one exit, whose predictions are those of exit `exit` of `network`.
 
-    Left out is all that this exit never reads: the later stages, the earlier heads (but for those whose output a logit
-    link carries on), and fine-scale work that only later exits need. Its cost is the `pruned` column of `cost`.
+    Operations that this exit does not depend on are removed: the later stages, the earlier heads (unless a logit link
+    uses their output), and fine-scale operations for later exits. Its cost is the `pruned` column of `cost`.
 
     Args:
-        network: any cascade whose forward `torch.fx` can trace; it is left as it is, and shares nothing with the cut.
+        network: any cascade whose forward `torch.fx` can trace; it does not change, and shares no tensors with the
+            result.
         exit: number of the exit, from 1.
 
     Returns:
-        a `MultiExitNetwork` of one stage, images [B, *input_shape] -> logits [B, C], whose parameters keep their names
-        behind `stages.0.`, and whose `logits`, `raw` and `embeddings` are the one answer.
+        a `MultiExitNetwork` of one stage, images [B, *input_shape] -> logits [B, C]. The names of its parameters are
+        prefixed by `stages.0.`; its `logits`, `raw` and `embeddings` are the same tensor.
 
     Raises:
-        UserError: no such exit, or a network that can't be traced.
+        UserError: the network has no such exit, or can't be traced.
     """
     if isinstance(exit, bool) or not isinstance(exit, int) or not 1 <= exit <= network.num_exits:
         raise UserError(f"exit is {exit!r}; expected an exit from 1 to {network.num_exits}")
     training = [module for module in network.modules() if module.training]
-    network.eval()  # what asks for the mode becomes a constant of the graph; layers such as batch norm keep both modes
+    network.eval()  # reads of `training` become constants of the graph; batch norm and the like keep both modes
     try:
-        graph = fx.Tracer().trace(_Answer(network, exit))
-    except Exception as error:  # whatever someone's forward does with a tensor that has no values
+        graph = fx.Tracer().trace(_UpToExit(network, exit))
+    except Exception as error:  # a user's forward may raise any error on a tensor without values
         reason = " ".join(str(error).split())
         raise UserError(f"the network can't be cut at exit {exit}: torch.fx can't trace it ({reason})") from error
     finally:
@@ -43,16 +44,16 @@ def prune_to(network: MultiExitNetwork, exit: int) -> MultiExitNetwork:
     for node in graph.nodes:
         if node.op in ("call_module", "get_attr"):
             node.target = node.target.removeprefix("network.")
-    whole = fx.GraphModule(network, graph)
-    whole.graph.eliminate_dead_code()
-    stage = copy.deepcopy(fx.GraphModule(whole, whole.graph))  # takes along only what the graph still names
+    traced = fx.GraphModule(network, graph)
+    traced.graph.eliminate_dead_code()
+    stage = copy.deepcopy(fx.GraphModule(traced, traced.graph))  # copies only what the graph uses
     head = Head(nn.Identity(), nn.Identity())
-    cut = MultiExitNetwork([stage], [head], network.input_shape, network.num_classes)
-    return cut.train(network.training)
+    pruned = MultiExitNetwork([stage], [head], network.input_shape, network.num_classes)
+    return pruned.train(network.training)
 
 
-class _Answer(nn.Module):
-    """Runs the chain up to one exit, without taps: images -> that exit's logits."""
+class _UpToExit(nn.Module):
+    """Runs the network up to one exit, without taps: images -> the logits of that exit."""
 
     def __init__(self, network: MultiExitNetwork, exit: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Gradient rescaling at a boundary: an identity whose derivative is a given factor."""
+"""Gradient rescaling: an identity whose derivative is a given factor."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch.autograd import forward_ad
 
 
 class _RescaleCompiled(torch.autograd.Function):
-    """x -> x, with the gradient multiplied by `factor`. Keeps the factor only, and copies nothing.
+    """x -> x, with the gradient multiplied by `factor`; it saves the factor only, and copies nothing.
 
-    Compilers take no function that has a forward-mode rule.
+    It has no forward-mode rule, since torch.compile does not support functions that have one.
     """
 
     @staticmethod
@@ -29,7 +29,7 @@ class _RescaleCompiled(torch.autograd.Function):
 
 
 class _Rescale(_RescaleCompiled):
-    """The same with the tangent multiplied, too, and under vmap."""
+    """`_RescaleCompiled` with support for forward mode and vmap."""
 
     generate_vmap_rule = True
 
@@ -40,9 +40,9 @@ class _Rescale(_RescaleCompiled):
 
 
 class _RescaleDual(_Rescale):
-    """The same for a dual tensor outside `torch.func`.
+    """`_Rescale` for a dual tensor outside `torch.func`.
 
-    There the tangent of a view has to be a view of the tangent, which a multiple is not; so this one copies.
+    There the tangent of a view must be a view of the tangent, which a scaled tangent is not; so this function copies.
     """
 
     generate_vmap_rule = True
@@ -53,9 +53,9 @@ class _RescaleDual(_Rescale):
 
 
 def rescale(x: Tensor, factor: float) -> Tensor:
-    """Return x unchanged; whatever is differentiated through it is multiplied by `factor` (IMTA, equation 4).
+    """Return x; derivatives through it are multiplied by `factor` (IMTA, equation 4).
 
-    Works for backward, double backward, forward mode and under vmap; compiled, for backward.
+    Supports backward, double backward, forward mode and vmap; under torch.compile, backward only.
     """
     if factor == 1 or not x.is_floating_point():
         return x

@@ -140,7 +140,7 @@ def test_it_may_be_measured_again(cli, runs):
         ("--repeats 0", "--repeats is 0; expected at least 1"),
         ("--batch-size 0", "--batch-size is 0; expected at least 1"),
         ("--threads -1", "--threads is -1; expected at least 1"),
-        ("--mode fast", "unknown mode 'fast'; there is latency, throughput"),
+        ("--mode fast", "unknown mode 'fast'; available: latency, throughput"),
         ("--boundary all", "unknown boundary 'all'"),
         ("--budget 1", "budget 1 is below what the first exit costs"),
         ("--repeats many", "'many' is not a valid integer"),

@@ -11,6 +11,7 @@ import threading
 
 import pandas as pd
 import pytest
+import torch
 
 from exitkit import Recipe
 from exitkit.benchmarks.campaign import queue as campaigns
@@ -345,3 +346,30 @@ def test_what_is_refused_leaves_no_folder_behind(tmp_path):
     with pytest.raises(UserError):
         make_launcher("submitit-local", 1, resolved(), tmp_path / "out", {"timeout_mn": "1"})
     assert not (tmp_path / "out").exists()
+
+
+def test_a_worker_killed_within_a_message_ends_its_run_and_no_listener():
+    import queue
+    from types import SimpleNamespace
+
+    from exitkit.benchmarks.campaign.launchers import _Worker
+
+    answers = queue.SimpleQueue()
+    worker = _Worker.__new__(_Worker)
+    worker.process = SimpleNamespace(stdout=iter(['{"event": "progress"}\n', '{"event": "prog']))
+    worker._listen(answers)
+    assert answers.get() == (worker, {"event": "progress"})
+    assert answers.get() == (worker, None)
+
+
+def test_a_worker_is_given_its_gpu_by_the_environment_and_not_by_the_recipe(monkeypatch):
+    from exitkit.benchmarks.campaign import launchers
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [launchers.gpu_of(number) for number in range(3)] == ["0", "1", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5, 7")
+    assert [launchers.gpu_of(number) for number in range(3)] == ["5", "7", "5"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert launchers.gpu_of(0) is None

@@ -385,3 +385,9 @@ def test_every_method_can_be_timed_and_the_costly_ones_cost_more(tmp_path):
     seconds = {method: estimate.seconds(each) for method, each in recipes.items()}
     assert all(0 < each < 1000 for each in seconds.values())
     assert seconds["metagf"] > 1.5 * seconds["joint"] < seconds["l2w"]  # about 5 and 6 times, and clocks are noisy
+
+
+@pytest.mark.parametrize("names", ["ge,,boostnet", "ge,", ",ge"])
+def test_an_empty_name_among_methods_is_a_mistake(names):
+    with pytest.raises(UserError, match="methods has an empty name"):
+        Plan.make({"methods": names})

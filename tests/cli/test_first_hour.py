@@ -213,7 +213,7 @@ def test_names_in_brackets_are_shown_and_an_extra_is_there_only_if_its_method_is
     monkeypatch.setattr("exitkit.cli.catalogue._stored", lambda: None)
     monkeypatch.setattr("exitkit.cli.catalogue._store", lambda whole: None)
     shown = " ".join(cli("list").out.split())
-    assert "nashmtl not usable: nashmtl needs a solver that is not; pip install 'exitkit[nashmtl]'" in shown
+    assert "nashmtl not usable: nashmtl needs a solver that is not installed; pip install 'exitkit[nashmtl]'" in shown
 
 
 def test_what_breaks_while_it_is_looked_at_is_a_finding_and_stops_no_other_check(cli, monkeypatch):

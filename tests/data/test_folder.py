@@ -213,7 +213,7 @@ def test_sixteen_bits_a_channel_are_refused_and_not_cut_off(two_parts):
     deep = np.full((20, 28), 40000, dtype=np.uint16)
     Image.fromarray(deep).save(two_parts / "val" / "ant" / "00.png")
     data = ImageFolder(**settings()).load(two_parts)
-    with pytest.raises(UserError, match=r"00\.png has more than 8 bits a channel"):
+    with pytest.raises(UserError, match=r"00\.png has more than 8 bits per channel"):
         read(data, "test")
 
 
@@ -226,8 +226,8 @@ def remove(path):
     [
         (lambda folder: remove(folder / "val" / "cow"), "3 classes and .*val has 2; .*not in both: cow"),
         (lambda folder: (folder / "val" / "cow").rename(folder / "val" / "cat"), "not in both: cat, cow"),
-        (lambda folder: remove(folder / "val"), "has train but no test or val beside it"),
-        (lambda folder: remove(folder / "train"), "has val but no train beside it"),
+        (lambda folder: remove(folder / "val"), "has the subfolder train but not test or val; expected both"),
+        (lambda folder: remove(folder / "train"), "has the subfolder val but not train; expected both"),
         (
             lambda folder: [path.unlink() for path in (folder / "train" / "bee").iterdir()],
             "class folder .*train/bee holds no images; expected .jpg",
@@ -253,9 +253,9 @@ def test_folders_that_are_not_right_are_refused(two_parts, spoil, words):
 
 
 def test_other_mistakes(tmp_path, two_parts):
-    with pytest.raises(UserError, match="say which by --data-dir"):
+    with pytest.raises(UserError, match="expected --data-dir DIR"):
         ImageFolder().load(None)
-    with pytest.raises(UserError, match="nowhere is no folder"):
+    with pytest.raises(UserError, match="nowhere is not a folder"):
         ImageNet().load(tmp_path / "nowhere")
     with pytest.raises(UserError, match="50000 images can't be drawn from 30 images in 3 classes; expected 3 to 27"):
         ImageNet().load(two_parts)
@@ -275,5 +275,5 @@ def test_a_stored_split_of_a_folder_that_has_changed_is_refused(two_parts):
     stored = dataset.load(two_parts).split
     assert torch.equal(dataset.load(two_parts).with_split(stored).split.train, stored.train)
     shutil.copy(two_parts / "train" / "ant" / "00.png", two_parts / "train" / "ant" / "new.png")
-    with pytest.raises(UserError, match=r"has 30 training and validation images and here are 31; .*added or removed"):
+    with pytest.raises(UserError, match=r"has 30 training and validation images, but the data has 31; .*added or removed"):
         dataset.load(two_parts).with_split(stored)

@@ -110,10 +110,10 @@ def test_a_damaged_split_is_one_clear_line(tmp_path):
         Split.load(path)
     assert "\n" not in str(caught.value)
     save_file({"train": torch.arange(3)}, path)
-    with pytest.raises(UserError, match="is no split"):
+    with pytest.raises(UserError, match="is not a split"):
         Split.load(path)
     save_file({part: torch.arange(3.0) for part in PARTS}, path)
-    with pytest.raises(UserError, match="is no split"):
+    with pytest.raises(UserError, match="is not a split"):
         Split.load(path)
 
 
@@ -121,8 +121,8 @@ def test_a_damaged_split_is_one_clear_line(tmp_path):
     ("change", "words"),
     [
         (lambda split: Split(split.train[:-1], split.validation, split.test), "1296 training and validation images"),
-        (lambda split: Split(split.train, split.validation, split.test[:0]), "0 test images and here are 500"),
-        (lambda split: Split(split.train + 1000, split.validation, split.test), "different ones from 0 to 1796"),
+        (lambda split: Split(split.train, split.validation, split.test[:0]), "0 test images, but the data has 500"),
+        (lambda split: Split(split.train + 1000, split.validation, split.test), "different integers from 0 to 1796"),
         (lambda split: Split(split.train, split.validation, split.test - 1000), "test indices are not"),
         (lambda split: Split(split.train, split.train[:200], split.test), "training and validation indices are not"),
     ],

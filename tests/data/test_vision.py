@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from exitkit.data.vision import CIFAR10, CIFAR100, FashionMNIST, _fetching
+from exitkit.data.vision import CIFAR10, CIFAR100, FashionMNIST, _download_lock
 from exitkit.errors import UserError
 
 
@@ -171,7 +171,7 @@ def test_a_missing_folder_says_what_was_looked_for_and_where(tmp_path, offline, 
     assert "\n" not in message
     for words in (dataset.title, str(folder), dataset.layouts, "--data-dir"):
         assert words in message
-    assert ("or fetched" in message) == ("no network here" in message) == download
+    assert ("or downloaded" in message) == ("no network here" in message) == download
     assert ("Dataset not found" in message) != download
     assert folder.exists() == there  # what could not be fetched leaves no empty folder
 
@@ -183,7 +183,7 @@ def test_a_missing_folder_says_what_was_looked_for_and_where(tmp_path, offline, 
 )
 def test_damaged_fashion_mnist_is_said_to_be_damaged(tmp_path, offline, name, keep, download):
     cut(write_fashion(tmp_path) / name, keep)
-    with pytest.raises(UserError, match=r"FashionMNIST/raw: .*\); .* delete what is damaged there") as caught:
+    with pytest.raises(UserError, match=r"FashionMNIST/raw: .*\); .* delete damaged files there") as caught:
         FashionMNIST(validation=20).load(tmp_path, download)
     assert "\n" not in str(caught.value)
 
@@ -220,13 +220,13 @@ def test_who_waits_for_a_fetch_that_fails_takes_its_turn(tmp_path):
     folder, began, goes_on = tmp_path / "deep" / "images", threading.Event(), threading.Event()
 
     def fails():
-        with pytest.raises(OSError, match="no network"), _fetching(folder):
+        with pytest.raises(OSError, match="no network"), _download_lock(folder):
             began.set()
             assert goes_on.wait(60)
             raise OSError("no network")
 
     def waits():
-        with _fetching(folder):
+        with _download_lock(folder):
             (folder / "images").write_text("fetched")
 
     with ThreadPoolExecutor(2) as pool:

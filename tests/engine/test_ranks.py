@@ -76,3 +76,20 @@ def test_synchronising_shares_parameters_and_keeps_names_and_modes():
     assert network[1][0].training and not network[1][1].training
     x = torch.randn(5, 2)
     assert network(x).shape == (5, 3)  # without a process group it is plain batch normalisation
+
+
+TRAINED = """
+import sys, exitkit
+from toy import FEW
+run = exitkit.train({"method": "kd", "method_settings": {"teacher": "joint"}, "epochs": 1, **FEW}, sys.argv[1])
+assert run.finished and len(run.results()["test"]) == 4
+print("finished")
+"""
+
+
+def test_train_returns_a_finished_run_on_every_rank(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\n{TRAINED}")
+    done = call(*TORCHRUN, str(script), str(tmp_path / "runs"))
+    assert done.stdout.count("finished") == 2
+    assert len(list((tmp_path / "runs").glob("*/results.json"))) == 2  # the teacher's and the pupil's

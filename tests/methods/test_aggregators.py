@@ -196,3 +196,39 @@ def test_refusals():
         exitkit.build_strategy("metagf+pcgrad")
     with pytest.raises(UserError, match="c is -1"):
         exitkit.build_strategy("cagrad", c=-1)
+
+
+SIZES = {"cagrad": 1.5, "graddrop": 4, "config": 4, "nashmtl": None}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_size_of_a_direction_is_the_documented_one_and_a_sum_on_request(name):
+    gradient = torch.randn(6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    matrix = gradient.repeat(4, 1)
+    for size in ("default", "sum"):
+        strategy = exitkit.build_strategy(name, size=size)
+        run = run_of(name, chain(4))
+        ratio = (strategy.scale(4, 4) * strategy.combine(run, matrix)).norm() / gradient.norm()
+        if SIZES.get(name, 1) is None:
+            assert ratio * gradient.norm() <= 1 + 1e-6  # max_norm
+        elif size == "default":
+            assert ratio.item() == pytest.approx(SIZES.get(name, 1), rel=1e-5)
+        else:
+            assert ratio.item() == pytest.approx(6 if name == "cagrad" else 4, rel=1e-5)
+
+
+def test_equal_gradients_summed_are_the_step_of_joint_training():
+    ends = []
+    for name, settings in (("joint", {}), ("upgrad", {"size": "sum"}), ("dualproj", {"size": "sum"})):
+        network = chain(1)
+        run = exitkit.Run.local(network, exitkit.build_strategy(name, **settings), sgd(network))
+        run.train_step(batches(1)[0])
+        ends.append(network.state_dict())
+    for name, value in ends[0].items():
+        assert all(torch.allclose(value, end[name], rtol=1e-6) for end in ends[1:]), name
+
+
+def test_the_size_is_no_part_of_the_identity_unless_it_is_set():
+    plain, summed = (exitkit.Recipe.make(method="upgrad", method_settings=s) for s in ({}, {"size": "sum"}))
+    assert "size" not in plain.resolve().identity()["method_settings"]
+    assert plain.resolve().id != summed.resolve().id

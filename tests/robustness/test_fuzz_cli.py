@@ -154,7 +154,7 @@ def harmless(place, monkeypatch):
     monkeypatch.setattr("exitkit.benchmarks.campaign.queue.Campaign.run", begin)
     monkeypatch.setattr("urllib.request.urlopen", offline)
     monkeypatch.setattr("exitkit.inference.export.export.export", begin)
-    monkeypatch.setattr("exitkit.benchmarks.stopwatch.time_all", begin)
+    monkeypatch.setattr("exitkit.benchmarks.timing.stopwatch.time_all", begin)
     monkeypatch.setattr("exitkit.benchmarks.diagnose.figures.ranks_figure", begin)
 
 

@@ -1,13 +1,17 @@
 """What a run is: recipes, their files, their identity."""
 
 import json
+import shutil
 
 import pytest
 
+import exitkit
+from exitkit import Recipe
 from exitkit.cli.catalogue import entries, recipe_files
 from exitkit.errors import UserError
+from exitkit.files import load_tensors, save_tensors
 from exitkit.plugins import check_value, type_name
-from exitkit.runs.recipe import EXECUTION, Recipe
+from exitkit.runs.recipe import EXECUTION
 
 
 def test_resolving_fills_in_the_house_recipe_and_every_field():
@@ -112,3 +116,49 @@ def test_a_recipe_that_is_no_table_is_refused(tmp_path):
     path.write_text("[1, 2]")
     with pytest.raises(UserError, match="holds a list; expected a table of keys"):
         Recipe.read(path)
+
+
+def test_a_method_that_is_no_longer_installed_hides_no_run(tmp_path, monkeypatch):
+    from exitkit.benchmarks.report import collect
+
+    from toy import FEW
+
+    run = exitkit.train({"method": "joint", "epochs": 1, **FEW}, tmp_path)
+    gone = tmp_path / "gone"
+    shutil.copytree(run.path, gone)
+    recipe = json.loads((gone / "recipe.json").read_text())
+    recipe |= {"method": "someones", "method_settings": {"strength": 3}, "backbone": "theirs"}
+    (gone / "recipe.json").write_text(json.dumps(recipe))
+    folder = exitkit.RunFolder(gone)
+    assert folder.identity["method.strength"] == "3"
+    assert set(exitkit.load_runs(tmp_path).method) == {"joint", "someones"}
+    assert set(collect(exitkit.find_runs(tmp_path)).anytime.method) == {"joint", "someones"}
+
+
+def test_added_and_removed_settings_leave_the_identity_of_earlier_runs(monkeypatch):
+    from exitkit import plugins
+
+    l2w = Recipe.make(method="l2w").resolve()
+    assert "gradient" not in l2w.method_settings and l2w.identity()["method_settings"]["gradient"] == "forward"
+    earlier = l2w.with_values(method_settings=l2w.method_settings | {"gradient": "forward"})
+    assert earlier.identity() == l2w.identity() and earlier.id == l2w.id
+    composed = Recipe.make(method="ge+l2w").resolve()
+    assert composed.identity()["method_settings"]["l2w.gradient"] == "forward"
+    assert plugins.identifying("method", "metagf", {"branches": "side-by-side", "ema": 0.0}) == {"ema": 0.0}
+
+
+def test_what_a_run_takes_from_another_is_in_its_identity(tmp_path):
+    from toy import FEW
+
+    teacher = exitkit.train({"method": "joint", "epochs": 1, **FEW}, tmp_path)
+    recipe = {"method": "kd", "method_settings": {"teacher": str(teacher.path)}, **FEW}
+    first = Recipe.make(**recipe).resolve()
+    assert list(first.ingredients) == [str(teacher.path)] and first.identity()["ingredients"] == first.ingredients
+    assert "ingredients" not in Recipe.make(method="kd").resolve().identity()
+    weights = teacher.path / "weights.safetensors"
+    other = exitkit.train({"method": "joint", "epochs": 1, "seed": 1, **FEW}, tmp_path)
+    tensors = load_tensors(other.path / "weights.safetensors")
+    save_tensors(weights, tensors, teacher.name)
+    assert Recipe.make(**recipe).resolve().id != first.id
+    with pytest.raises(UserError, match="have changed since this run was planned"):
+        exitkit.train(first, tmp_path / "pupils")

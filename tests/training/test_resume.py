@@ -23,7 +23,7 @@ SMALL = {"epochs": 2, **FEW}
 # Imports once, then forks a process for every command line that it is given and tells how that one ended.
 FORKS = """
 import json, os, runpy, sys
-import exitkit.cli.show, exitkit.cli.train, exitkit.training, sklearn.datasets, torch._dynamo  # what a run imports
+import exitkit.cli.show, exitkit.cli.train, exitkit.training.loop, sklearn.datasets, torch._dynamo  # what a run imports
 for line in sys.stdin:
     child = os.fork()
     if not child:
@@ -105,9 +105,10 @@ def test_killed_at_every_kind_of_moment(method, reference, die, tmp_path):
 
 
 def test_killed_after_each_file_that_a_run_writes(reference, die, tmp_path):
-    # The folder's own, whole only with the last; a checkpoint an epoch; weights, costs, outputs twice, results.
+    # The folder's own, whole only with the fifth; per process the progress, per epoch metrics, timing and checkpoint;
+    # then weights, costs, outputs twice, results.
     out = tmp_path / "killed"
-    for count in (2, 5, 1, 1, 1, 2, 3, 4, 5):
+    for count in (2, 5, 1, 2, 3, 4, 2, 3, 4, 1, 2, 3, 4, 5):
         die("renamed", count, *arguments("joint", out))
     assert bits(out) == reference("joint")
     die("never", 0, *arguments("joint", out), code=0)
@@ -116,10 +117,10 @@ def test_killed_after_each_file_that_a_run_writes(reference, die, tmp_path):
 
 
 def test_killed_between_and_within_the_passes_of_metagf(reference, die, tmp_path):
-    # A branch's end is two renames, checkpoint and metrics, after five that make the folder; a pass is three steps.
-    # After the first branch; after the third; at the epoch's end; in a branch; in a fusion; evaluated by half.
+    # A branch's end is one rename, the checkpoint's, after five that make the folder and the progress; a pass is three
+    # steps. After the first branch; after the third; at the epoch's end; in a branch; in a fusion; evaluated by half.
     out = tmp_path / "killed"
-    for event, count in [("renamed", 7), ("renamed", 3), ("renamed", 3), ("step", 2), ("step", 14), ("renamed", 5)]:
+    for event, count in [("renamed", 7), ("renamed", 3), ("renamed", 3), ("step", 5), ("step", 14), ("renamed", 8)]:
         die(event, count, *arguments("metagf", out))
     die("never", 0, *arguments("metagf", out), code=0)
     assert bits(out) == reference("metagf")

@@ -26,8 +26,8 @@ Program = Callable[[list[Any]], list[Any]]
 
 def load(path: Path) -> Program:
     """Return one exported program: a list of arrays -> a list of arrays."""
+    # Imported when used: a folder needs onnxruntime or torch, not both.
     if path.suffix == ".onnx":
-        # Imported when used: a folder needs onnxruntime or torch, not both.
         import onnxruntime
 
         session = onnxruntime.InferenceSession(str(path), providers=onnxruntime.get_available_providers())

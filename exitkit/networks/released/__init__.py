@@ -1,1 +1,1 @@
-"""The authors' released weights, and how their files name the tensors."""
+"""The authors' released weights, and the names of the tensors in their files."""

@@ -1,7 +1,7 @@
-"""How the authors' released files name the tensors of each family of networks.
+"""Names of the tensors in the authors' released files, per family of networks.
 
-The layouts are those of the MSDNet, RANet and Shallow-Deep Networks code, which the code of IMTA, BoostNet, Meta-GF
-and L2W-DEN shares. All numbers count from 0, as ours do.
+The layouts are those of the published code of MSDNet, RANet and Shallow-Deep Networks, which the code of IMTA,
+BoostNet, Meta-GF and L2W-DEN shares. Indices start at 0, in the files as in exitkit.
 """
 
 from __future__ import annotations
@@ -15,33 +15,34 @@ from exitkit.networks.cascade import MultiExitNetwork
 
 @dataclass(frozen=True)
 class Layout:
-    """How a family's released files name its tensors.
+    """Mapping from exitkit's tensor names to those in the released files of a family.
 
     Args:
-        rules: (regular expression, replacement) of what our name begins with; the first that matches counts.
-        places: modules whose number in the file depends on the network: {our prefix: the file's}, replaced first.
+        rules: (regular expression, replacement) pairs for the beginning of exitkit's name; the first match is used.
+        places: function that returns {exitkit's prefix: the file's prefix} of the modules whose index in the file
+            depends on the network; these prefixes are replaced before `rules` apply.
     """
 
     rules: tuple[tuple[str, str], ...]
     places: Callable[[MultiExitNetwork], dict[str, str]] = lambda network: {}
 
     def names(self, network: MultiExitNetwork) -> dict[str, str]:
-        """Return {our name: the file's} of every tensor of the network."""
+        """Return {exitkit's name: the file's name} for every tensor of the network."""
         places = self.places(network)
         return {name: self._name(name, places) for name in network.state_dict()}
 
     def _name(self, name: str, places: Mapping[str, str]) -> str:
-        for ours in _prefixes(name):
-            if ours in places:
-                name = places[ours] + name.removeprefix(ours)
+        for prefix in _prefixes(name):
+            if prefix in places:
+                name = places[prefix] + name.removeprefix(prefix)
                 break
-        name = begun_anew(name, self.rules)
-        # A unit is one list there, of two convolutions with normalisation and ReLU each; ours are two lists of three.
+        name = replace_prefix(name, self.rules)
+        # In the files a unit is one list (convolution, normalisation, ReLU, twice); here it is two lists of three.
         return re.sub(r"\.net\.(\d)\.(\d)\.", lambda unit: f".net.{3 * int(unit[1]) + int(unit[2])}.", name)
 
 
-def begun_anew(name: str, rules: tuple[tuple[str, str], ...]) -> str:
-    """Return `name` with its beginning replaced by the first rule whose expression matches there."""
+def replace_prefix(name: str, rules: tuple[tuple[str, str], ...]) -> str:
+    """Return `name` with its beginning replaced by the first rule whose expression matches it."""
     for expression, replacement in rules:
         if match := re.match(expression, name):
             return match.expand(replacement) + name[match.end() :]
@@ -49,7 +50,7 @@ def begun_anew(name: str, rules: tuple[tuple[str, str], ...]) -> str:
 
 
 def _prefixes(name: str) -> list[str]:
-    """Return `a.b.c`, `a.b`, `a` for `a.b.c`: what could be the module that a tensor belongs to."""
+    """Return `a.b.c`, `a.b`, `a` for `a.b.c`: the possible names of the module that contains a tensor."""
     parts = name.split(".")
     return [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
 
@@ -60,43 +61,43 @@ _HEADS = (
 )
 
 
-def _large_stem(ours: str, theirs: str) -> Callable[[MultiExitNetwork], dict[str, str]]:
-    """The ImageNet stem's first layer, told by its bias, has no unit's `net` around it."""
+def _large_stem(prefix: str, file_prefix: str) -> Callable[[MultiExitNetwork], dict[str, str]]:
+    """Return the place of the ImageNet stem's first layer, which has a bias and, in the files, no `net` around it."""
 
     def places(network: MultiExitNetwork) -> dict[str, str]:
-        return {ours: theirs} if f"{ours}.0.bias" in network.state_dict() else {}
+        return {prefix: file_prefix} if f"{prefix}.0.bias" in network.state_dict() else {}
 
     return places
 
 
 def _ranet_places(network: MultiExitNetwork) -> dict[str, str]:
-    """Blocks are numbered in their sub-network there, in their stage here."""
+    """Return the places of RANet's blocks: the files number them per sub-network, exitkit per stage."""
     places = _large_stem("stages.0.stem.features.0", "FirstLayer.layers.0")(network)
     flow, block = -1, 0
     for index, stage in enumerate(network.stages):
         if stage.starts:
             flow, block = flow + 1, 0
-        for own in range(len(stage.blocks)):  # type: ignore[arg-type]
-            places[f"stages.{index}.blocks.{own}"] = f"scale_flows.{flow}.{block}"
+        for position in range(len(stage.blocks)):  # type: ignore[arg-type]
+            places[f"stages.{index}.blocks.{position}"] = f"scale_flows.{flow}.{block}"
             block += 1
     return places
 
 
 def _sdn(stem: bool, *rules: tuple[str, str]) -> Layout:
-    """Return the layout of a trunk whose units are numbered through, with or without a stem before the first.
+    """Return the layout of a trunk whose units are numbered consecutively, with or without a stem before the first.
 
-    An internal classifier belongs to its unit there; `rules` name what is inside a unit, and the last head.
+    In the files an internal classifier is part of its unit; `rules` map the modules inside a unit, and the last head.
     """
 
     def places(network: MultiExitNetwork) -> dict[str, str]:
-        found: dict[str, str] = {}
+        prefixes: dict[str, str] = {}
         unit = -1 if stem else 0
         for index, stage in enumerate(network.stages):
-            for own in range(len(list(stage.children()))):
-                found[f"stages.{index}.{own}"] = "init_conv" if unit < 0 else f"layers.{unit}"
+            for position in range(len(list(stage.children()))):
+                prefixes[f"stages.{index}.{position}"] = "init_conv" if unit < 0 else f"layers.{unit}"
                 unit += 1
-            found[f"heads.{index}"] = "end_layers" if index == network.num_exits - 1 else f"layers.{unit - 1}.output"
-        return found
+            prefixes[f"heads.{index}"] = "end_layers" if index == network.num_exits - 1 else f"layers.{unit - 1}.output"
+        return prefixes
 
     classifier = ((r"(.+\.output)\.embed\.\d+\.alpha", r"\1.alpha"), (r"(.+\.output)\.classify\.", r"\1.linear."))
     return Layout((*classifier, *rules), places)
@@ -149,4 +150,4 @@ LAYOUTS: dict[str, Layout] = {
         (r"end_layers\.classify\.", "end_layers.2."),
     ),
 }
-"""The layout of each family whose releases are known (`MultiExitNetwork.family`)."""
+"""Layouts by `MultiExitNetwork.family`, for the families with released weights."""

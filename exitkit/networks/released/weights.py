@@ -1,8 +1,8 @@
-"""Weights of the authors' releases, brought onto our networks by name.
+"""Loading of the authors' released weights, by the names of the tensors.
 
-A family's `Layout` (released_layouts.py) says how the authors' code names what we name otherwise; a method that puts a
-link into the network says by `TrainingStrategy.released_names` how its own files name that. Shapes are checked, every
-tensor of the network has to be found, and until all are, none is changed.
+A family's `Layout` (layouts.py) maps exitkit's names to those in the authors' files; a method that sets a logit link
+maps the link's names by `TrainingStrategy.released_names`. Shapes are checked, and the network changes only if the file
+has all of its tensors.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from torch import Tensor
 from exitkit.errors import UserError
 from exitkit.files import load_tensors
 from exitkit.networks.cascade import MultiExitNetwork
-from exitkit.networks.released.layouts import LAYOUTS, begun_anew
+from exitkit.networks.released.layouts import LAYOUTS, replace_prefix
 
 
 class NamesReleased(Protocol):
-    """What this needs of a method; `TrainingStrategy` has it."""
+    """Interface of a method for loading its released weights; `TrainingStrategy` implements it."""
 
     def released_names(self) -> Mapping[str, str]:
-        """Return {regular expression: replacement} of the names of what the method puts into the network."""
+        """Return {regular expression: replacement} for the names of the tensors that the method adds."""
 
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "net", "network")
-"""Where released files hide the tensors: `{"state_dict": {"model": {...}}, "epoch": ...}` and the like."""
+"""Keys under which released files nest the tensors: `{"state_dict": {"model": {...}}, "epoch": ...}` and the like."""
 
 _SHOWN = 3
 
 
 class ReleasedFit(NamedTuple):
-    """What came of a released file.
+    """Result of loading a released file.
 
     Attributes:
-        loaded: how many tensors of the network were filled.
-        unused: the file's names of the tensors that have no place in the network.
+        loaded: number of tensors that were loaded into the network.
+        unused: names of the file's tensors that the network does not have.
     """
 
     loaded: int
@@ -52,30 +52,30 @@ class ReleasedFit(NamedTuple):
 def load_released_weights(
     network: MultiExitNetwork, state_dict: Mapping[str, Any], strategy: NamesReleased | None = None
 ) -> ReleasedFit:
-    """Load the authors' weights into a network of ours, all of them or (on an error) none.
+    """Load the authors' weights into a network: all tensors or, on an error, none.
 
     Args:
-        network: a network of the same structure, adapted by `strategy` if its link has tensors of its own.
-        state_dict: tensors by the authors' names, in whatever their file wraps them: `{"state_dict": {...}}`,
-            `{"state_dict": {"model": {...}}}`, names that begin with `module.`.
-        strategy: the method whose files these are, where they name things of their own (IMTA's second phase).
+        network: a network of the released structure, adapted by `strategy` if the method's link has tensors.
+        state_dict: content of the file: tensors by the authors' names, which may be nested (`{"state_dict": {...}}`,
+            `{"state_dict": {"model": {...}}}`) and may begin with `module.`.
+        strategy: method of the file, needed if the file has tensors of the method's link (IMTA's second phase).
 
     Returns:
-        how many tensors were loaded, and what of the file has no place. Old files don't count batches in batch
-        normalisation (`num_batches_tracked`); the network's counts then stay.
+        the number of loaded tensors, and the names of unused ones. Old files lack batch normalisation's
+        `num_batches_tracked`; the network then keeps its own.
 
     Raises:
-        UserError: a family without a known release, no tensors, or any tensor of the network that the file lacks or
-            has in another shape.
+        UserError: the family has no known release, the file has no tensors, or a tensor of the network is missing
+            from it or has another shape.
     """
     tensors = released_tensors(state_dict)
     names = _released_names(network, strategy)
     fitted: dict[str, Tensor] = {}
     misfits: list[str] = []
     for name, value in network.state_dict().items():
-        theirs = names[name]
-        if theirs in tensors:
-            tensor = _shaped(tensors[theirs].tensor, value)
+        file_name = names[name]
+        if file_name in tensors:
+            tensor = _shaped(tensors[file_name].tensor, value)
             if tensor.shape == value.shape:
                 fitted[name] = tensor
                 continue
@@ -83,61 +83,62 @@ def load_released_weights(
             continue
         misfits.append(name)
     if misfits:
-        ours = network.state_dict()
-        shown = "; ".join(_complaint(name, ours[name], names[name], tensors) for name in misfits[:_SHOWN])
+        state = network.state_dict()
+        shown = "; ".join(_describe_misfit(name, state[name], names[name], tensors) for name in misfits[:_SHOWN])
         more = f"; and {len(misfits) - _SHOWN} more" if len(misfits) > _SHOWN else ""
         raise UserError(
             f"{len(misfits)} of the network's {len(names)} tensors can't be filled from the file: {shown}{more}"
         )
     network.load_state_dict(fitted, strict=False)
     used = {names[name] for name in fitted}
-    return ReleasedFit(len(fitted), [held.name for bare, held in tensors.items() if bare not in used])
+    return ReleasedFit(len(fitted), [entry.name for bare, entry in tensors.items() if bare not in used])
 
 
 def released_classes(
     network: MultiExitNetwork, state_dict: Mapping[str, Any], strategy: NamesReleased | None = None
 ) -> int | None:
-    """Return how many classes a released file's last head tells apart, or None if it has no such head.
+    """Return the number of classes of the last head in a released file, or None if the file has no such head.
 
     Args:
-        network: a network of the same structure, with any number of classes; its tensors may lie on `meta`.
+        network: a network of the released structure, with any number of classes; it may be on the `meta` device.
         state_dict: as for `load_released_weights`.
         strategy: as for `load_released_weights`.
     """
     names = _released_names(network, strategy)
-    last = [theirs for ours, theirs in names.items() if ours.startswith(f"heads.{network.num_exits - 1}.classify.")]
-    held = [tensor.tensor for name, tensor in released_tensors(state_dict).items() if name in last]
-    return held[-1].shape[0] if held and held[-1].ndim else None
+    prefix = f"heads.{network.num_exits - 1}.classify."
+    last = [file_name for name, file_name in names.items() if name.startswith(prefix)]
+    tensors = [entry.tensor for name, entry in released_tensors(state_dict).items() if name in last]
+    return tensors[-1].shape[0] if tensors and tensors[-1].ndim else None
 
 
-class _Held(NamedTuple):
-    """A tensor of a file, and its name there."""
+class _FileTensor(NamedTuple):
+    """A tensor of a file, and its name in the file."""
 
     name: str
     tensor: Tensor
 
 
-def released_tensors(content: Any) -> dict[str, _Held]:
-    """Return the network's tensors in a released file, by their names without `module.`.
+def released_tensors(content: Any) -> dict[str, _FileTensor]:
+    """Return the tensors of a released file by their names without `module.`; nested dictionaries are searched.
 
     Raises:
-        UserError: there are none.
+        UserError: the file has no tensors.
     """
     wrapped = content
     for _ in range(len(WRAPPERS)):
         inner = [content[key] for key in WRAPPERS if isinstance(content, Mapping) and key in content]
-        content = next((each for each in inner if isinstance(each, Mapping)), content)
-    held = content.items() if isinstance(content, Mapping) else ()
+        content = next((value for value in inner if isinstance(value, Mapping)), content)
+    items = content.items() if isinstance(content, Mapping) else ()
     tensors = {
-        re.sub(r"(^|\.)(module\.)+", r"\1", name): _Held(name, tensor)
-        for name, tensor in held
+        re.sub(r"(^|\.)(module\.)+", r"\1", name): _FileTensor(name, tensor)
+        for name, tensor in items
         if isinstance(name, str) and isinstance(tensor, Tensor)
     }
     if not tensors:
         keys = f" with {', '.join(map(str, list(wrapped)[:5]))}" if isinstance(wrapped, Mapping) else ""
         raise UserError(
-            f"no tensors by name were found in a {type(wrapped).__name__}{keys}; expected a state dict, bare or as "
-            f"{' or '.join(WRAPPERS[:2])} of the file"
+            f"a {type(wrapped).__name__}{keys} has no named tensors; expected a state dict, alone or under the key "
+            f"{' or '.join(WRAPPERS[:2])}"
         )
     return tensors
 
@@ -145,58 +146,59 @@ def released_tensors(content: Any) -> dict[str, _Held]:
 def _released_names(network: MultiExitNetwork, strategy: NamesReleased | None) -> dict[str, str]:
     if network.family not in LAYOUTS:
         raise UserError(
-            f"no released files are known for networks of the family {network.family!r}; there are some for "
+            f"no released weights are known for the family {network.family!r}; expected one of "
             f"{', '.join(sorted(LAYOUTS))}"
         )
     names = LAYOUTS[network.family].names(network)
     rules = tuple(strategy.released_names().items()) if strategy else ()
-    return {ours: begun_anew(theirs, rules) for ours, theirs in names.items()}
+    return {name: replace_prefix(file_name, rules) for name, file_name in names.items()}
 
 
 def _shaped(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return a scalar in the scalar shape of `like` ([] or [1]), and anything else as it is."""
+    """Return a scalar tensor in the shape of `like` ([] or [1]), and any other tensor unchanged."""
     scalars = tensor.numel() == like.numel() == 1 and max(tensor.ndim, like.ndim) <= 1
     return tensor.reshape(like.shape) if scalars else tensor
 
 
-def _complaint(name: str, value: Tensor, theirs: str, tensors: Mapping[str, _Held]) -> str:
+def _describe_misfit(name: str, value: Tensor, file_name: str, tensors: Mapping[str, _FileTensor]) -> str:
     expected = f"{name} {list(value.shape)}"
-    if theirs in tensors:
-        held = tensors[theirs]
-        return f"{expected} is {held.name} there, of shape {list(held.tensor.shape)}"
-    near = get_close_matches(theirs, tensors, n=1)
+    if file_name in tensors:
+        entry = tensors[file_name]
+        return f"{expected} is {entry.name} in the file, of shape {list(entry.tensor.shape)}"
+    near = get_close_matches(file_name, tensors, n=1)
     nearest = f" (nearest: {tensors[near[0]].name} {list(tensors[near[0]].tensor.shape)})" if near else ""
-    return f"{expected} would be {theirs} there, which is missing{nearest}"
+    return f"{expected} would be {file_name} in the file, which is missing{nearest}"
 
 
 def read_released_file(path: Path) -> Mapping[str, Any]:
-    """Read a released file, a pickle (`.pth`, `.pt`, `.pth.tar`) or `.safetensors`; nothing in it is run.
+    """Read a released file, a pickle (`.pth`, `.pt`, `.pth.tar`) or `.safetensors`; no code in it is executed.
 
     Raises:
-        UserError: it is missing, damaged, or holds more than tensors and plain values.
+        UserError: the file is missing, is damaged, or contains objects other than tensors and plain values.
     """
     if not path.is_file():
         raise UserError(f"{path} is {'a folder' if path.is_dir() else 'missing'}; expected a file of released weights")
     if path.suffix == ".safetensors":
         return load_tensors(path)
     try:
-        with warnings.catch_warnings(action="ignore"):  # what torch thinks of a foreign pickle, before it refuses it
+        with warnings.catch_warnings(action="ignore"):  # torch warns about a pickle before it refuses it
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         refused = re.search(r"(?:GLOBAL|class|function) ([\w.]+\.\w+)", str(error))
         if refused is None:
             raise _damaged(path, error) from None
         raise UserError(
-            f"{path} holds more than tensors ({refused[1]}), and nothing in it was run; where you trust the file, save "
-            f"its tensors alone: torch.save(torch.load({path.name!r}, weights_only=False)['state_dict'], 'weights.pth')"
+            f"{path} contains objects other than tensors ({refused[1]}), which are not loaded; if you trust the file, "
+            "save its tensors only: "
+            f"torch.save(torch.load({path.name!r}, weights_only=False)['state_dict'], 'weights.pth')"
         ) from None
-    except Exception as error:  # torch raises many kinds for a file that is not what it should be
+    except Exception as error:  # torch raises errors of many types for a damaged file
         raise _damaged(path, error) from None
     if not isinstance(content, Mapping):
-        raise UserError(f"{path} holds a {type(content).__name__}; expected a state dict, or a checkpoint with one")
+        raise UserError(f"{path} contains a {type(content).__name__}; expected a state dict, or a checkpoint with one")
     return content
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
     reason = (str(error).strip().splitlines() or [""])[0]
-    return UserError(f"{path} is damaged or no file of weights ({type(error).__name__}: {reason[:120]})")
+    return UserError(f"{path} is damaged or not a file of weights ({type(error).__name__}: {reason[:120]})")

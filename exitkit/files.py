@@ -208,10 +208,10 @@ def load_checkpoint(path: Path, keys: set[str]) -> dict[str, Any]:
         kind = type(error).__name__
         raise UserError(
             f"{path} is not a valid checkpoint ({kind}): it is damaged or not from exitkit, and no code in it was "
-            "executed; delete it to train this run from the start"
+            "executed; delete it to start this run from the beginning"
         ) from None
     if not isinstance(state, dict) or not keys <= state.keys():
-        raise UserError(f"{path} is not a checkpoint of exitkit; delete it to train this run from the start")
+        raise UserError(f"{path} is not a checkpoint of exitkit; delete it to start this run from the beginning")
     return state
 
 

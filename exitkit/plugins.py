@@ -132,11 +132,11 @@ def load(kind: str, name: str) -> Any:
     except Exception as error:  # a module may raise any error on import
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{WORDS[kind]} {name!r} ({points[name].value}) does not load: {reason}") from error
-    known = underlying(plugin)
+    cls = underlying(plugin)
     # Without the decorator a class inherits its base's fields, and its own fields would be ignored.
-    bare = [key for key, value in vars(known).items() if isinstance(value, dataclasses.Field)]
-    if not dataclasses.is_dataclass(known) or bare:
-        ignored = f": its settings ({', '.join(bare)}) would be ignored" if bare else ""
+    unused = [key for key, value in vars(cls).items() if isinstance(value, dataclasses.Field)]
+    if not dataclasses.is_dataclass(cls) or unused:
+        ignored = f": its settings ({', '.join(unused)}) would be ignored" if unused else ""
         problem = f"{WORDS[kind]} {name!r} ({points[name].value}) is not a dataclass{ignored}"
         raise UserError(f"{problem}; decorate it with @dataclass(eq=False)")
     return plugin

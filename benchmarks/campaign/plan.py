@@ -77,7 +77,7 @@ class Plan:
         """Validate the values of a comparison's recipe.
 
         Raises:
-            UserError: keys are unknown (similar ones are suggested) or values are invalid; the message lists all errors.
+            UserError: keys are unknown (similar ones are suggested) or values are invalid; the message lists all.
         """
         # Imported when used: the command line's help must not load torch.
         from exitkit.runs.recipe import Recipe
@@ -146,7 +146,7 @@ class Plan:
         return list(unique.values())
 
     def _planned(self, used: set[str], known: set[str]) -> Iterator[Planned]:
-        """Yield the runs of a plan without parts; add applied keys of `set` and `sweep` to `used`, valid keys to `known`."""
+        """Yield the runs of a plan without parts; add used keys of `set` and `sweep` to `used`, fields to `known`."""
         # Imported when used: the command line's help must not load torch.
         from exitkit.runs.job import resolve
 
@@ -176,7 +176,7 @@ class Plan:
             yield _with_fields(recipe, chosen)
 
     def _points(self, method: str, settable: set[str]) -> Iterator[dict[str, Any]]:
-        """Yield each combination of the swept values of this method's fields; one empty combination if none is swept."""
+        """Yield each combination of swept values of this method's fields; one empty combination if none is swept."""
         fields = {_field(key, method, settable): values for key, values in self.sweep.items()}
         fields.pop("", None)
         for values in itertools.product(*fields.values()):

@@ -1,6 +1,6 @@
-"""From finished run folders to tables and figures; no network is ever loaded.
+"""Tables and figures of finished runs, from the files in their folders; no network is loaded.
 
-`collect` evaluates runs and averages over seeds; `print_report` shows the result, `write_report` writes it.
+`collect` evaluates runs and averages over seeds; `print_report` prints the result, `write_report` writes it.
 """
 
 from __future__ import annotations

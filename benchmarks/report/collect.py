@@ -1,4 +1,4 @@
-"""From run folders to tidy tables: one row per method and exit, budget or operating point."""
+"""Tidy tables of run folders: one row per method and exit, budget or operating point."""
 
 from __future__ import annotations
 
@@ -32,34 +32,34 @@ def collect(
 ) -> Comparison:
     """Evaluate finished runs, anytime and budgeted batch, and average over seeds.
 
-    Runs of one backbone and data set are compared with one another. Unless the options give budgets, these are spaced
-    evenly between the costs that all runs can spend: from the dearest first exit to the cheapest last one, ends left
-    out. At each budget a run gets the exit shares whose planned cost is the budget, and thresholds from its
-    validation outputs.
+    Runs of the same backbone and data set are compared with each other. By default, the budgets are evenly spaced
+    between the highest cost of a first exit and the lowest cost of a last exit, both excluded, so that every run can
+    meet each of them. For each budget, the exit shares are those whose planned cost is the budget, and the thresholds
+    are computed from the validation outputs.
 
     Args:
-        runs: in the order in which the methods are to appear.
-        budgets: how many budgets, where none are given.
-        options: how to measure.
-        context: what the folders do not say.
+        runs: finished runs, in the order in which the methods are shown.
+        budgets: number of budgets, if the options give none.
+        options: options of the report.
+        context: title, published tables and planned runs.
 
     Raises:
-        UserError: no runs, a method twice with one seed, or runs that cannot be compared.
+        UserError: there are no runs, a method has the same seed twice, or the runs cannot be compared.
     """
     options, context = options or ReportOptions(), context or Context()
-    given = list(runs)
-    if not given:
+    finished = list(runs)
+    if not finished:
         raise UserError("no finished runs to compare; expected at least one")
-    absent = [one.identity for one in context.missing]
-    identities = [run.identity for run in given]
-    labels = name_runs([*(_without_weights(one) for one in identities), *absent])
+    missing_identities = [run.identity for run in context.missing]
+    identities = [run.identity for run in finished]
+    labels = name_runs([*(_without_weights(identity) for identity in identities), *missing_identities])
     named = [
-        _Named(run, names._replace(method=STATIC) if _only_exit(run.identity) else names)
-        for run, names in zip(given, labels, strict=False)
+        _Named(run, names._replace(method=STATIC) if _static_exit(run.identity) else names)
+        for run, names in zip(finished, labels, strict=False)
     ]
     groups: dict[tuple[str, str], list[_Named]] = {}
-    for one in named:
-        groups.setdefault((one.names.backbone, one.names.dataset), []).append(one)
+    for member in named:
+        groups.setdefault((member.names.backbone, member.names.dataset), []).append(member)
     parts: dict[str, list[pd.DataFrame]] = {}
     notes: dict[tuple[str, str], Sequence[str]] = {}
     shared: dict[tuple[str, str], str] = {}
@@ -69,58 +69,58 @@ def collect(
         shared[group] = in_common([m.run.identity for m in members])
         for name, rows in _measure_group(members, options, budgets).items():
             parts.setdefault(name, []).append(rows)
-    whole = {name: pd.concat(frames, ignore_index=True) for name, frames in parts.items()}
-    anytime = _over_seeds(whole["anytime"], ["exit", "papers", "macs"])
+    tables = {name: pd.concat(frames, ignore_index=True) for name, frames in parts.items()}
+    anytime = _over_seeds(tables["anytime"], ["exit", "papers", "macs"])
     baseline = options.baseline or BASELINE
     missing = [
-        (*names, json.loads(one.identity["seed"]), one.reason)
-        for names, one in zip(labels[len(given) :], context.missing, strict=True)
+        (*names, json.loads(run.identity["seed"]), run.reason)
+        for names, run in zip(labels[len(finished) :], context.missing, strict=True)
     ]
     return Comparison(
         options=options,
         context=context,
         anytime=anytime,
-        budgeted=_over_seeds(whole["budgeted"], ["budget"]),
-        curve=_over_seeds(whole["curve"], ["point"]),
-        points=whole["points"]
+        budgeted=_over_seeds(tables["budgeted"], ["budget"]),
+        curve=_over_seeds(tables["curve"], ["point"]),
+        points=tables["points"]
         .drop(columns="seed")
         .groupby(["method", *GROUP, "point"], sort=False)
         .mean()
         .reset_index(),
-        oracle=_over_seeds(whole["oracle"], ["exit"]),
+        oracle=_over_seeds(tables["oracle"], ["exit"]),
         static=_static(named, options),
-        stitched=_over_seeds(stitch(whole["stitch"]), ["budget"], ["method", "family", "dataset"]),
-        calibration=_over_seeds(whole["calibration"], ["where"], of="error"),
-        risk=_risk(whole["risk"]),
-        verdicts=verdicts(whole["anytime"], whole["budgeted"]),
-        differences=differences(whole["anytime"], whole["curve"], baseline),
+        stitched=_over_seeds(stitch(tables["stitch"]), ["budget"], ["method", "family", "dataset"]),
+        calibration=_over_seeds(tables["calibration"], ["where"], of="error"),
+        risk=_risk(tables["risk"]),
+        verdicts=verdicts(tables["anytime"], tables["budgeted"]),
+        differences=differences(tables["anytime"], tables["curve"], baseline),
         published=published_beside(named, anytime, context),
-        training=training(whole["training"], baseline),
+        training=training(tables["training"], baseline),
         missing=_missing(named, missing),
         notes=notes,
         shared=shared,
-        images=_images(whole["images"]),
-        names={one.run.path.name: one.names for one in named},
+        images=_images(tables["images"]),
+        names={run.path.name: names for run, names in named},
     )
 
 
-def _only_exit(identity: Mapping[str, str]) -> int:
-    """Return the exit (from 1) that a run was trained for alone, 0 if for several."""
+def _static_exit(identity: Mapping[str, str]) -> int:
+    """Return the exit (from 1) of a run that was trained with one exit only; 0 if it was trained with several."""
     weights = json.loads(identity.get("method.weights", "null"))
     positive = [k for k, w in enumerate(weights, 1) if w > 0] if isinstance(weights, list) else []
     return positive[0] if len(positive) == 1 else 0
 
 
 def _without_weights(identity: Mapping[str, str]) -> Mapping[str, str]:
-    """Static references do not make other runs of their method be told apart by the weights of exits."""
-    return {**identity, "method.weights": "null"} if _only_exit(identity) else identity
+    """Remove the exit weights of static networks, so that they do not appear in the labels of other runs."""
+    return {**identity, "method.weights": "null"} if _static_exit(identity) else identity
 
 
 def _check_seeds(members: Sequence[_Named]) -> None:
-    """Refuse a seed that counts twice."""
-    seen: dict[tuple[str, int, int], FinishedRun] = {}
+    """Raise UserError if a method has the same seed twice."""
+    first: dict[tuple[str, int, int], FinishedRun] = {}
     for run, names in members:
-        twin = seen.setdefault((names.method, run.recipe.seed, _only_exit(run.identity)), run)
+        twin = first.setdefault((names.method, run.recipe.seed, _static_exit(run.identity)), run)
         if twin is not run:
             raise UserError(
                 f"{twin.path} and {run.path} are both {names.method} with seed {run.recipe.seed}; "
@@ -137,7 +137,7 @@ def _budgets(members: Sequence[_Named], options: ReportOptions, count: int) -> n
         names = members[0].names
         raise UserError(
             f"the runs of {names.backbone} on {names.dataset} have no common budget: "
-            f"one's first exit costs {low}, one's last {high}; expected less first than last"
+            f"a first exit costs {low}, a last exit {high}; expected every first exit to cost less than every last exit"
         )
     return np.linspace(low, high, count + 2)[1:-1]
 
@@ -156,30 +156,30 @@ def _measure_group(members: Sequence[_Named], options: ReportOptions, count: int
         frames = measures.frames(grid)
         frames["training"] = pd.DataFrame([{**measures.same, **run.training_cost()}])
         curve = measures.curve
-        seen = {"validation_cost": curve.validation_cost, "validation_accuracy": curve.validation_accuracy}
-        frames["stitch"] = pd.DataFrame({**measures.same, **seen, "cost": curve.cost, "accuracy": curve.accuracy})
+        validation = {"validation_cost": curve.validation_cost, "validation_accuracy": curve.validation_accuracy}
+        frames["stitch"] = pd.DataFrame({**measures.same, **validation, "cost": curve.cost, "accuracy": curve.accuracy})
         for name, rows in frames.items():
             parts.setdefault(name, []).append(rows)
     return {name: pd.concat(rows, ignore_index=True) for name, rows in parts.items()}
 
 
 def _images(rows: pd.DataFrame) -> dict[str, list[str]]:
-    """Say of how many images each data set's runs are: "1,097 training, 200 validation and 500 test images, ..."."""
-    told: dict[str, dict[str, None]] = {}
+    """Return the numbers of images per data set: "1,097 training, 200 validation and 500 test images of ..."."""
+    texts: dict[str, dict[str, None]] = {}
     for row in rows.to_dict("records"):
         training = f"{row['training']:,} training, " if row["training"] else ""
         counts = f"{training}{row['validation']:,} validation and {row['test']:,} test images"
-        told.setdefault(row["dataset"], {})[f"{counts} of {row['classes']:,} classes"] = None
-    return {dataset: list(texts) for dataset, texts in told.items()}
+        texts.setdefault(row["dataset"], {})[f"{counts} of {row['classes']:,} classes"] = None
+    return {dataset: list(counts) for dataset, counts in texts.items()}
 
 
 def _static(named: Sequence[_Named], options: ReportOptions) -> pd.DataFrame:
     columns = [*GROUP, "exit", "cost_mean", "accuracy_mean", "accuracy_sd", "n"]
     rows = []
     for run, names in named:
-        only = _only_exit(run.identity)
-        if only:
-            row = anytime_rows(run, {"seed": run.recipe.seed, **names._asdict()}, options.cost).iloc[[only - 1]]
+        exit = _static_exit(run.identity)
+        if exit:
+            row = anytime_rows(run, {"seed": run.recipe.seed, **names._asdict()}, options.cost).iloc[[exit - 1]]
             rows.append(row.assign(cost=row[COST_COLUMNS[options.cost]]))
     if not rows:
         return pd.DataFrame(columns=columns)
@@ -188,23 +188,23 @@ def _static(named: Sequence[_Named], options: ReportOptions) -> pd.DataFrame:
 
 def _risk(rows: pd.DataFrame) -> pd.DataFrame:
     table = _over_seeds(rows, [])
-    more = rows.groupby(["method", *GROUP], sort=False).agg(found=("point", "count"), drop_mean=("drop", "mean"))
-    return table.merge(more.reset_index(), on=["method", *GROUP])
+    counts = rows.groupby(["method", *GROUP], sort=False).agg(found=("point", "count"), drop_mean=("drop", "mean"))
+    return table.merge(counts.reset_index(), on=["method", *GROUP])
 
 
-def _missing(named: Sequence[_Named], absent: list[tuple[Any, ...]]) -> pd.DataFrame:
-    """Return what was planned and is not there, and seeds that other methods of the same table have."""
-    found = pd.DataFrame(absent, columns=["method", *GROUP, "seed", "reason"])
-    known = {tuple(row) for row in found[["method", *GROUP, "seed"]].itertuples(index=False)}
+def _missing(named: Sequence[_Named], planned: list[tuple[Any, ...]]) -> pd.DataFrame:
+    """Return the planned runs that are not finished, and the seeds that only other methods of the same table have."""
+    missing = pd.DataFrame(planned, columns=["method", *GROUP, "seed", "reason"])
+    known = {tuple(row) for row in missing[["method", *GROUP, "seed"]].itertuples(index=False)}
     rows = []
-    have: dict[tuple[str, ...], dict[int, None]] = {}
+    finished: dict[tuple[str, ...], dict[int, None]] = {}
     for run, names in named:
-        have.setdefault(tuple(names), {})[run.recipe.seed] = None
-    for called, seeds in have.items():
-        wanted = sorted({seed for other, theirs in have.items() if other[1:] == called[1:] for seed in theirs})
-        gaps = [(*called, seed) for seed in wanted if seed not in seeds]
-        rows += [(*gap, "not there") for gap in gaps if gap not in known]
-    return pd.concat([found, pd.DataFrame(rows, columns=found.columns)], ignore_index=True) if rows else found
+        finished.setdefault(tuple(names), {})[run.recipe.seed] = None
+    for method, seeds in finished.items():
+        expected = sorted({seed for other, others in finished.items() if other[1:] == method[1:] for seed in others})
+        gaps = [(*method, seed) for seed in expected if seed not in seeds]
+        rows += [(*gap, "no run with this seed") for gap in gaps if gap not in known]
+    return pd.concat([missing, pd.DataFrame(rows, columns=missing.columns)], ignore_index=True) if rows else missing
 
 
 def _over_seeds(

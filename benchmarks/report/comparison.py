@@ -14,16 +14,16 @@ BASELINE = "joint"
 
 
 STATIC = "static"
-"""What runs are called that were trained for one exit alone: reference points, not curves."""
+"""The label of static networks, which were trained with one exit only; they are shown as points."""
 
 
 GROUP = ["backbone", "dataset"]
-"""What is compared within: methods meet on the same backbone and data set only."""
+"""Methods are compared on the same backbone and data set only."""
 
 
 @dataclass(frozen=True)
 class Missing:
-    """A run that was planned and is not there: its identity, and why not."""
+    """A planned run that is not finished: its identity, and the reason."""
 
     identity: Mapping[str, str]
     reason: str
@@ -31,13 +31,13 @@ class Missing:
 
 @dataclass(frozen=True)
 class Context:
-    """What run folders alone do not say: what a paper has in the place of ours, and what was planned.
+    """Information about a comparison that run folders do not contain.
 
     Attributes:
-        title, note: of the comparison.
-        published: tables of the papers that it is to stand beside; none: every one that fits.
-        stands_for: {name of a run's folder: {"backbone" or "dataset": the paper's}}.
-        missing: runs that were planned and failed, or have not been made.
+        title, note: title and note of the comparison.
+        published: the papers' tables to compare with; empty: every table that fits.
+        stands_for: {name of a run's folder: {"backbone" or "dataset": name of the paper's one}}.
+        missing: planned runs that failed or have not been trained.
     """
 
     title: str = ""
@@ -51,9 +51,9 @@ class Context:
 class Comparison:
     """Tidy tables, averaged over seeds.
 
-    Accuracies are in percent, costs in multiply-adds of one image (convention `macs`; `papers` beside it) or in what
-    `options.cost` says, sd is the sample's (n - 1; NaN for one seed), n counts seeds. Methods keep the order they were
-    given in; they are told apart by the fields in which they differ (see `labels`).
+    Accuracies are in percent. Costs are in multiply-adds per image (`macs`, and the papers' count `papers`), or in the
+    unit of `options.cost`. sd is the sample standard deviation (n - 1; NaN for one seed), n the number of seeds.
+    Methods are in the order of the runs; their labels contain the fields in which they differ (see `labels`).
     """
 
     options: ReportOptions
@@ -67,51 +67,51 @@ class Comparison:
     points: pd.DataFrame
     """method, backbone, dataset, point, and means over seeds of cost, accuracy, threshold_k and share_k."""
     oracle: pd.DataFrame
-    """method, backbone, dataset, exit, cost_mean, accuracy_mean, accuracy_sd, n: the best any exit rule could do."""
+    """method, backbone, dataset, exit, cost_mean, accuracy_mean, accuracy_sd, n: upper bound of all exit rules."""
     static: pd.DataFrame
-    """backbone, dataset, exit, cost_mean, accuracy_mean, accuracy_sd, n: networks trained for one exit alone."""
+    """backbone, dataset, exit, cost_mean, accuracy_mean, accuracy_sd, n: networks trained with one exit only."""
     stitched: pd.DataFrame
-    """method, family, dataset, budget, cost_mean, accuracy_mean, accuracy_sd, n: networks of several sizes as one."""
+    """method, family, dataset, budget, cost_mean, accuracy_mean, accuracy_sd, n: combined networks of several sizes."""
     calibration: pd.DataFrame
     """method, backbone, dataset, where ("exit 1", ..., "point 1", ...), error_mean, error_sd (percent), n."""
     risk: pd.DataFrame
     """method, backbone, dataset, found (seeds), cost_mean, accuracy_mean, accuracy_sd, drop_mean, n.
 
-    The cheapest operating point that loses at most `options.risk` points of accuracy against the full network, with
-    certainty `options.certainty`; seeds for which none could be found count with the full network.
+    The lowest-cost operating point that loses at most `options.risk` percentage points of accuracy against the full
+    network, with confidence `options.certainty`; the full network is used for seeds without such a point.
     """
     verdicts: pd.DataFrame
     """backbone, dataset, where, budget, best, accuracy, second, lead, low, high, p_holm, verdict: see `verdicts`."""
     differences: pd.DataFrame
     """method, backbone, dataset, baseline, measure ("exit 1", ..., "area"), mean, low, high, p, p_holm, n.
 
-    Seed by seed against the baseline, in points of accuracy, with a 95 % t-interval; `p_holm` is corrected for the
-    methods of the table. "area" is the mean height of the budgeted curve between the costs that the curves of all
-    runs reach.
+    Paired by seed against the baseline, in percentage points of accuracy, with a 95 % t-interval; `p_holm` is corrected
+    for the methods of the table. "area" is the mean height of the budgeted curve over the range of costs that the
+    curves of all runs cover.
     """
     published: pd.DataFrame
     """method, backbone, dataset, paper, table, exit, accuracy_mean (ours), published, epochs, published_epochs,
-    batch_size, published_batch_size, published_backbone, published_dataset, unlike ("network, data, schedule": in what
-    ours is not the paper's experiment), note.
+    batch_size, published_batch_size, published_backbone, published_dataset, unlike (what differs from the paper's
+    experiment: "network", "data", "schedule"), note.
 
-    Empty where no paper has numbers for what was run.
+    Empty if no paper has results for these runs.
     """
     training: pd.DataFrame
     """method, backbone, dataset, seconds_mean, seconds_sd, time_relative, memory_mib, memory_relative, n.
 
-    Seconds of training, all epochs and phases; relative to the baseline, or to the first method where that is not.
+    Seconds of training over all epochs and phases; relative to the baseline, or to the first method without it.
     """
     missing: pd.DataFrame
-    """method, backbone, dataset, seed, reason: runs that belong into the table and are not there."""
+    """method, backbone, dataset, seed, reason: runs that are missing from the tables."""
     notes: Mapping[tuple[str, str], Sequence[str]]
-    """{(backbone, dataset): in what its methods differ besides the method}."""
+    """{(backbone, dataset): fields of the recipe in which its methods differ}."""
     shared: Mapping[tuple[str, str], str]
-    """{(backbone, dataset): what all its runs have in common}."""
+    """{(backbone, dataset): settings that all its runs share}."""
     images: Mapping[str, Sequence[str]]
-    """{dataset: of how many images and classes its runs are}; more than one where they differ."""
+    """{dataset: numbers of images and classes, as text}; several entries if the runs differ."""
 
     names: Mapping[str, Names]
-    """{name of a run's folder: what it is called}."""
+    """{name of a run's folder: its labels}."""
 
     def frames(self) -> dict[str, pd.DataFrame]:
         """Return all tables by name."""

@@ -1,4 +1,4 @@
-"""Runs set beside one another: differences to a baseline, training time, sizes stitched into one curve, papers."""
+"""Comparisons of runs: differences to a baseline, best methods, stitched curves, published results, training cost."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 GROUP = ["backbone", "dataset"]
 BUDGETS = 39
-"""How many budgets a stitched curve is drawn at."""
+"""Number of budgets of a stitched curve."""
 
 
 def differences(anytime: pd.DataFrame, curve: pd.DataFrame, wanted: str) -> pd.DataFrame:
-    """Compare every method with the baseline, seed by seed; see `Comparison.differences`."""
+    """Compare every method with the baseline, paired by seed; see `Comparison.differences`."""
     anytime = anytime.assign(measure="exit " + anytime["exit"].astype(str))
     columns = ["method", "seed", *GROUP, "measure", "accuracy"]
     measured = [anytime[columns]]
@@ -36,41 +36,41 @@ def differences(anytime: pd.DataFrame, curve: pd.DataFrame, wanted: str) -> pd.D
     for group, rows in pd.concat(measured, ignore_index=True).groupby(GROUP, sort=False):
         methods = list(dict.fromkeys(rows["method"]))
         baseline = baseline_of(methods, wanted)
-        for measure, mine in rows.groupby("measure", sort=False):
-            wide = mine.pivot(index="seed", columns="method", values="accuracy")
-            found = []
+        for measure, values in rows.groupby("measure", sort=False):
+            wide = values.pivot(index="seed", columns="method", values="accuracy")
+            compared = []
             for method in methods:
                 if method == baseline or not {method, baseline} <= set(wide.columns):
                     continue
                 pairs = wide[[method, baseline]].dropna()
                 if len(pairs):
                     change = paired_difference(pairs[method], pairs[baseline])
-                    found.append((method, *group, baseline, measure, *change))
+                    compared.append((method, *group, baseline, measure, *change))
             names = ["method", *GROUP, "baseline", "measure", "mean", "low", "high", "p", "n"]
-            frame = pd.DataFrame(found, columns=names)
+            frame = pd.DataFrame(compared, columns=names)
             frame.insert(len(names) - 1, "p_holm", holm(frame["p"]))
             table.append(frame)
     return pd.concat(table, ignore_index=True)
 
 
 def verdicts(anytime: pd.DataFrame, budgeted: pd.DataFrame) -> pd.DataFrame:
-    """Say which method is best at each exit and budget, and whether its lead is more than noise.
+    """Return the best method at each exit and budget, and whether its lead is significant.
 
-    The best is compared with every other method by Student's t on the seeds that both have; Holm's correction is for
-    all of these comparisons at one place.
+    The best method is compared with every other one by Student's paired t-test on their common seeds; Holm's correction
+    is for all of these comparisons at one exit or budget. The columns are those of `Comparison.verdicts`.
     """
     exits = anytime.assign(where="exit " + anytime["exit"].astype(str), budget=np.nan, place=anytime["exit"])
     spent = budgeted.assign(where="budget " + budgeted["budget"].map("{:.6g}".format), place=1000 + budgeted["budget"])
     columns = ["method", "seed", *GROUP, "where", "budget", "place", "accuracy"]
-    found = []
+    lines = []
     both = pd.concat([exits[columns], spent[columns]], ignore_index=True)
     for group, rows in both.groupby(GROUP, sort=False):
         if rows["method"].nunique() < 2:
             continue
-        for _, mine in rows.groupby("place"):
-            first = mine.iloc[0]
-            order = list(dict.fromkeys(mine["method"]))
-            wide = mine.pivot(index="seed", columns="method", values="accuracy")[order]
+        for _, values in rows.groupby("place"):
+            first = values.iloc[0]
+            order = list(dict.fromkeys(values["method"]))
+            wide = values.pivot(index="seed", columns="method", values="accuracy")[order]
             ranked = wide.mean().sort_values(ascending=False, kind="stable").dropna()
             if len(ranked) < 2:
                 continue
@@ -82,79 +82,83 @@ def verdicts(anytime: pd.DataFrame, budgeted: pd.DataFrame) -> pd.DataFrame:
             verdict = "not known" if np.isnan(p) else "yes" if p < 0.05 else "no"
             change = (lead.mean, lead.low, lead.high) if lead else (np.nan,) * 3
             line = (*group, first["where"], first["budget"], best, ranked.iloc[0], second, *change, p, verdict)
-            found.append(line)
+            lines.append(line)
     names = [*GROUP, "where", "budget", "best", "accuracy", "second", "lead", "low", "high", "p_holm", "verdict"]
-    return pd.DataFrame(found, columns=names)
+    return pd.DataFrame(lines, columns=names)
 
 
 def baseline_of(methods: list[str], wanted: str) -> str:
-    """Return the baseline among the labels of one table: the method wanted, with fields or without, or the first."""
+    """Return the label of the baseline: `wanted`, else the first label of that method, else the first label."""
     exact = [name for name in methods if name == wanted]
-    alike = [name for name in methods if name.split(" ")[0] == wanted]
-    return (exact or alike or methods)[0]
+    same_method = [name for name in methods if name.split(" ")[0] == wanted]
+    return (exact or same_method or methods)[0]
 
 
 def stitch(rows: pd.DataFrame) -> pd.DataFrame:
-    """Make one curve of each method's networks on one data set, seed by seed, chosen on validation.
+    """Combine the curves of a method's networks of several sizes on one data set into one curve, per seed.
 
-    At each of 39 budgets between the cheapest and the dearest operating point on validation, the point is taken that
-    is the most accurate on validation of those within the budget. Only networks of one family (MSDNets, RANets, ...)
-    are stitched; methods with one network only have no rows.
+    At each of 39 budgets between the lowest and the highest cost on validation, the curve has the operating point with
+    the highest validation accuracy within the budget. Only networks of one family (MSDNets, RANets, ...) are combined;
+    methods with a single network have no rows.
 
     Args:
         rows: method, seed, backbone, dataset, validation_cost, validation_accuracy, cost, accuracy of every point.
+
+    Returns:
+        method, seed, family, dataset, budget, cost, accuracy; cost and accuracy are on test.
     """
     columns = ["method", "seed", "family", "dataset", "budget", "cost", "accuracy"]
-    found = [pd.DataFrame(columns=columns)]
+    curves = [pd.DataFrame(columns=columns)]
     rows = rows.assign(family=rows["backbone"].map(family))
-    for (kind, dataset), here in rows.groupby(["family", "dataset"], sort=False):
-        if here["backbone"].nunique() < 2:
+    for (kind, dataset), group in rows.groupby(["family", "dataset"], sort=False):
+        if group["backbone"].nunique() < 2:
             continue
-        each = here.groupby(["method", "seed"], sort=False)
-        low, high = each["validation_cost"].min().max(), each["validation_cost"].max().min()
+        runs = group.groupby(["method", "seed"], sort=False)
+        low, high = runs["validation_cost"].min().max(), runs["validation_cost"].max().min()
         budgets = np.geomspace(low, high, BUDGETS)
-        for (method, seed), mine in each:
-            if mine["backbone"].nunique() < 2:
+        for (method, seed), points in runs:
+            if points["backbone"].nunique() < 2:
                 continue
-            chosen = mine.iloc[stitched(mine["validation_cost"], mine["validation_accuracy"])]
-            place = np.searchsorted(chosen["validation_cost"], budgets * (1 + 1e-12), side="right") - 1
-            at = chosen.iloc[place]
+            chosen = points.iloc[stitched(points["validation_cost"], points["validation_accuracy"])]
+            index = np.searchsorted(chosen["validation_cost"], budgets * (1 + 1e-12), side="right") - 1
+            at = chosen.iloc[index]
             same = {"method": method, "seed": seed, "family": kind, "dataset": dataset, "budget": budgets}
-            found.append(pd.DataFrame({**same, "cost": at["cost"].to_numpy(), "accuracy": at["accuracy"].to_numpy()}))
-    return pd.concat(found[1:] or found, ignore_index=True)
+            curves.append(pd.DataFrame({**same, "cost": at["cost"].to_numpy(), "accuracy": at["accuracy"].to_numpy()}))
+    return pd.concat(curves[1:] or curves, ignore_index=True)
 
 
 def family(backbone: str) -> str:
-    """Return the kind of network that a backbone, as it is called in a table, is of: "msdnet"."""
+    """Return the family of a backbone, such as "msdnet", from its label in a table."""
     name = backbone.split(" ")[0]
     try:
         return str(underlying(load("backbone", name)).__name__).lower()
-    except UserError:  # one of a package that is not installed here
+    except UserError:  # its package is not installed
         return name.split("-")[0]
 
 
 def published_beside(named: Iterable[Any], ours: pd.DataFrame, context: Context) -> pd.DataFrame:
-    """Set the papers' accuracies beside ours; see `Comparison.published`."""
+    """Join the papers' accuracies with ours; see `Comparison.published`."""
     columns = ["method", *GROUP, "paper", "table", "exit", "accuracy_mean", "published", "epochs", "published_epochs"]
     columns += ["batch_size", "published_batch_size", "published_backbone", "published_dataset", "unlike", "note"]
-    found = [pd.DataFrame(columns=columns)]
+    tables = [pd.DataFrame(columns=columns)]
     for run, names in {names: (run, names) for run, names in named}.values():
-        theirs = published.published_for(run.identity, context.stands_for.get(run.path.name, {}), context.published)
-        rows = cast("list[dict[str, Any]]", theirs.to_dict("records"))
-        theirs = theirs.assign(unlike=[published.unlike(run.identity, row, run.recipe) for row in rows])
-        theirs = theirs.rename(columns={"accuracy": "published"})
-        theirs = theirs.rename(columns={c: f"published_{c}" for c in ("epochs", "batch_size", "backbone", "dataset")})
-        mine = ours[(ours["method"] == names.method) & (ours["backbone"] == names.backbone)]
-        mine = mine[mine["dataset"] == names.dataset].drop(columns="accuracy_sd")
-        mine = mine.assign(epochs=run.recipe.epochs, batch_size=run.recipe.batch_size)
-        both = theirs.drop(columns="method").merge(mine, on="exit")
+        reference = published.published_for(run.identity, context.stands_for.get(run.path.name, {}), context.published)
+        rows = cast("list[dict[str, Any]]", reference.to_dict("records"))
+        reference = reference.assign(unlike=[published.unlike(run.identity, row, run.recipe) for row in rows])
+        reference = reference.rename(columns={"accuracy": "published"})
+        renamed = {name: f"published_{name}" for name in ("epochs", "batch_size", "backbone", "dataset")}
+        reference = reference.rename(columns=renamed)
+        accuracies = ours[(ours["method"] == names.method) & (ours["backbone"] == names.backbone)]
+        accuracies = accuracies[accuracies["dataset"] == names.dataset].drop(columns="accuracy_sd")
+        accuracies = accuracies.assign(epochs=run.recipe.epochs, batch_size=run.recipe.batch_size)
+        both = reference.drop(columns="method").merge(accuracies, on="exit")
         if len(both):
-            found.append(both[columns])
-    return pd.concat(found[1:] or found, ignore_index=True)
+            tables.append(both[columns])
+    return pd.concat(tables[1:] or tables, ignore_index=True)
 
 
 def training(rows: pd.DataFrame, wanted: str) -> pd.DataFrame:
-    """Average what training cost; see `Comparison.training`."""
+    """Average the training time and peak memory; see `Comparison.training`."""
     table = (
         rows.groupby([*GROUP, "method"], sort=False)
         .agg(
@@ -167,9 +171,9 @@ def training(rows: pd.DataFrame, wanted: str) -> pd.DataFrame:
     )
     for name, measure in (("time_relative", "seconds_mean"), ("memory_relative", "memory_mib")):
         parts = []
-        for _, mine in table.groupby(GROUP, sort=False):
-            baseline = mine.loc[mine["method"] == baseline_of(list(mine["method"]), wanted), measure]
-            parts.append(mine[measure] / float(baseline.iloc[0]))
+        for _, group in table.groupby(GROUP, sort=False):
+            baseline = group.loc[group["method"] == baseline_of(list(group["method"]), wanted), measure]
+            parts.append(group[measure] / float(baseline.iloc[0]))
         table[name] = pd.concat(parts)
     order = ["seconds_mean", "seconds_sd", "time_relative", "memory_mib", "memory_relative", "n"]
     return table[["method", *GROUP, *order]]

@@ -1,4 +1,4 @@
-"""The wide tables on a terminal."""
+"""The tables of a report on a terminal."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from exitkit.benchmarks.report.narrow_tables import Sheet, sheets
 from exitkit.benchmarks.report.wide_tables import Cell, Wide, seed_count, wide_tables
 
 TITLES = {"anytime": "Anytime accuracy (%)", "budgeted": "Budgeted-batch accuracy (%)"}
-ACROSS = {"anytime": "exit and its", "budgeted": "average budget in"}
+COLUMNS = {"anytime": "exit and", "budgeted": "average budget in"}
 PRINTED = ("verdicts", "differences", "static", "published", "risk", "training", "missing")
 BEST, SPREAD = "bold green", "not bold dim default"
 
 
 def print_report(comparison: Comparison, console: Console) -> None:
-    """Print the anytime and the budgeted table of each backbone and data set, fitted to the console's width.
+    """Print the tables of each backbone and data set, fitted to the console's width.
 
-    Where `97.3 ± 0.4` makes a table too wide, the sd goes below the mean; where that is still too wide, the
-    columns go on in a second table.
+    If a table with cells like `97.3 ± 0.4` is too wide, the sd is printed below the mean; if it is still too wide, its
+    columns are divided over several tables.
     """
     for kind in ("anytime", "budgeted"):
         for wide in wide_tables(comparison, kind):
@@ -34,7 +34,7 @@ def print_report(comparison: Comparison, console: Console) -> None:
                 console.print(table)
             spread = "mean ± sd; " if max(wide.seeds.values()) > 1 else ""
             unit = f" ({wide.unit.strip()})" if wide.unit else ""
-            console.print(Text(f" {spread}columns: {ACROSS[kind]} {wide.cost}{unit}; best in bold", style="dim"))
+            console.print(Text(f" {spread}columns: {COLUMNS[kind]} {wide.cost}{unit}; best in bold", style="dim"))
     for sheet in sheets(comparison):
         if sheet.kind in PRINTED:
             console.print(Text.assemble("\n ", (sheet.title, "bold"), f"  {sheet.group}"))
@@ -42,11 +42,11 @@ def print_report(comparison: Comparison, console: Console) -> None:
                 console.print(table)
             console.print(Text(f" {sheet.caption}", style="dim"))
     for text in mind(comparison):
-        console.print(Text(f"\n mind: {text}", style="yellow"))
+        console.print(Text(f"\n note: {text}", style="yellow"))
 
 
 def _parts(sheet: Sheet, console: Console) -> list[Table]:
-    """Return a narrow table as it is, or cut into several where the console is narrower."""
+    """Return a narrow table, divided into several if the console is too narrow."""
     unlimited = console.options.update(width=10_000)
     numbers = range(sheet.left, len(sheet.heads))
     for parts in range(1, len(numbers) + 1):
@@ -59,19 +59,19 @@ def _parts(sheet: Sheet, console: Console) -> list[Table]:
 
 def _sheet(sheet: Sheet, columns: range, fold: bool = False) -> Table:
     table = Table(box=box.SIMPLE_HEAVY, padding=(0, 1, 0, 0), header_style="bold cyan")
-    for place in (*range(sheet.left), *columns):
-        head = sheet.heads[place]
-        words = place < sheet.left
+    for index in (*range(sheet.left), *columns):
+        head = sheet.heads[index]
+        is_text = index < sheet.left
         table.add_column(
-            Text(head), justify="left" if words else "right", style="dim" if head == "n" else "", no_wrap=not fold
+            Text(head), justify="left" if is_text else "right", style="dim" if head == "n" else "", no_wrap=not fold
         )
     for row in sheet.rows:
-        table.add_row(*(_cell(row[place], stacked=True) for place in (*range(sheet.left), *columns)))
+        table.add_row(*(_cell(row[index], stacked=True) for index in (*range(sheet.left), *columns)))
     return table
 
 
 def _fitted(wide: Wide, console: Console) -> list[Table]:
-    """Return the most generous layout that fits, as one table or several."""
+    """Return the widest layout that fits, as one or several tables."""
     unlimited = console.options.update(width=10_000)
     columns = len(wide.heads)
     for parts, stacked in [(1, False), *((parts, True) for parts in range(1, columns + 1))]:
@@ -83,7 +83,7 @@ def _fitted(wide: Wide, console: Console) -> list[Table]:
 
 
 def _table(wide: Wide, columns: range, stacked: bool) -> Table:
-    """Lay out some columns; `stacked` puts each sd below its mean, and leaves the unit to the caption."""
+    """Lay out some columns; `stacked` prints each sd below its mean, and omits the unit, which the caption has."""
     table = Table(box=box.SIMPLE_HEAVY, padding=(0, 1, 0, 0), header_style="bold cyan", leading=int(stacked))
     table.add_column("method", no_wrap=True)
     for name, cost in (wide.heads[i] for i in columns):

@@ -1,4 +1,4 @@
-"""What `exitkit diagnose` drew of the runs, as part of their report."""
+"""The figures of `exitkit diagnose` in a report."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
     from exitkit.runs.folder import RunFolder
 
 CAPTIONS = {
-    "conflict": "how far the exits' gradients agree, by stage over training and exit by exit at the end",
-    "magnitude": "the length of each stage's gradient, and its variance over batches",
-    "validity": "the share of images that still teach each exit something, and its loss",
-    "weights": "what each image counts at each exit against its loss there",
-    "ranks": "how consistently the exits rank the images by confidence",
-    "pruning": "what each exit loses when the parameters that matter most to one exit are gone",
+    "conflict": "cosine of the exits' gradients: per stage during training, and per pair of exits at the last probe",
+    "magnitude": "norm of the gradient of each stage, and its variance over batches",
+    "validity": "fraction of valid images of each exit, and its loss",
+    "weights": "weight of each image at each exit against its loss at that exit",
+    "ranks": "rank correlation of the exits' confidences",
+    "pruning": "accuracy that each exit loses when the parameters most important to one exit are set to zero",
 }
-"""What each figure shows."""
+"""{name of figure: caption}."""
 
 
 class Picture(NamedTuple):
-    """One figure: what it is called in the report, where it lies (without its suffix), whose and what it is."""
+    """A figure: its name in the report, its path without suffix, and its caption."""
 
     name: str
     source: Path
@@ -32,20 +32,20 @@ class Picture(NamedTuple):
 
 
 def diagnostics(runs: Iterable[RunFolder], names: Mapping[str, Names]) -> list[Picture]:
-    """Return the figures that lie in the folders of some runs.
+    """Return the diagnostic figures in the folders of the runs.
 
     Args:
-        runs: the runs.
-        names: what each is called, by its folder's name.
+        runs: finished runs.
+        names: {name of a run's folder: its labels}.
     """
-    found = []
+    pictures = []
     for run in runs:
         folder = run.path / DIAGNOSTICS
         if not folder.is_dir():
             continue
         method, backbone, dataset = names[run.path.name]
-        whose = f"{method} on {backbone}, {dataset}, seed {run.recipe.seed}"
-        for kind, what in CAPTIONS.items():
+        title = f"{method} on {backbone}, {dataset}, seed {run.recipe.seed}"
+        for kind, caption in CAPTIONS.items():
             if all((folder / f"{kind}.{suffix}").is_file() for suffix in ("png", "pdf")):
-                found.append(Picture(f"{kind}-{run.path.name}", folder / kind, f"{whose}: {what}."))
-    return found
+                pictures.append(Picture(f"{kind}-{run.path.name}", folder / kind, f"{title}: {caption}."))
+    return pictures

@@ -1,4 +1,4 @@
-"""All tables and figures of a comparison as one document: Markdown, or LaTeX that compiles as it is."""
+"""All tables and figures of a comparison as one Markdown or LaTeX document."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from exitkit.benchmarks.report.formats import FITTED, SPECIAL
 FIGURES = {
     "anytime": "Accuracy of each exit against its cost; bands: one sd over seeds{crosses}.",
     "budgeted": "Budgeted batch: accuracy against realised mean cost, thresholds from validation{crosses}.",
-    "oracle": "Budgeted curves, and dotted the bound of a rule that knows the best exit of every image.",
-    "stitched": "Networks of several sizes as one curve, chosen on validation.",
-    "learning": "Validation accuracy over training.",
-    "sweep": "Accuracy against the values of a swept field.",
+    "oracle": "Budgeted curves; dotted: upper bound of an oracle that selects the best exit of each image.",
+    "stitched": "Networks of several sizes combined into one curve; operating points selected on validation.",
+    "learning": "Validation accuracy during training.",
+    "sweep": "Accuracy for each value of a swept field.",
 }
-"""What each figure shows; `caption` completes it."""
+"""{name of figure: template of its caption, see `caption`}."""
 
 _HEAD = r"""\documentclass{article}
 \usepackage{booktabs,graphicx}
@@ -37,8 +37,8 @@ _FIGURE = r"""\begin{figure*}[!htbp]
 
 
 def caption(kind: str, static: pd.DataFrame) -> str:
-    """Return what a figure shows; `static` are the networks of one exit that it may show, too."""
-    return FIGURES[kind].format(crosses="; crosses: networks of one exit" if len(static) else "")
+    """Return the caption of a figure; `static` is the table of static networks, which may be empty."""
+    return FIGURES[kind].format(crosses="; crosses: static networks" if len(static) else "")
 
 
 def _picture(kind: str) -> str:
@@ -46,21 +46,21 @@ def _picture(kind: str) -> str:
 
 
 def lead(comparison: Comparison) -> list[str]:
-    """Return what stands before the tables: the comparison's note, what its runs share, and in what methods differ."""
+    """Return the introduction: the note, the shared settings, the data, and the differences between methods."""
     lines = [comparison.context.note] if comparison.context.note else []
-    lines += [f"All runs: {'. And: '.join(dict.fromkeys(comparison.shared.values()))}."]
+    lines += [f"Shared settings: {text}." for text in dict.fromkeys(comparison.shared.values())]
     lines += [f"{dataset}: {', or '.join(counts)}." for dataset, counts in comparison.images.items()]
-    return lines + [f"Mind: {text}." for text in mind(comparison)]
+    return lines + [f"Note: {text}." for text in mind(comparison)]
 
 
 def mind(comparison: Comparison) -> list[str]:
-    """Return in what methods differ besides; what is so on all networks and data is said once."""
+    """Return the settings in which the methods differ; a difference on all networks and data sets is listed once."""
     where: dict[str, list[str]] = {}
     for (backbone, dataset), notes in comparison.notes.items():
         for note in notes:
             where.setdefault(note, []).append(f"{backbone} and {dataset}")
-    whole = len(comparison.notes)
-    return [note if len(on) == whole > 1 else f"on {', '.join(on)}, {note}" for note, on in where.items()]
+    total = len(comparison.notes)
+    return [note if len(on) == total > 1 else f"on {', '.join(on)}, {note}" for note, on in where.items()]
 
 
 def title(comparison: Comparison) -> str:
@@ -69,15 +69,15 @@ def title(comparison: Comparison) -> str:
 
 
 def markdown_document(
-    comparison: Comparison, tables: Mapping[str, str], pictures: Sequence[str], seen: Sequence[Picture]
+    comparison: Comparison, tables: Mapping[str, str], pictures: Sequence[str], diagnosed: Sequence[Picture]
 ) -> str:
-    """Write a report whose pictures lie beside it.
+    """Return a Markdown report that links to figures in the same folder.
 
     Args:
-        comparison: what it is of.
-        tables: {kind: Markdown}.
-        pictures: names of PNG files.
-        seen: what `exitkit diagnose` drew.
+        comparison: the comparison.
+        tables: {kind: table as Markdown}.
+        pictures: names of the figures (.png), without suffix.
+        diagnosed: figures of `exitkit diagnose`.
     """
     parts = [f"# {title(comparison)}", *lead(comparison)]
     shown = {kind: f"![{caption(kind, comparison.static)}]({kind}.png)" for kind in pictures}
@@ -86,27 +86,27 @@ def markdown_document(
         if kind in pictures:
             parts.append(shown[kind])
     parts += [f"## {kind.capitalize()}\n\n{shown[kind]}" for kind in pictures if kind not in tables]
-    parts += ["## Diagnostics"] * bool(seen)
-    parts += [f"![{picture.caption}]({picture.name}.png)\n\n*{picture.caption}*" for picture in seen]
+    parts += ["## Diagnostics"] * bool(diagnosed)
+    parts += [f"![{picture.caption}]({picture.name}.png)\n\n*{picture.caption}*" for picture in diagnosed]
     return "\n\n".join(parts) + "\n"
 
 
 def latex_document(
-    comparison: Comparison, tables: Sequence[str], pictures: Sequence[str], seen: Sequence[Picture]
+    comparison: Comparison, tables: Sequence[str], pictures: Sequence[str], diagnosed: Sequence[Picture]
 ) -> str:
-    """Write a document that puts in the tables (.tex) and figures (.pdf) that lie beside it.
+    """Return a LaTeX document that includes the tables (.tex) and figures (.pdf) in the same folder.
 
     Args:
-        comparison: what it is of.
-        tables: names of .tex files.
-        pictures: names of .pdf files.
-        seen: what `exitkit diagnose` drew.
+        comparison: the comparison.
+        tables: names of the tables (.tex), without suffix.
+        pictures: names of the figures (.pdf), without suffix.
+        diagnosed: figures of `exitkit diagnose`.
     """
     parts = [_HEAD, f"\\section*{{{title(comparison).translate(SPECIAL)}}}\n"]
     parts += [f"{line.translate(SPECIAL)}\n\n" for line in lead(comparison)]
     for kind in tables:
         parts.append(f"\\input{{{kind}}}\n")
     captions = {kind: caption(kind, comparison.static) for kind in pictures}
-    captions |= {picture.name: picture.caption for picture in seen}
+    captions |= {picture.name: picture.caption for picture in diagnosed}
     parts += [_FIGURE % (_picture(name), text.translate(SPECIAL), name) for name, text in captions.items()]
     return "".join([*parts, "\\end{document}\n"])

@@ -1,6 +1,6 @@
-"""Accuracy against multiply-adds, as a paper prints it: one panel a backbone and data set, one line a method.
+"""Figures of accuracy against cost: one panel per backbone and data set, one line per method.
 
-Figures are made on matplotlib's objects, not on pyplot's global state, so that any thread may draw them.
+Figures use matplotlib's objects and not pyplot's global state, so that they can be drawn in any thread.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from matplotlib.ticker import MaxNLocator
 from exitkit.benchmarks.report.comparison import GROUP, Comparison
 from exitkit.benchmarks.report.wide_tables import group_name, unit_for
 
-# Okabe and Ito's colours, told apart by colour-blind readers; markers and dashes serve a grey print. The
-# three lengths share no factor, so that the combination does not repeat for many methods.
+# Okabe and Ito's colours, which colour-blind readers can distinguish; markers and dashes are for greyscale print. The
+# lengths of the three lists are coprime, so that combinations repeat only after many methods.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
 DASHES: list[Any] = ["-", (0, (5, 1.5)), (0, (4, 1.5, 1, 1.5)), (0, (1.5, 1)), (0, (6, 1, 1, 1, 1, 1))]
 
 WIDTH, HEIGHT = 3.4, 2.6
-"""Size of a panel in inches: a column of a two-column paper."""
-_LINE = 0.17  # inches of one line of a legend
-_LETTERS = 46  # of a title, over one panel
+"""Size of a panel in inches: one column of a two-column paper."""
+_LINE = 0.17  # height of one line of a legend, in inches
+_LETTERS = 46  # characters per line of a panel's title
 
 STYLE: dict[Any, Any] = {
     "font.size": 8,
@@ -55,38 +55,38 @@ STYLE: dict[Any, Any] = {
 
 
 def anytime_figure(comparison: Comparison) -> Figure:
-    """Draw the accuracy of each exit against its cost; bands are one sd over seeds, crosses networks of one exit."""
+    """Draw the accuracy of each exit against its cost; bands are one sd over seeds, crosses are static networks."""
     return _panels(comparison, comparison.anytime, comparison.cost_column, _add_static)
 
 
 def budgeted_figure(comparison: Comparison) -> Figure:
-    """Draw the budgeted-batch points at their realised mean cost; bands are one sd over seeds."""
+    """Draw the budgeted-batch curves against the realised mean cost; bands are one sd over seeds."""
     return _panels(comparison, comparison.curve, "cost_mean", _add_static)
 
 
 def oracle_figure(comparison: Comparison) -> Figure:
-    """Draw the budgeted curves with the upper bound of each, that of a rule which knows the best exit of each image."""
+    """Draw the budgeted curves and their upper bounds, those of an oracle that selects the best exit of each image."""
 
     def bounds(axes: Axes, comparison: Comparison, group: tuple[str, str], size: float) -> None:
         axes.plot([], [], ":", color="#555555", lw=0.9, label="the best exit of each image")
-        for place, method in enumerate(_methods(comparison)):
+        for index, method in enumerate(_methods(comparison)):
             rows = comparison.oracle
-            mine = rows[(rows["method"] == method) & (rows["backbone"] == group[0]) & (rows["dataset"] == group[1])]
-            colour = _look(place)["color"]
-            axes.plot(mine["cost_mean"] / size, mine["accuracy_mean"], ":", color=colour, lw=0.9)
+            bound = rows[(rows["method"] == method) & (rows["backbone"] == group[0]) & (rows["dataset"] == group[1])]
+            colour = _style(index)["color"]
+            axes.plot(bound["cost_mean"] / size, bound["accuracy_mean"], ":", color=colour, lw=0.9)
 
     return _panels(comparison, comparison.curve, "cost_mean", bounds)
 
 
 def stitched_figure(comparison: Comparison) -> Figure:
-    """Draw the curve that each method's networks of several sizes make together, a panel a data set."""
+    """Draw each method's combined curve of networks of several sizes, one panel per family and data set."""
     rows = comparison.stitched
     rows = rows.assign(backbone="all " + rows["family"] + "s")
     return _panels(comparison, rows, "cost_mean", None)
 
 
 def learning_figure(learning: pd.DataFrame) -> Figure:
-    """Draw the validation accuracy of up to four exits over training: a panel an exit, a row a network and data set."""
+    """Draw the validation accuracy per epoch of up to four exits: a row per network and data set, a panel per exit."""
     groups = [rows for _, rows in learning.groupby(GROUP, sort=False)]
     methods = list(dict.fromkeys(learning["method"]))
     chosen = [_spread_over(sorted(rows["exit"].unique()), 4) for rows in groups]
@@ -99,12 +99,12 @@ def learning_figure(learning: pd.DataFrame) -> Figure:
                 if number is None:
                     axes.axis("off")
                     continue
-                for place, method in enumerate(methods):
-                    mine = rows[(rows["method"] == method) & (rows["exit"] == number)]
-                    look = _look(place) | {"marker": "" if len(mine) > 15 else _look(place)["marker"], "lw": 1.0}
-                    axes.plot(mine["epoch"], mine["validation_accuracy_mean"], label=method, **look)
-                over = f"exit {number}" if len(groups) == 1 else f"exit {number}, {group_name(rows)}"
-                axes.set_title(textwrap.fill(over, 32), fontsize=7)
+                for index, method in enumerate(methods):
+                    curve = rows[(rows["method"] == method) & (rows["exit"] == number)]
+                    style = _style(index) | {"marker": "" if len(curve) > 15 else _style(index)["marker"], "lw": 1.0}
+                    axes.plot(curve["epoch"], curve["validation_accuracy_mean"], label=method, **style)
+                title = f"exit {number}" if len(groups) == 1 else f"exit {number}, {group_name(rows)}"
+                axes.set_title(textwrap.fill(title, 32), fontsize=7)
                 axes.set_xlabel("epoch")
                 axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
                 axes.grid(axis="y")
@@ -114,26 +114,26 @@ def learning_figure(learning: pd.DataFrame) -> Figure:
 
 
 def sweep_figure(sweep: pd.DataFrame) -> Figure:
-    """Draw accuracy against the values of a swept field, one line an exit; a panel for each method and field."""
+    """Draw accuracy against the values of a swept field: one panel per method and field, one line per exit."""
     groups = [(names, rows) for names, rows in sweep.groupby(["method", "field", *GROUP], sort=False)]
     exits = _spread_over(sorted(sweep["exit"].unique()), 5)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH * len(groups), HEIGHT), layout="constrained")
         for axes, (names, rows) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
-            for place, number in enumerate(exits):
-                mine = rows[rows["exit"] == number].sort_values("value")
+            for index, number in enumerate(exits):
+                curve = rows[rows["exit"] == number].sort_values("value")
                 axes.errorbar(
-                    mine["value"],
-                    mine["accuracy_mean"],
-                    mine["accuracy_sd"].fillna(0),
+                    curve["value"],
+                    curve["accuracy_mean"],
+                    curve["accuracy_sd"].fillna(0),
                     label=f"exit {number}",
                     capsize=2,
                     elinewidth=0.6,
-                    **_look(place),
+                    **_style(index),
                 )
             axes.set_title(textwrap.fill(f"{names[0]}, {names[2]} on {names[3]}", _LETTERS))
             axes.set_xlabel(str(names[1]).replace("_", " "))
-            if (rows["value"] % 1 == 0).all():  # there are no 4.5 blocks
+            if (rows["value"] % 1 == 0).all():  # integer fields get integer ticks
                 axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.grid(axis="y")
         figure.axes[0].set_ylabel("accuracy (%)")
@@ -141,11 +141,11 @@ def sweep_figure(sweep: pd.DataFrame) -> Figure:
     return figure
 
 
-def _spread_over(values: list[int], most: int) -> list[int]:
-    """Return up to `most` of the values, first and last among them, evenly spread."""
-    if len(values) <= most:
+def _spread_over(values: list[int], limit: int) -> list[int]:
+    """Return at most `limit` evenly spaced values, including the first and the last."""
+    if len(values) <= limit:
         return values
-    return [values[round(place)] for place in np.linspace(0, len(values) - 1, most)]
+    return [values[round(index)] for index in np.linspace(0, len(values) - 1, limit)]
 
 
 def _methods(comparison: Comparison) -> list[str]:
@@ -154,11 +154,11 @@ def _methods(comparison: Comparison) -> list[str]:
 
 def _add_static(axes: Axes, comparison: Comparison, group: tuple[str, str], size: float) -> None:
     rows = comparison.static
-    mine = rows[(rows["backbone"] == group[0]) & (rows["dataset"] == group[1])]
-    if len(mine):
+    static = rows[(rows["backbone"] == group[0]) & (rows["dataset"] == group[1])]
+    if len(static):
         axes.plot(
-            mine["cost_mean"] / size,
-            mine["accuracy_mean"],
+            static["cost_mean"] / size,
+            static["accuracy_mean"],
             "x",
             color="#555555",
             ms=5,
@@ -168,13 +168,13 @@ def _add_static(axes: Axes, comparison: Comparison, group: tuple[str, str], size
 
 
 def save_figure(figure: Figure, path: Path, kind: str) -> None:
-    """Save as "png" (300 dpi) or "pdf" (fonts embedded); the same figure gives the same bytes."""
+    """Save as "png" (300 dpi) or "pdf" (embedded fonts); the bytes are deterministic."""
     with matplotlib.rc_context(STYLE):
         figure.savefig(path, format=kind, metadata={"CreationDate" if kind == "pdf" else "Software": None})
 
 
 Extra = Callable[[Axes, Comparison, tuple[str, str], float], None]
-"""What a figure draws over a panel: its axes, the comparison, backbone and data set, and the size of the unit."""
+"""Draws on a panel, given its axes, the comparison, (backbone, data set), and the size of the unit of cost."""
 
 
 def _panels(comparison: Comparison, frame: pd.DataFrame, cost: str, extra: Extra | None) -> Figure:
@@ -189,10 +189,10 @@ def _panels(comparison: Comparison, frame: pd.DataFrame, cost: str, extra: Extra
             axes.axis("off")
         for axes, rows in zip(panels.ravel(), groups, strict=False):
             label, size = axis_of(comparison, rows[cost])
-            for place, method in enumerate(_methods(comparison)):
-                mine = rows[rows["method"] == method]
-                if len(mine):
-                    _draw(axes, mine, cost, size, place)
+            for index, method in enumerate(_methods(comparison)):
+                curve = rows[rows["method"] == method]
+                if len(curve):
+                    _draw(axes, curve, cost, size, index)
             if extra:
                 extra(axes, comparison, (rows["backbone"].iloc[0], rows["dataset"].iloc[0]), size)
             axes.set_title(textwrap.fill(group_name(rows), _LETTERS))
@@ -208,7 +208,7 @@ def _panels(comparison: Comparison, frame: pd.DataFrame, cost: str, extra: Extra
 
 
 def axis_of(comparison: Comparison, costs: pd.Series) -> tuple[str, float]:
-    """Return the label of an axis of costs, with its unit, and the size of that unit."""
+    """Return the label of a cost axis, with its unit, and the size of that unit."""
     if comparison.options.cost == "latency":
         return "milliseconds per image", 1.0
     unit, size = unit_for(costs)
@@ -216,38 +216,38 @@ def axis_of(comparison: Comparison, costs: pd.Series) -> tuple[str, float]:
     return f"multiply-adds{papers} ({unit})" if unit else f"multiply-adds{papers}", size
 
 
-def _look(place: int) -> dict[str, Any]:
+def _style(index: int) -> dict[str, Any]:
     return {
-        "color": COLOURS[place % len(COLOURS)],
-        "marker": MARKERS[place % len(MARKERS)],
-        "linestyle": DASHES[place % len(DASHES)],
+        "color": COLOURS[index % len(COLOURS)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "linestyle": DASHES[index % len(DASHES)],
         "markeredgecolor": "white",
         "markeredgewidth": 0.4,
     }
 
 
-def _draw(axes: Axes, rows: pd.DataFrame, cost: str, size: float, place: int) -> None:
-    """Draw one method's line and a band of one sd; `place` is its place among all methods."""
+def _draw(axes: Axes, rows: pd.DataFrame, cost: str, size: float, index: int) -> None:
+    """Draw the line of one method and a band of one sd; `index` is its position among all methods."""
     x, y, sd = rows[cost] / size, rows["accuracy_mean"], rows["accuracy_sd"]
-    look = _look(place)
-    # On a curve of many points the methods' markers fall on different ones, since curves often run together.
-    every = (2 * place % 6, 6) if cost == "cost_mean" else 1
-    axes.plot(x, y, label=rows["method"].iloc[0], markevery=every, **look)
-    axes.fill_between(x, y - sd, y + sd, color=look["color"], alpha=0.12, lw=0)
+    style = _style(index)
+    # On curves of many points, methods have markers on different points, since their curves often overlap.
+    every = (2 * index % 6, 6) if cost == "cost_mean" else 1
+    axes.plot(x, y, label=rows["method"].iloc[0], markevery=every, **style)
+    axes.fill_between(x, y - sd, y + sd, color=style["color"], alpha=0.12, lw=0)
 
 
 def _legend(figure: Figure, methods: list[str]) -> None:
-    """Put one legend above the panels, where it covers no data, in as many columns as the width holds."""
-    found: dict[str, Any] = {}
+    """Add one legend above the panels, in as many columns as fit."""
+    handles: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
+            handles.setdefault(label, handle)
     widths = {n: _legend_width(methods, n) for n in range(len(methods), 0, -1)}
     columns = next((n for n, width in widths.items() if width < figure.get_figwidth()), 1)
     lines = -(-len(methods) // columns)
-    figure.set_figheight(figure.get_figheight() + _LINE * (lines - 1))  # what the legend takes, the panels keep
+    figure.set_figheight(figure.get_figheight() + _LINE * (lines - 1))  # keeps the height of the panels
     figure.legend(
-        [found[name] for name in methods],
+        [handles[name] for name in methods],
         methods,
         loc="outside upper center",
         ncols=columns,
@@ -259,6 +259,6 @@ def _legend(figure: Figure, methods: list[str]) -> None:
 
 
 def _legend_width(names: list[str], columns: int) -> float:
-    """Estimate a legend's width in inches: a line and its spaces, then 4.6 points a letter."""
+    """Estimate the width of a legend in inches: 33 points per handle and 4.6 points per character."""
     stacks = np.array_split(np.array(names), columns)
     return float(sum(33 + 4.6 * max(map(len, stack)) for stack in stacks)) / 72

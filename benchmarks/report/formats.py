@@ -1,4 +1,4 @@
-"""The wide tables as Markdown and as LaTeX (booktabs)."""
+"""The tables of a report as Markdown and as LaTeX (booktabs)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pandas as pd
 from exitkit.benchmarks.report.narrow_tables import Sheet
 from exitkit.benchmarks.report.wide_tables import Cell, Wide
 
-PREAMBLE = "% needs \\usepackage{booktabs} and \\usepackage{graphicx} (to shrink what is too wide)\n"
+PREAMBLE = "% needs \\usepackage{booktabs} and \\usepackage{graphicx} (to scale down wide tables)\n"
 
 TABLE = r"""\begin{table*}[!htbp]
 \centering
@@ -24,7 +24,7 @@ FITTED = r"""\sbox0{%%
 \ifdim\wd0>\textwidth\sbox0{\resizebox{\textwidth}{!}{\usebox0}}\fi
 \ifdim\ht0>0.8\textheight\sbox0{\resizebox{!}{0.8\textheight}{\usebox0}}\fi
 \usebox0"""
-"""Shrinks what is too wide or too high, with nothing but graphicx."""
+"""Scales down content that is too wide or too high; needs graphicx only."""
 
 SPECIAL = str.maketrans(
     {
@@ -41,7 +41,7 @@ SPECIAL = str.maketrans(
 
 
 def markdown(tables: list[Wide]) -> str:
-    """Write the tables one after the other, each under its caption; best means bold."""
+    """Return the tables as Markdown, each below its caption; the best values are bold."""
     return "\n\n".join(f"{table.caption}\n\n{_markdown_table(table)}" for table in tables) + "\n"
 
 
@@ -54,14 +54,14 @@ def _markdown_table(table: Wide) -> str:
         rows.append([name, *texts, table.count(name)])
     frame = pd.DataFrame(rows, columns=["method", *(heads if table.kind == "anytime" else costs), "n"])
     align = ("left", *["right"] * (len(heads) + 1))
-    # Left to itself, tabulate reads "97.30" as a number and writes 97.3.
+    # By default, tabulate parses "97.30" as a number and writes 97.3.
     return str(frame.to_markdown(index=False, colalign=align, disable_numparse=True))
 
 
-def sheets_markdown(given: list[Sheet]) -> str:
-    """Write narrow tables one after the other, each under its caption; best means bold."""
+def sheets_markdown(tables: list[Sheet]) -> str:
+    """Return narrow tables as Markdown, each below its caption; the best values are bold."""
     texts = []
-    for sheet in given:
+    for sheet in tables:
         rows = [[f"**{cell.text()}**" if cell.best else cell.text() for cell in row] for row in sheet.rows]
         frame = pd.DataFrame(rows, columns=sheet.heads)
         align = ["left"] * sheet.left + ["right"] * (len(sheet.heads) - sheet.left)
@@ -70,10 +70,10 @@ def sheets_markdown(given: list[Sheet]) -> str:
     return "\n\n".join(texts) + "\n"
 
 
-def sheets_latex(given: list[Sheet]) -> str:
-    """Write narrow tables one after the other, ready to be \\input; best means bold."""
+def sheets_latex(sheets: list[Sheet]) -> str:
+    """Return narrow tables as LaTeX, for \\input; the best values are bold."""
     tables = []
-    for sheet in given:
+    for sheet in sheets:
         rows = [[_bold(cell) for cell in row] for row in sheet.rows]
         frame = pd.DataFrame(rows, columns=[head.translate(SPECIAL) for head in sheet.heads])
         columns = "l" * sheet.left + "r" * (len(sheet.heads) - sheet.left)
@@ -89,7 +89,7 @@ def _bold(cell: Cell) -> str:
 
 
 def latex(tables: list[Wide]) -> str:
-    """Write the tables one after the other, two columns wide, ready to be \\input; best means bold."""
+    """Return the tables as LaTeX of two-column width, for \\input; the best values are bold."""
     return PREAMBLE + "\n".join(_latex_table(table) for table in tables)
 
 

@@ -1,4 +1,4 @@
-"""A comparison as one HTML page: what stands in its tables, and curves that tell method, thresholds, cost, accuracy."""
+"""A comparison as one HTML page: its tables and interactive charts."""
 
 from __future__ import annotations
 
@@ -19,46 +19,48 @@ _ACCURACY = "accuracy (%)"
 
 
 def html_report(
-    comparison: Comparison, learning: pd.DataFrame, swept: pd.DataFrame, seen: Sequence[Picture] = ()
+    comparison: Comparison, learning: pd.DataFrame, swept: pd.DataFrame, diagnosed: Sequence[Picture] = ()
 ) -> str:
-    """Return the whole report as one page.
+    """Return the report as one HTML page.
 
     Args:
-        comparison: what it is of.
-        learning, swept: see `learning`; empty frames draw nothing.
-        seen: what `exitkit diagnose` drew.
+        comparison: the comparison.
+        learning, swept: the tables of module `learning`; empty tables are not drawn.
+        diagnosed: figures of `exitkit diagnose`.
     """
-    places = {name: place for place, name in enumerate(dict.fromkeys(comparison.anytime["method"]))}
+    indices = {name: index for index, name in enumerate(dict.fromkeys(comparison.anytime["method"]))}
     sections = []
     narrow = sheets(comparison)
     wide = {kind: wide_tables(comparison, kind) for kind in ("anytime", "budgeted")}
     for number, (_, rows) in enumerate(comparison.anytime.groupby(GROUP, sort=False)):
         group = group_name(rows)
         blocks: list[Any] = [_wide(tables[number]) for tables in wide.values()]
-        blocks.insert(1, _anytime(comparison, rows, places))
-        blocks.append(_budgeted(comparison, _of(comparison.curve, rows), places))
+        blocks.insert(1, _anytime(comparison, rows, indices))
+        blocks.append(_budgeted(comparison, _of(comparison.curve, rows), indices))
         blocks += [_sheet(sheet) for sheet in narrow if sheet.group == group]
         curves = _of(learning, rows)
-        blocks += [_learning(curves, places)] if len(curves) else []
+        blocks += [_learning(curves, indices)] if len(curves) else []
         sections.append(page.Section(group, blocks))
     sections += [
-        page.Section(f"All {kind}s on {data}", [_stitched(comparison, rows, places)])
+        page.Section(f"All {kind} networks on {data}", [_stitched(comparison, rows, indices)])
         for (kind, data), rows in comparison.stitched.groupby(["family", "dataset"], sort=False)
     ]
     if len(swept):
         charts = [_sweep(names, rows) for names, rows in swept.groupby(["method", "field", *GROUP], sort=False)]
         sections.append(page.Section("Sweeps", charts))
-    if seen:
-        pictures = [page.Image(picture.caption, picture.source.with_suffix(".png").read_bytes()) for picture in seen]
+    if diagnosed:
+        pictures = [
+            page.Image(picture.caption, picture.source.with_suffix(".png").read_bytes()) for picture in diagnosed
+        ]
         sections.append(page.Section("Diagnostics", pictures))
     return page.html_page(title(comparison), lead(comparison), sections)
 
 
 def _of(frame: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of a frame that are of the same backbone and data set as `rows`."""
+    """Return the rows of a table with the same backbone and data set as `rows`."""
     backbone, dataset = rows["backbone"].iloc[0], rows["dataset"].iloc[0]
-    same: pd.DataFrame = frame[(frame["backbone"] == backbone) & (frame["dataset"] == dataset)]
-    return same
+    matches: pd.DataFrame = frame[(frame["backbone"] == backbone) & (frame["dataset"] == dataset)]
+    return matches
 
 
 def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
@@ -86,73 +88,75 @@ def _number(text: str) -> float | None:
         return None
 
 
-def _anytime(comparison: Comparison, rows: pd.DataFrame, places: Mapping[str, int]) -> page.Chart:
+def _anytime(comparison: Comparison, rows: pd.DataFrame, indices: Mapping[str, int]) -> page.Chart:
     column = comparison.cost_column
     label, size = axis_of(comparison, rows[column])
     series = []
-    for method, mine in rows.groupby("method", sort=False):
+    for method, group in rows.groupby("method", sort=False):
         points = []
-        for row in _records(mine):
+        for row in _records(group):
             facts = [("method", str(method)), ("exit", str(row["exit"])), *_amounts(comparison, row, row[column])]
             points.append(_point(row[column] / size, row, facts))
-        series.append(page.Series(str(method), points, places[str(method)]))
-    told = caption("anytime", _of(comparison.static, rows))
-    return page.Chart("Anytime", label, _ACCURACY, [*series, *_static(comparison, rows, size)], told)
+        series.append(page.Series(str(method), points, indices[str(method)]))
+    text = caption("anytime", _of(comparison.static, rows))
+    return page.Chart("Anytime", label, _ACCURACY, [*series, *_static(comparison, rows, size)], text)
 
 
 def _static(comparison: Comparison, rows: pd.DataFrame, size: float) -> list[page.Series]:
-    mine = _of(comparison.static, rows)
+    group = _of(comparison.static, rows)
     points = []
-    for row in _records(mine):
-        facts = [("network of its own, up to exit", str(row["exit"])), *_amounts(comparison, row, row["cost_mean"])]
+    for row in _records(group):
+        facts = [("static network, exit", str(row["exit"])), *_amounts(comparison, row, row["cost_mean"])]
         points.append(_point(row["cost_mean"] / size, row, facts))
     return [page.Series(STATIC, points, 6, joined=False)] if points else []
 
 
-def _budgeted(comparison: Comparison, rows: pd.DataFrame, places: Mapping[str, int]) -> page.Chart:
+def _budgeted(comparison: Comparison, rows: pd.DataFrame, indices: Mapping[str, int]) -> page.Chart:
     label, size = axis_of(comparison, rows["cost_mean"])
     detail = _of(comparison.points, rows).set_index(["method", "point"])
     series = []
-    for method, mine in rows.groupby("method", sort=False):
+    for method, group in rows.groupby("method", sort=False):
         points = []
-        for row in _records(mine):
-            seen = detail.loc[(method, row["point"])]
+        for row in _records(group):
+            values = detail.loc[(method, row["point"])]
             exits = [name.removeprefix("share_") for name in detail.columns if name.startswith("share_")]
-            exits = [k for k in exits if not pd.isna(seen[f"share_{k}"])]
-            shares = ", ".join(f"{100 * seen[f'share_{k}']:.1f}" for k in exits)
-            limits = ", ".join(f"{seen[f'threshold_{k}']:.3f}" for k in exits[:-1])
+            exits = [k for k in exits if not pd.isna(values[f"share_{k}"])]
+            shares = ", ".join(f"{100 * values[f'share_{k}']:.1f}" for k in exits)
+            limits = ", ".join(f"{values[f'threshold_{k}']:.3f}" for k in exits[:-1])
             facts = [("method", str(method)), ("point", str(row["point"]))]
             facts += _amounts(comparison, row, row["cost_mean"])
-            facts += [("thresholds", limits), ("leaving at each exit (%)", shares)]
+            facts += [("thresholds", limits), ("images per exit (%)", shares)]
             points.append(_point(row["cost_mean"] / size, row, facts))
-        series.append(page.Series(str(method), points, places[str(method)]))
-    told = caption("budgeted", _of(comparison.static, rows))
-    return page.Chart("Budgeted batch", label, _ACCURACY, [*series, *_static(comparison, rows, size)], told)
+        series.append(page.Series(str(method), points, indices[str(method)]))
+    text = caption("budgeted", _of(comparison.static, rows))
+    return page.Chart("Budgeted batch", label, _ACCURACY, [*series, *_static(comparison, rows, size)], text)
 
 
-def _stitched(comparison: Comparison, rows: pd.DataFrame, places: Mapping[str, int]) -> page.Chart:
+def _stitched(comparison: Comparison, rows: pd.DataFrame, indices: Mapping[str, int]) -> page.Chart:
     label, size = axis_of(comparison, rows["cost_mean"])
     series = []
-    for method, mine in rows.groupby("method", sort=False):
+    for method, group in rows.groupby("method", sort=False):
         points = [
             _point(r["cost_mean"] / size, r, [("method", str(method)), *_amounts(comparison, r, r["cost_mean"])])
-            for r in _records(mine)
+            for r in _records(group)
         ]
-        series.append(page.Series(str(method), points, places[str(method)]))
-    return page.Chart("Several sizes as one curve", label, _ACCURACY, series, caption("stitched", comparison.static))
+        series.append(page.Series(str(method), points, indices[str(method)]))
+    return page.Chart("Networks of several sizes", label, _ACCURACY, series, caption("stitched", comparison.static))
 
 
-def _learning(rows: pd.DataFrame, places: Mapping[str, int]) -> page.Chart:
+def _learning(rows: pd.DataFrame, indices: Mapping[str, int]) -> page.Chart:
     last = rows["exit"].max()
     series = []
-    for method, mine in rows[rows["exit"] == last].groupby("method", sort=False):
+    for method, group in rows[rows["exit"] == last].groupby("method", sort=False):
         points = []
-        for row in _records(mine):
+        for row in _records(group):
             facts = [("method", str(method)), ("phase", row["phase"]), ("epoch", str(row["epoch"]))]
             facts += [(name.replace("_", " ").removesuffix(" mean"), f"{row[name]:.2f}") for name in _MEASURED]
             points.append(page.Point(row["epoch"], row["validation_accuracy_mean"], None, None, facts))
-        series.append(page.Series(str(method), points, places[str(method)]))
-    return page.Chart("Learning", "epoch", "validation accuracy (%)", series, f"Exit {last} over training.")
+        series.append(page.Series(str(method), points, indices[str(method)]))
+    return page.Chart(
+        "Learning", "epoch", "validation accuracy (%)", series, f"Validation accuracy of exit {last} during training."
+    )
 
 
 _MEASURED = ("train_accuracy_mean", "validation_accuracy_mean", "train_loss_mean", "validation_loss_mean")
@@ -161,12 +165,12 @@ _MEASURED = ("train_accuracy_mean", "validation_accuracy_mean", "train_loss_mean
 def _sweep(names: Any, rows: pd.DataFrame) -> page.Chart:
     method, field, backbone, dataset = names
     series = []
-    for place, (number, mine) in enumerate(rows.groupby("exit")):
+    for index, (number, group) in enumerate(rows.groupby("exit")):
         points = []
-        for row in _records(mine.sort_values("value")):
+        for row in _records(group.sort_values("value")):
             facts = [(field, f"{row['value']:g}"), ("exit", str(number)), ("accuracy", f"{row['accuracy_mean']:.2f} %")]
             points.append(_point(row["value"], row, facts))
-        series.append(page.Series(f"exit {number}", points, place))
+        series.append(page.Series(f"exit {number}", points, index))
     return page.Chart(f"{method}, {backbone} on {dataset}", field, _ACCURACY, series, caption("sweep", rows[:0]))
 
 

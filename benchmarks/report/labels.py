@@ -1,4 +1,4 @@
-"""What runs are called in a table: by their method, network and data, and by the fields in which they differ."""
+"""Labels of runs in tables: method, network and data set, and the fields in which they differ."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import NamedTuple
 from exitkit.benchmarks.published.defaults import default_fields
 
 Identity = Mapping[str, str]
-"""What makes a run this run, flat, as `RunFolder.identity` gives it."""
+"""The identity of a run: {field: JSON value}, as in `RunFolder.identity`."""
 
 
 _SCHEDULE = ("epochs", "batch_size", "lr", "schedule")
 
 
 class Names(NamedTuple):
-    """What one run is called: `imta second=isc`, `msdnet-tiny`, `digits`."""
+    """The labels of a run, such as `imta second=isc`, `msdnet-tiny`, `digits`."""
 
     method: str
     backbone: str
@@ -24,91 +24,91 @@ class Names(NamedTuple):
 
 
 def name_runs(identities: Sequence[Identity]) -> list[Names]:
-    """Name runs so that those that differ in more than the seed have different names.
+    """Return labels such that runs which differ in more than the seed have different labels.
 
-    Networks and data sets are told apart by their fields wherever they occur; methods on one network and data set by
-    their own fields and by those of the recipe (`epochs`, `batch_size`, ...). Where several fields differ, those are
-    named that are not at their default.
+    The labels of networks and data sets contain the fields in which they differ over all runs. The labels of methods
+    contain the fields of the method and of the recipe (`epochs`, `batch_size`, ...) in which they differ on one network
+    and data set. If several fields differ, only those without their default value are contained.
     """
-    backbones = _told_apart(identities, "backbone", lambda key: key.startswith("backbone."))
-    datasets = _told_apart(identities, "dataset", lambda key: key.startswith("dataset."))
+    backbones = _labels(identities, "backbone", lambda key: key.startswith("backbone."))
+    datasets = _labels(identities, "dataset", lambda key: key.startswith("dataset."))
     names = [Names("", *pair) for pair in zip(backbones, datasets, strict=True)]
     for group in dict.fromkeys(names):
-        members = [place for place, name in enumerate(names) if name[1:] == group[1:]]
-        labels = _told_apart([identities[place] for place in members], "method", _of_method)
-        for place, label in zip(members, labels, strict=True):
-            names[place] = names[place]._replace(method=label)
+        members = [index for index, name in enumerate(names) if name[1:] == group[1:]]
+        labels = _labels([identities[index] for index in members], "method", _of_method)
+        for index, label in zip(members, labels, strict=True):
+            names[index] = names[index]._replace(method=label)
     return names
 
 
 def unlike(identities: Sequence[Identity], labels: Sequence[str]) -> list[str]:
-    """Say in which fields of the recipe runs of *different* methods differ: nothing, where they can be compared."""
+    """Return the fields of the recipe in which different methods differ, as text; empty if they are comparable."""
     notes = []
-    keys = dict.fromkeys(key for one in identities for key in one if "." not in key)
+    keys = dict.fromkeys(key for identity in identities for key in identity if "." not in key)
     for key in keys:
         if key in ("seed", "method", "backbone", "dataset"):
             continue
-        has: dict[str, dict[str, None]] = {}
-        for one, label in zip(identities, labels, strict=True):
-            has.setdefault(label, {}).setdefault(_text(one.get(key, "null")))
-        if len({tuple(values) for values in has.values()}) > 1:
-            told = (f"{label} {'/'.join(value or 'none' for value in values)}" for label, values in has.items())
-            notes.append(f"{key} differs: " + ", ".join(told))
+        used: dict[str, dict[str, None]] = {}
+        for identity, label in zip(identities, labels, strict=True):
+            used.setdefault(label, {}).setdefault(_text(identity.get(key, "null")))
+        if len({tuple(values) for values in used.values()}) > 1:
+            texts = (f"{label} {'/'.join(value or 'none' for value in values)}" for label, values in used.items())
+            notes.append(f"{key} differs: " + ", ".join(texts))
     return notes
 
 
 def in_common(identities: Sequence[Identity]) -> str:
-    """Say what runs of one network and data set have in common, as far as it is known and not at its default.
+    """Return the settings that runs on one network and data set share, without default values, as text.
 
-    Such as "msdnet with blocks=5, growth=4; digits with per_class=40; epochs=8, batch_size=64, lr=0.1".
+    Example: "msdnet with blocks=5, growth=4; digits with per_class=40; epochs=8, batch_size=64, lr=0.1".
     """
     first = identities[0]
-    same = {key: value for key, value in first.items() if all(one.get(key) == value for one in identities)}
-    usual = default_fields(first)
-    told = []
+    shared = {key: value for key, value in first.items() if all(other.get(key) == value for other in identities)}
+    defaults = default_fields(first)
+    texts = []
     for kind in ("backbone", "dataset"):
-        keys = [key for key in same if key.startswith(f"{kind}.") and same[key] != usual.get(key)]
-        fields = [f"{_short(key)}={_text(same[key])}" for key in keys]
-        told.append(" with ".join([json.loads(first[kind]), *([", ".join(fields)] if fields else [])]))
-    schedule = [key for key in _SCHEDULE if key in same]
-    variant = [key for key in same if key.endswith(".variant")]
-    told.append(", ".join(f"{_short(key)}={_text(same[key])}" for key in [*schedule, *variant]))
-    return "; ".join(part for part in told if part)
+        keys = [key for key in shared if key.startswith(f"{kind}.") and shared[key] != defaults.get(key)]
+        fields = [f"{_short(key)}={_text(shared[key])}" for key in keys]
+        texts.append(" with ".join([json.loads(first[kind]), *([", ".join(fields)] if fields else [])]))
+    schedule = [key for key in _SCHEDULE if key in shared]
+    variant = [key for key in shared if key.endswith(".variant")]
+    texts.append(", ".join(f"{_short(key)}={_text(shared[key])}" for key in [*schedule, *variant]))
+    return "; ".join(text for text in texts if text)
 
 
 def _of_method(key: str) -> bool:
     return not key.startswith(("backbone", "dataset")) and key not in ("seed", "method")
 
 
-def _told_apart(identities: Sequence[Identity], kind: str, counts: object) -> list[str]:
-    assert callable(counts)
+def _labels(identities: Sequence[Identity], kind: str, is_used: object) -> list[str]:
+    assert callable(is_used)
     labels = []
     varying: dict[str, list[str]] = {}
-    for one in identities:
-        name = str(json.loads(one[kind]))
+    for identity in identities:
+        name = str(json.loads(identity[kind]))
         if name not in varying:
-            alike = [other for other in identities if other[kind] == one[kind]]
-            varying[name] = _varying(alike, [key for key in dict.fromkeys(k for o in alike for k in o) if counts(key)])
+            group = [other for other in identities if other[kind] == identity[kind]]
+            varying[name] = _varying(group, [key for key in dict.fromkeys(k for i in group for k in i) if is_used(key)])
         keys = varying[name]
         if len(keys) > 1:
-            usual = default_fields(one)
-            keys = [key for key in keys if one.get(key, "null") != usual.get(key)]
-        labels.append(" ".join([name, *(f"{_short(key)}={_text(one.get(key, 'null'))}" for key in keys)]))
+            defaults = default_fields(identity)
+            keys = [key for key in keys if identity.get(key, "null") != defaults.get(key)]
+        labels.append(" ".join([name, *(f"{_short(key)}={_text(identity.get(key, 'null'))}" for key in keys)]))
     return labels
 
 
-def _varying(alike: Sequence[Identity], keys: Iterable[str]) -> list[str]:
-    """Return the keys in which these differ, but for those that the field `variant` already says."""
-    found = [key for key in keys if len({one.get(key) for one in alike}) > 1]
-    variant = next((key for key in found if key.endswith(".variant")), None)
+def _varying(group: Sequence[Identity], keys: Iterable[str]) -> list[str]:
+    """Return the keys in which these identities differ, without those that the field `variant` determines."""
+    varying = [key for key in keys if len({one.get(key) for one in group}) > 1]
+    variant = next((key for key in varying if key.endswith(".variant")), None)
     if variant is None:
-        return found
-    said = {key for key in found if len({(one.get(variant), one.get(key)) for one in alike}) == _count(alike, variant)}
-    return [variant, *(key for key in found if key not in said)]
+        return varying
+    implied = {key for key in varying if len({(i.get(variant), i.get(key)) for i in group}) == _count(group, variant)}
+    return [variant, *(key for key in varying if key not in implied)]
 
 
-def _count(alike: Sequence[Identity], key: str) -> int:
-    return len({one.get(key) for one in alike})
+def _count(group: Sequence[Identity], key: str) -> int:
+    return len({identity.get(key) for identity in group})
 
 
 def _short(key: str) -> str:
@@ -116,7 +116,7 @@ def _short(key: str) -> str:
 
 
 def _text(value: str) -> str:
-    """Write a JSON value as the command line takes it."""
+    """Return a JSON value in the format of the command line."""
     read = json.loads(value)
     if isinstance(read, list):
         return ",".join(map(str, read))

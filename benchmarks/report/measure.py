@@ -1,4 +1,4 @@
-"""One finished run, measured: what each exit, each operating point and each budget gives."""
+"""Measures of one finished run: accuracy and cost of each exit, operating point and budget."""
 
 from __future__ import annotations
 
@@ -28,69 +28,72 @@ from exitkit.inference.thresholds import (
 
 
 class FinishedRun(Protocol):
-    """What a comparison needs of a run; `exitkit.RunFolder` is one."""
+    """The interface of a run for a comparison; `exitkit.RunFolder` implements it."""
 
     @property
     def path(self) -> Any:
-        """Return the run's folder, for messages; its name is the run's."""
+        """Return the run's folder; its name is the name of the run."""
 
     @property
     def recipe(self) -> Any:
-        """Return what the run is: `seed` and `epochs` are read."""
+        """Return the recipe of the run; `seed`, `epochs` and `batch_size` are read."""
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Return what makes the run this run, flat: a method's own fields are called `method.field`."""
+        """Return the identity of the run, {field: JSON value}; fields of the method are named `method.field`."""
 
     def outputs(self, part: str) -> Mapping[str, np.ndarray]:
         """Return logits [N, K, C], labels [N] and indices [N] of "validation" or "test"."""
 
     def costs(self) -> Sequence[Mapping[str, int]]:
-        """Return one row an exit: exit (from 1), papers, macs, params."""
+        """Return one row per exit: exit (from 1), papers, macs, params."""
 
     def latency(self) -> Sequence[float]:
-        """Return the milliseconds until each exit answers."""
+        """Return the milliseconds per image until each exit predicts, [K]."""
 
     def training_images(self) -> int:
-        """Return how many images it was trained on, 0 if that is not known."""
+        """Return the number of training images, 0 if unknown."""
 
     def training_cost(self) -> Mapping[str, float]:
-        """Return `seconds` of training, and its peak `memory_mib`."""
+        """Return the training time, `seconds`, and the peak memory, `memory_mib`."""
 
 
 class Points(NamedTuple):
-    """Operating points of one run: thresholds [P, K], and what they give on validation and test."""
+    """Operating points of one run: thresholds [P, K], and their costs and accuracies on validation and test."""
 
     limits: np.ndarray
     validation_cost: np.ndarray
     validation_accuracy: np.ndarray
     exit_index: np.ndarray
-    """[P, N]: where each test sample leaves."""
+    """[P, N]: index of the exit at which each test sample leaves, from 0."""
     rates: np.ndarray
-    """[P, K]: share of the test samples that leaves at each exit."""
+    """[P, K]: fraction of the test samples that leave at each exit."""
     cost: np.ndarray
     accuracy: np.ndarray
     """[P], percent."""
 
     def at(self, chosen: np.ndarray) -> Points:
-        """Return some of the points, in the order of these indices."""
+        """Return the points with these indices, in their order."""
         return Points(*(values[chosen] for values in self))
 
 
 class RunMeasures:
-    """Measures one run. A test label is read only to count hits: thresholds come from validation alone.
+    """Measures one run. Thresholds depend on validation only; test labels are used only to compute accuracies.
 
     Args:
         run: the run.
-        names: what it is called.
-        options: of the report.
+        names: its labels.
+        options: options of the report.
+
+    Raises:
+        UserError: the run has no validation samples.
     """
 
     def __init__(self, run: FinishedRun, names: Names, options: ReportOptions) -> None:
         self.run, self.names, self.options = run, names, options
         self.validation, self.test = run.outputs("validation"), run.outputs("test")
         if not len(self.validation["labels"]):
-            raise UserError(f"{run.path} has no validation samples; expected some, to find thresholds on")
+            raise UserError(f"{run.path} has no validation samples; thresholds need at least one")
         self.costs = exit_costs(run, options.cost)
         self.temperatures = (
             fit_temperatures(self.validation["logits"], self.validation["labels"]) if options.calibrated else None
@@ -104,11 +107,11 @@ class RunMeasures:
 
     @property
     def same(self) -> dict[str, Any]:
-        """The columns that are the same in every row."""
+        """The columns with the same value in every row."""
         return {"method": self.names.method, "seed": self.run.recipe.seed, **self.names._asdict()}
 
     def points(self, q: Iterable[Any]) -> Points:
-        """Return the operating points of shares q; under the rule of patience those of 1 to K agreeing exits."""
+        """Return the operating points of shares q; for the rule patience, those of 1 to K agreeing exits."""
         samples, exits = self.scores_val.shape
         if self.options.rule == "patience":
             return self._at(patience_thresholds(exits))
@@ -129,17 +132,17 @@ class RunMeasures:
         )
 
     def budgeted(self, budgets: np.ndarray) -> Points:
-        """Return an operating point for each budget: that of BoostNet's equation 9.
+        """Return one operating point per budget, from the exit shares of BoostNet's equation 9.
 
-        Under the rule of patience, which has a few points only: of those whose cost on validation is within the
-        budget, the most accurate on validation.
+        For the rule patience, which has K operating points only, it is the point with the highest validation accuracy
+        whose validation cost is within the budget.
         """
         if self.options.rule != "patience":
             return self.points(share_for_budget(self.costs, budgets))
         return self.curve.at(most_accurate_within(self.curve.validation_cost, self.curve.validation_accuracy, budgets))
 
     def frames(self, budgets: np.ndarray) -> dict[str, pd.DataFrame]:
-        """Return this run's rows of every table, before averaging; a budget below the first exit's cost is missing."""
+        """Return the rows of this run per table; rows of budgets below the first exit's cost contain NaN."""
         spent, curve = self.budgeted(budgets), self.curve
         out_of_reach = budgets < self.costs[0] * (1 - 1e-9)
         cost, accuracy = (np.where(out_of_reach, np.nan, values) for values in (spent.cost, spent.accuracy))
@@ -173,18 +176,20 @@ class RunMeasures:
         return pd.DataFrame({**self.same, "where": where, "error": 100 * np.concatenate([exits, points])})
 
     def _risk(self) -> pd.DataFrame:
-        """Thresholds from one half of the validation samples, tested on the other: so the test is honest."""
+        """Return the risk-controlled point: thresholds from one half of the validation set, tests on the other half."""
         limits = self.curve.limits
         even, odd = (slice(start, None, 2) for start in (0, 1))
         if self.options.rule != "patience":
             counts = exit_counts(len(self.scores_val[even]), limits.shape[1], paper_shares(self.options.points))
             limits = thresholds(self.scores_val[even], counts)
-        left = leave_at(self.scores_val[odd], limits)
+        exit_index = leave_at(self.scores_val[odd], limits)
         hits = self.hits_val[odd]
-        leaving = hits[np.arange(len(hits)), left]
-        # What orders the tests must not come from the samples that they are made on, either.
+        hits_at_exit = hits[np.arange(len(hits)), exit_index]
+        # The order of the tests must not depend on the samples they use, either.
         mean_cost = realised(leave_at(self.scores_val[even], limits), self.hits_val[even], self.costs).cost
-        chosen = risk_controlled(hits[:, -1], leaving, mean_cost, self.options.risk / 100, 1 - self.options.certainty)
+        chosen = risk_controlled(
+            hits[:, -1], hits_at_exit, mean_cost, self.options.risk / 100, 1 - self.options.certainty
+        )
         full = 100 * self.hits[:, -1].mean()
         row = {"point": np.nan, "cost": self.costs[-1], "accuracy": full, "drop": 0.0}
         if chosen is not None:
@@ -195,7 +200,7 @@ class RunMeasures:
 
 
 def anytime_rows(run: FinishedRun, same: Mapping[str, Any], cost: str) -> pd.DataFrame:
-    """Return one row an exit: exit, papers, macs (and milliseconds), accuracy."""
+    """Return one row per exit: exit, papers, macs (and milliseconds), accuracy in percent."""
     test = run.outputs("test")
     rows: dict[str, Any] = {name: [int(row[name]) for row in run.costs()] for name in ("exit", "papers", "macs")}
     if cost == "latency":

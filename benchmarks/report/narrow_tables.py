@@ -1,4 +1,4 @@
-"""The narrow tables of a report, as text cells that any format can write."""
+"""The narrow tables of a report, as text cells for all formats."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from exitkit.benchmarks.report.comparisons import baseline_of
 from exitkit.benchmarks.report.wide_tables import MISSING, Cell, group_name, unit_for, write_costs
 
 SIGNIFICANCE = 0.05
-_NAMED = 3  # methods of a tie that are named; more make a column too wide
+_NAMED = 3  # largest number of tied methods that are listed by name
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,12 @@ class Sheet:
     """One table of one backbone and data set.
 
     Attributes:
-        kind: name of its file.
-        title: a word or two.
-        group: backbone and data set, for people.
-        caption: what it shows.
-        heads: of the columns.
-        rows: cells; the first `left` columns are words.
+        kind: name of the file.
+        title: short title.
+        group: backbone and data set.
+        caption: caption of the table.
+        heads: column headers.
+        rows: cells; the first `left` columns are left-aligned text.
     """
 
     kind: str
@@ -40,7 +40,7 @@ class Sheet:
 
 
 def sheets(comparison: Comparison) -> list[Sheet]:
-    """Return all narrow tables of a comparison, in the order in which a report shows them."""
+    """Return all narrow tables of a comparison, in the order of the report."""
     makers: list[tuple[pd.DataFrame, Callable[[Comparison, pd.DataFrame], Sheet]]] = [
         (comparison.verdicts, _verdicts),
         (comparison.differences, _differences),
@@ -57,15 +57,15 @@ def sheets(comparison: Comparison) -> list[Sheet]:
 
 
 def plain(text: object) -> Cell:
-    """Return a cell that is no number with a spread."""
+    """Return a cell without a standard deviation."""
     return Cell(str(text), "", best=False)
 
 
 def number(value: float, digits: int, sign: str = "") -> str:
-    """Write a number, or a dash where there is none."""
+    """Return a number as text; a dash for NaN."""
     if pd.isna(value):
         return MISSING
-    return f"{round(value, digits) or 0.0:{sign}.{digits}f}"  # no minus before a zero
+    return f"{round(value, digits) or 0.0:{sign}.{digits}f}"  # no minus sign before zero
 
 
 def _spread(mean: float, sd: float, digits: int = 2, best: bool = False) -> Cell:
@@ -82,35 +82,36 @@ def _verdicts(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
         where = names.get(row["budget"], row["where"])
         lead = _spread(row["lead"], (row["high"] - row["low"]) / 2)
         tied = _tied(comparison, row) if lead.mean == "0.00" else []
-        whose = ", ".join(tied) if len(tied) <= _NAMED else f"{len(tied)} methods"
-        best, second = (f"{whose} (tie)", MISSING) if tied else (row["best"], row["second"])
+        names_of_tie = ", ".join(tied) if len(tied) <= _NAMED else f"{len(tied)} methods"
+        best, second = (f"{names_of_tie} (tie)", MISSING) if tied else (row["best"], row["second"])
         cells = [plain(where), Cell(best, "", best=True), plain(number(row["accuracy"], 2))]
         table.append([*cells, plain(second), lead, plain(row["verdict"])])
     caption = (
-        "The best method at each exit and budget, and its lead over the second best, seed by seed, with the half width "
-        "of the 95 % interval; more than noise: p < 0.05 after Holm's correction for all methods it was compared with"
+        "The best method at each exit and budget, and its lead over the second best: mean difference paired by seed "
+        "± half width of the 95 % interval; significant: p < 0.05 after Holm's correction for the comparisons with all "
+        "other methods"
     )
     if "not known" in set(rows["verdict"]):
         caption += (
-            "; not known: there is one seed, or the difference is the same with all seeds, so that no interval can be "
-            "computed"
+            "; not known: no interval can be computed, because there is one seed or the difference is the same for all "
+            "seeds"
         )
-    heads = ["where", "best", "accuracy", "second", "lead", "more than noise?"]
-    return Sheet("verdicts", "Which is best", group_name(rows), caption, heads, table)
+    heads = ["where", "best", "accuracy", "second", "lead", "significant"]
+    return Sheet("verdicts", "Best methods", group_name(rows), caption, heads, table)
 
 
 def _tied(comparison: Comparison, row: Mapping[Hashable, Any]) -> list[str]:
-    """Return the methods that are as good as the best of a row, as far as two digits tell, in the report's order."""
+    """Return the methods whose accuracy equals the best of a row to two digits, in the order of the report."""
     at_exit = pd.isna(row["budget"])
     frame = comparison.anytime if at_exit else comparison.budgeted
-    here = frame[(frame[GROUP[0]] == row[GROUP[0]]) & (frame[GROUP[1]] == row[GROUP[1]])]
-    here = here[here["exit"].map("exit {}".format) == row["where"] if at_exit else here["budget"] == row["budget"]]
-    level = here["method"][(here["accuracy_mean"] - row["accuracy"]).abs() < 0.005]
-    return [method for method in here["method"] if method in {*level, row["best"], row["second"]}]
+    rows = frame[(frame[GROUP[0]] == row[GROUP[0]]) & (frame[GROUP[1]] == row[GROUP[1]])]
+    rows = rows[rows["exit"].map("exit {}".format) == row["where"] if at_exit else rows["budget"] == row["budget"]]
+    tied = rows["method"][(rows["accuracy_mean"] - row["accuracy"]).abs() < 0.005]
+    return [method for method in rows["method"] if method in {*tied, row["best"], row["second"]}]
 
 
 def cost_text(comparison: Comparison, cost: float) -> str:
-    """Write one cost in the comparison's unit: "12.3 M", "1.52 ms"."""
+    """Return a cost as text in the unit of the comparison: "12.3 M", "1.52 ms"."""
     if comparison.options.cost == "latency":
         return f"{cost:.3g} ms"
     unit, size = unit_for([cost])
@@ -120,24 +121,22 @@ def cost_text(comparison: Comparison, cost: float) -> str:
 def _differences(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
     measures = list(dict.fromkeys(rows["measure"]))
     table = []
-    for method, mine in rows.groupby("method", sort=False):
-        by = mine.set_index("measure")
+    for method, group in rows.groupby("method", sort=False):
+        by_measure = group.set_index("measure")
         cells = []
         for measure in measures:
-            mean, low, high, sure = (
-                (by.loc[measure, name] for name in ("mean", "low", "high", "p_holm"))
-                if measure in by.index
+            mean, low, high, p = (
+                (by_measure.loc[measure, name] for name in ("mean", "low", "high", "p_holm"))
+                if measure in by_measure.index
                 else (float("nan"),) * 4
             )
-            starred = number(mean, 2, "+") + ("*" if sure < SIGNIFICANCE else "")
-            cells.append(
-                Cell(starred, "" if pd.isna(high) else f"{(high - low) / 2:.2f}", best=bool(sure < SIGNIFICANCE))
-            )
-        table.append([plain(method), *cells, plain(int(mine["n"].max()))])
+            starred = number(mean, 2, "+") + ("*" if p < SIGNIFICANCE else "")
+            cells.append(Cell(starred, "" if pd.isna(high) else f"{(high - low) / 2:.2f}", best=bool(p < SIGNIFICANCE)))
+        table.append([plain(method), *cells, plain(int(group["n"].max()))])
     caption = (
-        f"Difference to {rows['baseline'].iloc[0]} in points of accuracy, seed by seed, with the half width of its "
-        "95 % interval; * significant at 0.05 after Holm's correction for the methods of a column; area: mean height "
-        "of the budgeted curve"
+        f"Difference to {rows['baseline'].iloc[0]} in percentage points of accuracy, paired by seed, ± half width of "
+        "the 95 % interval; *: significant at 0.05 after Holm's correction for the methods of a column; area: mean "
+        "height of the budgeted curve"
     )
     return Sheet("differences", "Differences", group_name(rows), caption, ["method", *measures, "n"], table)
 
@@ -152,8 +151,8 @@ def _static(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
         beside = [plain(best["method"].get(exit, MISSING)), plain(number(best["accuracy_mean"].get(exit, math.nan), 2))]
         table.append([plain(f"exit {exit}"), *cells, *beside, plain(row["n"])])
     caption = (
-        "Static networks: the same network cut at one exit and trained for it alone, beside the method that is most "
-        "accurate at that exit"
+        "Static networks: the network cut at one exit and trained with this exit only, beside the most accurate method "
+        "at this exit"
     )
     heads = ["static network", "cost", "accuracy", "best method", "its accuracy", "n"]
     return Sheet("static", "Static networks", group_name(rows), caption, heads, table)
@@ -164,35 +163,40 @@ def _published(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
     keys = ["method", "paper", "table", "published_backbone", "published_dataset"]
     several = len(rows[keys[3:]].drop_duplicates()) > 1
     table = []
-    for (method, paper, place, network, data), mine in rows.groupby(keys, sort=False):
-        by_exit = mine.set_index("exit")
-        there = f" ({network}, {data})" if several else ""
-        for who, column in (("ours", "accuracy_mean"), (f"{paper}, {place}{there}", "published")):
+    for (method, paper, number_of_table, network, data), group in rows.groupby(keys, sort=False):
+        by_exit = group.set_index("exit")
+        setting = f" ({network}, {data})" if several else ""
+        for source, column in (("ours", "accuracy_mean"), (f"{paper}, {number_of_table}{setting}", "published")):
             values = by_exit[column].groupby(level=0).first().reindex(exits)
             epochs = by_exit["epochs" if column == "accuracy_mean" else "published_epochs"].iloc[0]
-            line = [plain(method), plain(who), *(plain(number(v, 2)) for v in values), plain(number(values.mean(), 2))]
+            line = [
+                plain(method),
+                plain(source),
+                *(plain(number(v, 2)) for v in values),
+                plain(number(values.mean(), 2)),
+            ]
             table.append([*line, plain(epochs)])
     heads = ["method", "source", *(f"exit {k}" for k in exits), "mean", "epochs"]
     return Sheet("published", "Published", group_name(rows), published_caption(rows), heads, table, left=2)
 
 
 def unlike_published(rows: pd.DataFrame) -> list[str]:
-    """Say in what ours is not the paper's experiment: some of "network", "data", "schedule"."""
-    said = {part for text in rows["unlike"] for part in text.split(", ")}
-    return [part for part in ("network", "data", "schedule") if part in said]
+    """Return what differs from the paper's experiment: some of "network", "data", "schedule"."""
+    differences = {part for text in rows["unlike"] for part in text.split(", ")}
+    return [part for part in ("network", "data", "schedule") if part in differences]
 
 
 def published_caption(rows: pd.DataFrame) -> str:
-    """Say what the table shows, and whether it is a fair comparison."""
+    """Return the caption of the table, with a warning if the accuracies are not comparable."""
     unlike = unlike_published(rows)
-    what = " and ".join([", ".join(unlike[:-1]), unlike[-1]] if len(unlike) > 1 else unlike).upper()
-    are = "ARE" if len(unlike) > 1 else "IS"
-    warning = f"; OUR {what} {are} NOT THE PAPER'S, so that the two can't be compared" if unlike else ""
+    names = " and ".join([", ".join(unlike[:-1]), unlike[-1]] if len(unlike) > 1 else unlike)
+    verb = "differ" if len(unlike) > 1 else "differs"
+    warning = f"; NOT COMPARABLE: our {names} {verb} from the paper's" if unlike else ""
     if unlike != ["schedule"] and unlike:
-        theirs = rows[["published_backbone", "published_dataset"]].drop_duplicates().itertuples(index=False)
-        warning += f" (the paper's: {'; '.join(f'{network} on {data}' for network, data in theirs)})"
+        reference = rows[["published_backbone", "published_dataset"]].drop_duplicates().itertuples(index=False)
+        warning += f" (the paper's: {'; '.join(f'{network} on {data}' for network, data in reference)})"
     notes = "".join(f"; {note}" for note in dict.fromkeys(rows["note"]) if note)
-    return f"Ours beside the published accuracy (top-1, %){warning}{notes}"
+    return f"Our accuracy and the published accuracy (top-1, %){warning}{notes}"
 
 
 def _risk(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
@@ -200,26 +204,27 @@ def _risk(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
     table = []
     for row in rows.to_dict("records"):
         cells = [plain(cost_text(comparison, row["cost_mean"])), _spread(row["accuracy_mean"], row["accuracy_sd"])]
-        found = plain(f"{row['found']} of {row['n']}")
-        table.append([plain(row["method"]), *cells, plain(number(row["drop_mean"], 2, "+")), found])
+        seeds = plain(f"{row['found']} of {row['n']}")
+        table.append([plain(row["method"]), *cells, plain(number(row["drop_mean"], 2, "+")), seeds])
     caption = (
-        f"The cheapest operating point that loses less than {options.risk:g} point{'s' * (options.risk != 1)} of "
-        f"accuracy against the full network, with certainty {options.certainty:g}: thresholds from one half of the "
-        "validation images, tested on the other; where none was found, the full network stands"
+        f"The lowest-cost operating point that loses less than {options.risk:g} percentage "
+        f"point{'s' * (options.risk != 1)} of accuracy against the full network, with confidence "
+        f"{options.certainty:g}: thresholds from one half of the validation images, tested on the other half; the full "
+        "network is used if no such point is found"
     )
-    heads = ["method", "cost on test", "accuracy", "lost on test", "found"]
+    heads = ["method", "cost on test", "accuracy", "loss on test", "found"]
     return Sheet("risk", "Risk control", group_name(rows), caption, heads, table)
 
 
 def _calibration(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
     exits = [where for where in dict.fromkeys(rows["where"]) if where.startswith("exit")]
     table = []
-    for method, mine in rows.groupby("method", sort=False):
-        by = mine.set_index("where")
-        points = mine[mine["where"].str.startswith("point")]["error_mean"]
-        cells = [_spread(by.loc[w, "error_mean"], by.loc[w, "error_sd"]) for w in exits]
+    for method, group in rows.groupby("method", sort=False):
+        by_exit = group.set_index("where")
+        points = group[group["where"].str.startswith("point")]["error_mean"]
+        cells = [_spread(by_exit.loc[exit, "error_mean"], by_exit.loc[exit, "error_sd"]) for exit in exits]
         table.append([plain(method), *cells, plain(number(points.mean(), 2))])
-    how = "after temperature scaling on validation" if comparison.options.calibrated else "as trained"
+    how = "after temperature scaling on validation" if comparison.options.calibrated else "without temperature scaling"
     caption = f"Expected calibration error (%, 15 bins) of each exit, {how}, and the mean over all operating points"
     return Sheet("calibration", "Calibration", group_name(rows), caption, ["method", *exits, "points"], table)
 
@@ -232,12 +237,12 @@ def _training(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
         memory = [plain(f"{row['memory_mib']:.0f}"), plain(f"{row['memory_relative']:.2f}")]
         table.append([plain(row["method"]), *cells, *memory, plain(row["n"])])
     baseline = baseline_of(list(rows["method"]), comparison.options.baseline or "joint")
-    caption = f"What training cost, all epochs; ratios to {baseline}"
+    caption = f"Training time and peak memory, all epochs; ratios to {baseline}"
     heads = ["method", "training (s)", "time ratio", "peak memory (MiB)", "memory ratio", "n"]
     return Sheet("training", "Training", group_name(rows), caption, heads, table)
 
 
 def _missing(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
     table = [[plain(row["method"]), plain(row["reason"]), plain(row["seed"])] for row in rows.to_dict("records")]
-    caption = "Runs that belong into these tables and are not there"
-    return Sheet("missing", "Missing", group_name(rows), caption, ["method", "why", "seed"], table, left=2)
+    caption = "Runs that are missing from these tables"
+    return Sheet("missing", "Missing", group_name(rows), caption, ["method", "reason", "seed"], table, left=2)

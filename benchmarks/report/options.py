@@ -1,4 +1,4 @@
-"""How a report is made: what it measures cost in, which exit rule decides, at which operating points."""
+"""Options of a report: the measure of cost, the exit rule and the operating points."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ COST_COLUMNS = {"macs": "macs", "papers": "papers", "latency": "milliseconds"}
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """Options of a report; every one is an option of `exitkit report`, and a key of `report` in a recipe."""
+    """Options of a report; each is an option of `exitkit report`, and a key of `report` in a recipe."""
 
-    baseline: str | None = setting(None, "method that differences are taken to; none: joint, or else the first")
+    baseline: str | None = setting(None, "method that differences refer to; none: joint, or else the first")
     cost: Literal["macs", "papers", "latency"] = setting(
-        "macs", "what cost is: multiply-adds, the papers' count of them, or milliseconds measured by `exitkit bench`"
+        "macs", "measure of cost: multiply-adds, the papers' count of them, or milliseconds measured by `exitkit bench`"
     )
-    points: int = setting(39, "operating points of a budgeted curve: shares of q = p / 20 for p = 1 to this")
+    points: int = setting(39, "number P of operating points of a budgeted curve: shares of q = p / 20 for p = 1 to P")
     rule: Literal["confidence", "margin", "entropy", "patience"] = setting("confidence", "exit rule")
-    calibrated: bool = setting(False, "scale each exit's logits by a temperature fitted on validation first")
-    hold: bool = setting(False, "stay at the operating point before where one brings nothing on validation")
+    calibrated: bool = setting(False, "divide each exit's logits by a temperature fitted on validation")
+    hold: bool = setting(False, "replace operating points that do not improve validation accuracy by the previous one")
     budgets: tuple[str, ...] = setting(
-        (), "average budgets, such as 40M (multiply-adds) or 1.5ms; none: nine even ones"
+        (), "average budgets, such as 40M (multiply-adds) or 1.5ms; none: nine evenly spaced ones"
     )
-    risk: float = setting(1.0, "points of accuracy that the risk-controlled operating point may lose at most")
-    certainty: float = setting(0.95, "how sure that has to be")
+    risk: float = setting(1.0, "largest loss of accuracy of the risk-controlled operating point, in percentage points")
+    certainty: float = setting(0.95, "confidence level of the risk control")
 
     def __post_init__(self) -> None:
         if not 1 <= self.points <= 400:
             raise UserError(f"points is {self.points}; expected 1 to 400")
         if not 0 < self.risk <= 100:
-            raise UserError(f"risk is {self.risk}; expected points of accuracy, above 0 and up to 100")
+            raise UserError(f"risk is {self.risk}; expected percentage points of accuracy, above 0 and up to 100")
         if not 0 < self.certainty < 1:
             raise UserError(f"certainty is {self.certainty}; expected above 0 and below 1")
         if self.calibrated and self.rule == "patience":
-            raise UserError("patience counts predictions, which no temperature changes; leave calibrated out")
+            raise UserError("calibrated has no effect on the rule patience, which counts predictions; omit calibrated")
         for budget in self.budgets:
             in_time = budget.endswith("ms")
             if in_time != (self.cost == "latency"):
@@ -50,25 +50,25 @@ class ReportOptions:
                 raise UserError(f"budget {budget} is not above 0")
 
     def check_reach(self, least: float) -> None:
-        """Refuse a budget that does not reach an exit.
+        """Check that every budget is at least the cost of an exit.
 
         Args:
-            least: what the cheapest first exit costs.
+            least: lowest cost of a first exit.
 
         Raises:
-            UserError: one is below that.
+            UserError: a budget is below it.
         """
         for budget in self.budgets:
             if not read_budget(budget) >= least * (1 - 1e-9):
                 amount = f"{least:.6g}{'ms' * (self.cost == 'latency')}"
-                raise UserError(f"budget {budget} is below what the cheapest first exit costs, {amount}; expected more")
+                raise UserError(f"budget {budget} is below the lowest cost of a first exit, {amount}; expected more")
 
     @classmethod
     def make(cls, values: Mapping[str, Any]) -> ReportOptions:
-        """Make options from values.
+        """Return options from values.
 
         Raises:
-            UserError: an unknown key (the nearest are given), or an impossible value.
+            UserError: a key is unknown (similar keys are suggested), or a value is invalid.
         """
         options: ReportOptions = instantiate(cls, "report", values)
         return options

@@ -1,7 +1,7 @@
-"""A report as one HTML page that needs nothing but a browser: sortable tables and curves that tell their numbers.
+"""A report as one self-contained HTML page, with sortable tables and interactive charts.
 
-The curves are drawn here, as SVG, with the colours, markers and dashes of the PDF figures; they are there without
-JavaScript too, which only adds hovering, keys and sorting (`page.html`). The same input gives the same bytes.
+The charts are SVG, with the colours, markers and dashes of the PDF figures. They are visible without JavaScript, which
+only adds tooltips, keyboard control and sorting (`page.html`). The output is deterministic.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from matplotlib.ticker import MaxNLocator
 from exitkit.benchmarks.report.figures import COLOURS, DASHES, MARKERS
 from exitkit.benchmarks.report.wide_tables import MISSING
 
-WIDTH, HEIGHT, TOP, RIGHT, BOTTOM = 720, 400, 34, 16, 48  # a chart and its margins in SVG's units; the page scales it
-LINE, MARKER = 1.8, 8.5  # width of a line, by which its dashes are scaled (as in matplotlib); size of a marker
-CROWDED = 12  # a line of more points shows some of its markers, as in the figures; hovering still finds every point
+WIDTH, HEIGHT, TOP, RIGHT, BOTTOM = 720, 400, 34, 16, 48  # a chart and its margins in SVG units; the page scales it
+LINE, MARKER = 1.8, 8.5  # width of a line, which scales its dashes (as in matplotlib); size of a marker
+CROWDED = 12  # lines of more points show only some markers, as in the figures; every point has a tooltip
 Scale = Callable[[float], str]
 
 
 @dataclass(frozen=True)
 class Point:
-    """One point of a series; `low` and `high` are the ends of an error band, `facts` is what hovering shows."""
+    """A point of a series; `low` and `high` are the ends of an error band, `facts` the content of the tooltip."""
 
     x: float
     y: float
@@ -42,17 +42,17 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """One line (`joined`) or set of single marks; `place` chooses its look, the same for a method everywhere."""
+    """A line (`joined`) or a set of markers; `index` determines colour, dash and marker, the same for a method everywhere."""
 
     name: str
     points: list[Point]
-    place: int
+    index: int
     joined: bool = True
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Series on common axes."""
+    """A chart of several series."""
 
     title: str
     x_label: str
@@ -63,7 +63,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell: `sort` is what a click on the head sorts by (None: the text); `best` is printed bold."""
+    """A cell of a table: `sort` is its sort key (None: the text); `best` cells are bold."""
 
     text: str
     sort: float | str | None = None
@@ -72,7 +72,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table; the first column names the rows."""
+    """A table; the first column contains the row headers."""
 
     title: str
     heads: list[str]
@@ -89,14 +89,14 @@ class Text:
 
 @dataclass(frozen=True)
 class Image:
-    """A picture that was drawn elsewhere, a PNG file's bytes, with what it shows."""
+    """A figure as the bytes of a PNG file, with its caption."""
 
     title: str
     content: bytes
 
     @property
     def source(self) -> str:
-        """The picture as an address of its own, so that the page stays one file."""
+        """The figure as a data URL, so that the page is self-contained."""
         return f"data:image/png;base64,{base64.b64encode(self.content).decode()}"
 
 
@@ -105,14 +105,14 @@ Block = Chart | Table | Text | Image
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page, which the contents link to."""
+    """A section of the page, with an entry in the contents."""
 
     title: str
     blocks: Sequence[Block]
 
 
 def html_page(title: str, lead: list[str], sections: list[Section]) -> str:
-    """Return the page: its title, the paragraphs of its lead, the contents, and the sections."""
+    """Return the page as HTML: title, introductory paragraphs, contents and sections."""
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     template = environment.from_string(files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
     numbers: Counter[str] = Counter()
@@ -130,13 +130,13 @@ def html_page(title: str, lead: list[str], sections: list[Section]) -> str:
 
 
 def _chart(chart: Chart) -> dict[str, Any]:
-    """Return what the template writes beside the chart's own fields: places as text, in SVG's units."""
-    kept = [[point for point in series.points if math.isfinite(point.x + point.y)] for series in chart.series]
-    points = [point for some in kept for point in some]
+    """Return the template values of a chart besides its fields: positions as text, in SVG units."""
+    finite = [[point for point in series.points if math.isfinite(point.x + point.y)] for series in chart.series]
+    points = [point for some in finite for point in some]
     x_low, x_high, x_ticks = _axis([point.x for point in points])
     y_low, y_high, y_ticks = _axis([value for point in points for value in (point.y, *_band(point))])
     if "%" in chart.y_label and all(point.y <= 100 for point in points):
-        y_high = min(y_high, 100.0)  # no accuracy is higher, though a band of one sd may be
+        y_high = min(y_high, 100.0)  # no accuracy is above 100 %, though an error band may be
     left, right, bottom = 16 + 7 * max(len(text) for _, text in y_ticks), WIDTH - RIGHT, HEIGHT - BOTTOM
 
     def x(value: float) -> str:
@@ -149,14 +149,14 @@ def _chart(chart: Chart) -> dict[str, Any]:
         "frame": (left, TOP, right, bottom),
         "x_ticks": [(x(value), text) for value, text in x_ticks],
         "y_ticks": [(y(value), text) for value, text in y_ticks if value <= y_high],
-        "series": [_series(series, some, x, y) for series, some in zip(chart.series, kept, strict=True)],
+        "series": [_series(series, some, x, y) for series, some in zip(chart.series, finite, strict=True)],
     }
 
 
 def _series(series: Series, points: list[Point], x: Scale, y: Scale) -> dict[str, Any]:
-    colour, dash = COLOURS[series.place % len(COLOURS)], DASHES[series.place % len(DASHES)]
+    colour, dash = COLOURS[series.index % len(COLOURS)], DASHES[series.index % len(DASHES)]
     bands, bars = [], []
-    # A band breaks off where a point has none; what is left of it at one point, and a single mark's, is a bar.
+    # A band is interrupted at points without one; a band of a single point is drawn as a bar.
     for has_band, some in groupby(points, key=lambda point: bool(_band(point))):
         ends = [(x(point.x), *map(y, _band(point))) for point in some if has_band]
         if series.joined and len(ends) > 1:
@@ -167,13 +167,13 @@ def _series(series: Series, points: list[Point], x: Scale, y: Scale) -> dict[str
     every = 6 if series.joined and len(points) > CROWDED else 1
     return {
         **vars(series),
-        "colour": "currentColor" if colour == "#000000" else colour,  # black would vanish on a dark page
+        "colour": "currentColor" if colour == "#000000" else colour,  # black would be invisible on a dark page
         "dash": "none" if dash == "-" else " ".join(f"{LINE * length:g}" for length in dash[1]),
-        "marker": _marker(MARKERS[series.place % len(MARKERS)]),
+        "marker": _marker(MARKERS[series.index % len(MARKERS)]),
         "line": "M" + "L".join(f"{x(p.x)} {y(p.y)}" for p in points) if series.joined and points else "",
         "band": "".join(bands),
         "bars": "".join(bars),
-        "marks": [(x(p.x), y(p.y), p.facts, n % every != 2 * series.place % every) for n, p in enumerate(points)],
+        "marks": [(x(p.x), y(p.y), p.facts, n % every != 2 * series.index % every) for n, p in enumerate(points)],
     }
 
 
@@ -184,15 +184,15 @@ def _table(table: Table) -> dict[str, Any]:
 
 
 def _sort_key(cell: Cell) -> tuple[str, str]:
-    """Return of which kind the key is ("missing", "number" or "text"), and the key as JavaScript reads it."""
+    """Return the kind of the sort key ("missing", "number" or "text"), and the key in JavaScript's format."""
     key = cell.text if cell.sort is None else cell.sort
-    if cell.text.strip() in ("", MISSING) or key != key:  # a number that differs from itself is no number
+    if cell.text.strip() in ("", MISSING) or key != key:  # NaN differs from itself
         return "missing", ""
     return ("text", key) if isinstance(key, str) else ("number", repr(float(key)).replace("inf", "Infinity"))
 
 
 def _axis(values: list[float]) -> tuple[float, float, list[tuple[float, str]]]:
-    """Return both ends of an axis, a little beyond the values, and its ticks with what they say."""
+    """Return both ends of an axis, slightly beyond the values, and its ticks with their labels."""
     low, high = min(values, default=0.0), max(values, default=1.0)
     pad = 0.04 * (high - low) or 0.05 * abs(low) or 1.0
     low, high = low - pad, high + pad
@@ -204,13 +204,13 @@ def _axis(values: list[float]) -> tuple[float, float, list[tuple[float, str]]]:
 
 
 def _band(point: Point) -> tuple[float, ...]:
-    """Return the ends of the point's band, or nothing; one seed has no sd, which may be None or nan here."""
+    """Return the ends of the point's error band; () without a band, whose ends are then None or NaN."""
     low, high = point.low, point.high
     return () if low is None or high is None or not math.isfinite(low + high) else (low, high)
 
 
 def _marker(name: str) -> str:
-    """Return matplotlib's own outline of a marker as an SVG path round the origin; SVG's y points down."""
+    """Return matplotlib's outline of a marker as an SVG path around the origin; SVG's y axis points down."""
     style, letters = MarkerStyle(name), {Outline.MOVETO: "M", Outline.LINETO: "L", Outline.CURVE4: "C"}
     parts = []
     for numbers, code in style.get_path().transformed(style.get_transform()).iter_segments(simplify=False):

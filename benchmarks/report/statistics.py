@@ -1,4 +1,4 @@
-"""Is a gain more than noise: seed-paired differences, correction for several methods, area under a curve."""
+"""Statistics of comparisons: differences paired by seed, Holm's correction, area under a curve."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
-_ROUNDING = 1e-9  # percent; one image of a million is 1e-4
+_ROUNDING = 1e-9  # tolerance in percentage points; one image of a million is 1e-4
 
 
 class Difference(NamedTuple):
-    """A mean difference over n pairs, its t-interval, and the two-sided p-value of there being none.
+    """Mean difference over n pairs, its t-interval, and the two-sided p-value of the hypothesis that it is 0.
 
-    Interval and p-value are NaN for a single pair, and where all pairs differ by the same amount: accuracies move in
-    steps of one image, so that a few seeds may agree by chance, which says nothing of how far they spread.
+    Interval and p-value are NaN for a single pair, and if all pairs have the same nonzero difference: accuracies are
+    multiples of one image, so that equal differences of a few seeds are no evidence of a zero variance.
     """
 
     mean: float
@@ -25,17 +25,17 @@ class Difference(NamedTuple):
     n: int
 
 
-def paired_difference(ours: ArrayLike, theirs: ArrayLike, confidence: float = 0.95) -> Difference:
-    """Compare two methods on the same seeds by Student's t on the differences.
+def paired_difference(values: ArrayLike, baseline: ArrayLike, confidence: float = 0.95) -> Difference:
+    """Compare two methods on the same seeds by Student's paired t-test.
 
     Args:
-        ours, theirs: one value a seed [n], in the same order of seeds.
-        confidence: of the interval.
+        values, baseline: one value per seed [n], in the same order of seeds.
+        confidence: confidence level of the interval.
     """
-    # Imported when used: scipy takes a second to load.
+    # Imported on use: scipy takes a second to load.
     from scipy import stats
 
-    change = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
+    change = np.asarray(values, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)
     n, mean = len(change), float(change.mean())
     if n < 2:
         return Difference(mean, np.nan, np.nan, np.nan, n)
@@ -44,12 +44,13 @@ def paired_difference(ours: ArrayLike, theirs: ArrayLike, confidence: float = 0.
     if np.allclose(change, mean, rtol=0, atol=_ROUNDING):
         return Difference(mean, np.nan, np.nan, np.nan, n)
     error = float(change.std(ddof=1)) / n**0.5
-    reach = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * error
-    return Difference(mean, mean - reach, mean + reach, float(2 * stats.t.sf(abs(mean) / error, n - 1)), n)
+    half_width = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * error
+    p = float(2 * stats.t.sf(abs(mean) / error, n - 1))
+    return Difference(mean, mean - half_width, mean + half_width, p, n)
 
 
 def holm(p: ArrayLike) -> Floats:
-    """Return p-values corrected for how many there are (Holm, 1979); NaN stays and does not count."""
+    """Return p-values [n] corrected for multiple tests (Holm, 1979); NaN stays NaN and is not counted as a test."""
     values = np.asarray(p, dtype=np.float64)
     corrected = np.full_like(values, np.nan)
     known = np.flatnonzero(~np.isnan(values))
@@ -63,18 +64,18 @@ def area_under_curve(cost: ArrayLike, accuracy: ArrayLike, low: float, high: flo
     """Return the mean height of a cost-accuracy curve between two costs, by the trapezoid rule.
 
     Args:
-        cost, accuracy: points of the curve [P], in any order; of points of one cost the best counts.
-        low, high: the range; NaN is returned where the curve does not reach over it.
+        cost, accuracy: points of the curve [P], in any order; of several points with the same cost, the best is used.
+        low, high: range of costs; the result is NaN if the curve does not cover it.
     """
-    # Imported when used: scipy takes a second to load.
+    # Imported on use: scipy takes a second to load.
     from scipy.integrate import trapezoid
 
     costs, heights = np.asarray(cost, dtype=np.float64), np.asarray(accuracy, dtype=np.float64)
-    places, where = np.unique(costs, return_inverse=True)
-    best = np.full(len(places), -np.inf)
-    np.maximum.at(best, where, heights)
-    if not (places[0] <= low < high <= places[-1]):
+    unique, index = np.unique(costs, return_inverse=True)
+    best = np.full(len(unique), -np.inf)
+    np.maximum.at(best, index, heights)
+    if not (unique[0] <= low < high <= unique[-1]):
         return float("nan")
-    inside = places[(places > low) & (places < high)]
+    inside = unique[(unique > low) & (unique < high)]
     x = np.concatenate([[low], inside, [high]])
-    return float(trapezoid(np.interp(x, places, best), x) / (high - low))
+    return float(trapezoid(np.interp(x, unique, best), x) / (high - low))

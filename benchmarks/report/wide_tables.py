@@ -1,4 +1,4 @@
-"""The wide table of a paper, methods by exits or budgets: which text stands in which cell, in any format."""
+"""The wide tables of a report: methods by exits or budgets, as text cells for all formats."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from exitkit.benchmarks.report.comparison import GROUP, Comparison
 
 UNITS = {"G": 1e9, "M": 1e6, "K": 1e3, "": 1.0}
 MISSING = "–"
-WHAT = {
-    "anytime": "Anytime accuracy (top-1, %) at each exit, with its {cost}",
-    "budgeted": "Budgeted-batch accuracy (top-1, %) at average budgets of {cost} per image",
+CAPTIONS = {
+    "anytime": "Anytime accuracy (top-1, %) of each exit, and its {cost} per image",
+    "budgeted": "Budgeted-batch accuracy (top-1, %) for average budgets in {cost} per image",
 }
 COSTS = {"macs": "multiply-adds", "papers": "multiply-adds (the papers' count)", "latency": "milliseconds"}
-"""What each measure of cost is called."""
+"""{measure of cost: its name}."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One accuracy, as text: `mean`, `sd` (empty for one seed), and whether it is the best of its column."""
+    """An accuracy as text: `mean`, `sd` (empty for one seed), and whether it is the best of its column."""
 
     mean: str
     sd: str
@@ -35,43 +35,43 @@ class Cell:
 
 @dataclass(frozen=True)
 class Wide:
-    """One table: methods down, exits or budgets across."""
+    """A table with one row per method and one column per exit or budget."""
 
     kind: str
     """"anytime" or "budgeted"."""
     group: str
-    """backbone and data set, for people."""
+    """Backbone and data set."""
     caption: str
     heads: list[tuple[str, str]]
-    """For each column "exit 1" (or "budget") and its multiply-adds in `unit`, "0.12"."""
+    """Per column: "exit 1" (or "budget"), and its cost in `unit`, such as "0.12"."""
     cost: str
-    """What cost is: "multiply-adds", "milliseconds"."""
+    """Name of the cost: "multiply-adds", "milliseconds"."""
     unit: str
-    """" M", " K", ...: what follows the multiply-adds."""
+    """" M", " K", ...: unit of the costs."""
     cells: dict[str, list[Cell]]
-    """For each method, one cell a column."""
+    """Per method: one cell per column."""
     seeds: dict[str, int]
-    """For each method, over how many seeds."""
+    """Per method: number of seeds."""
     missing: dict[str, int]
-    """For each method that lacks some, how many seeds."""
+    """Per method with missing seeds: their number."""
 
     def count(self, name: str) -> str:
-        """Return a method's number of seeds, and of how many where some are missing: "2", "1/2"."""
+        """Return the number of seeds of a method, such as "2", or "1/2" if one of two is missing."""
         gaps = self.missing.get(name, 0)
         return f"{self.seeds[name]}/{self.seeds[name] + gaps}" if gaps else str(self.seeds[name])
 
 
 def unit_for(costs: Iterable[float]) -> tuple[str, float]:
-    """Return the unit ("K", "M", "G") in which these multiply-adds read best, and its size."""
+    """Return the unit ("K", "M", "G") for these multiply-adds, and its size."""
     amounts = list(costs)
     least, most = min(amounts, default=0.0), max(amounts, default=0.0)
-    # The least tells the unit, unless the greatest would have five digits before its point.
+    # The smallest determines the unit, unless the largest would have five digits before its point.
     fit = ((name, size) for name, size in UNITS.items() if least >= size / 10 or most >= size * 10)
     return next(fit, ("", 1.0))
 
 
 def write_costs(costs: Sequence[float]) -> list[str]:
-    """Write multiply-adds in one unit, without it, with just the decimals that tell them apart."""
+    """Return multiply-adds as text in one common unit, without the unit, with enough decimals to distinguish them."""
     _, size = unit_for(costs)
     scaled = [cost / size for cost in costs]
     least = min(scaled, default=0.0)
@@ -91,18 +91,18 @@ def wide_tables(comparison: Comparison, kind: str) -> list[Wide]:
 
 
 def _decimals(sds: pd.Series) -> int:
-    """Return 1 where seeds differ by about half a percent or more (further digits would be noise), else 2."""
+    """Return 1 if the median sd is at least half a percent (further digits would be noise), else 2."""
     return 1 if sds.median() >= 0.5 else 2
 
 
 def seed_count(seeds: Collection[int]) -> str:
-    """Write over how many seeds, for one count a method: "2 seeds", "1 to 3 seeds"."""
+    """Return the number of seeds as text, from one count per method: "2 seeds", "1 to 3 seeds"."""
     least, most = min(seeds), max(seeds)
     return f"{least if least == most else f'{least} to {most}'} seed{'s' if most > 1 else ''}"
 
 
 def group_name(rows: pd.DataFrame) -> str:
-    """Return "backbone on dataset" of the rows of one group."""
+    """Return "backbone on dataset" for the rows of one group."""
     return f"{rows['backbone'].iloc[0]} on {rows['dataset'].iloc[0]}"
 
 
@@ -117,12 +117,12 @@ def _wide(kind: str, rows: pd.DataFrame, decimals: int, comparison: Comparison) 
     gaps = gaps[(gaps["backbone"] == rows["backbone"].iloc[0]) & (gaps["dataset"] == rows["dataset"].iloc[0])]
     missing = {str(method): int(n) for method, n in gaps["method"].value_counts(sort=False).items()}
     cells = _cells(means, sds, decimals)
-    for name in missing:  # a method of which nothing is there has its row, too
+    for name in missing:  # a method without any run has a row, too
         cells.setdefault(name, [Cell(MISSING, "", best=False)] * len(heads))
         seeds.setdefault(name, 0)
     over = f", mean ± sd over {seed_count(seeds.values())}" if max(seeds.values()) > 1 else ""
-    what = WHAT[kind].format(cost=COSTS[comparison.options.cost])
-    absent = (
+    title = CAPTIONS[kind].format(cost=COSTS[comparison.options.cost])
+    note = (
         f" Missing: {', '.join(f'{name} ({n} of {n + seeds[name]})' for name, n in missing.items())}."
         if missing
         else ""
@@ -130,7 +130,7 @@ def _wide(kind: str, rows: pd.DataFrame, decimals: int, comparison: Comparison) 
     return Wide(
         kind=kind,
         group=group_name(rows),
-        caption=f"{what}: {group_name(rows)}{over}. Best of each column in bold.{absent}",
+        caption=f"{title}: {group_name(rows)}{over}. The best values of each column are bold.{note}",
         heads=heads,
         cost=COSTS[comparison.options.cost],
         unit=unit,
@@ -141,7 +141,7 @@ def _wide(kind: str, rows: pd.DataFrame, decimals: int, comparison: Comparison) 
 
 
 def _cells(means: pd.DataFrame, sds: pd.DataFrame, decimals: int) -> dict[str, list[Cell]]:
-    """Write each cell; all that read the same as the best of their column are best."""
+    """Return the cells; all cells with the same text as the best of their column are marked as best."""
 
     def text(value: float, missing: str) -> str:
         return missing if np.isnan(value) else f"{value:.{decimals}f}"
@@ -168,7 +168,7 @@ def _heads(rows: pd.DataFrame, across: str, comparison: Comparison) -> tuple[lis
     texts = dict(zip(values, written, strict=True))
     heads = []
     for k, low, high in span.itertuples():
-        # Methods may widen a network (ISC): then the exit's cost is a range.
+        # A method may add layers to a network (ISC); the exit's cost is then a range.
         amount = texts[low] if low == high else f"{texts[low]}–{texts[high]}"
         heads.append((f"exit {k}" if across == "exit" else "budget", amount))
     return heads, f" {unit}".rstrip()

@@ -1,4 +1,4 @@
-"""A comparison as files: CSV, Markdown, LaTeX, HTML, PNG and PDF."""
+"""Writes a comparison to files: CSV, Markdown, LaTeX, HTML, PNG and PDF."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ def write_report(
     runs: Sequence[Any] = (),
     formats: Sequence[str] = FORMATS,
 ) -> list[Path]:
-    """Write the tables and figures of a comparison into `folder` (made if missing) and return their paths.
+    """Write the tables and figures of a comparison to `folder`, which is created if missing, and return their paths.
 
-    csv: the tidy tables of `Comparison` (those that hold anything), learning (curves of every exit) and sweep. md and
-    latex: the tables as people read them, one file a kind, and all of them as `report.md` and `report.tex`. html: all
-    of it as `report.html`, one page that needs nothing else. pdf and png: the figures. Each file appears whole or not
-    at all, and replaces an earlier one.
+    csv: the tables of `Comparison` that are not empty, and the tables learning (curves of every exit) and sweep. md and
+    latex: formatted tables, one file per kind, and the complete report, `report.md` and `report.tex`. html: the
+    complete report as one self-contained page, `report.html`. pdf and png: the figures. Files are written atomically,
+    and existing files are replaced.
 
     Args:
-        comparison: what to write.
-        folder: where to.
-        runs: whose learning curves to draw, and what `exitkit diagnose` drew of them to put in; none: nothing.
-        formats: which of the above.
+        comparison: the comparison.
+        folder: output folder.
+        runs: runs whose learning curves and diagnostic figures are included.
+        formats: some of `FORMATS`.
 
     Raises:
         UserError: the folder cannot be written.
@@ -53,7 +53,7 @@ def write_report(
     learning = learning_curves(runs, comparison.names)
     swept = sweeps(comparison.anytime, runs, comparison.names)
     drawn = _figures(comparison, learning, swept)
-    seen = diagnostics(runs, comparison.names)
+    diagnosed = diagnostics(runs, comparison.names)
     writers: dict[str, Writer] = {}
     if "csv" in formats:
         frames = comparison.frames() | {"learning": learning, "sweep": swept}
@@ -66,21 +66,21 @@ def write_report(
         texts = {kind: markdown(tables) for kind, tables in wide.items()}
         texts |= {kind: sheets_markdown(tables) for kind, tables in narrow.items()}
         pictures = list(drawn) if "png" in formats else []
-        texts["report"] = markdown_document(comparison, texts, pictures, seen if "png" in formats else [])
+        texts["report"] = markdown_document(comparison, texts, pictures, diagnosed if "png" in formats else [])
         writers |= {f"{name}.md": partial(_write_text, text) for name, text in texts.items()}
     if "latex" in formats:
         texts = {kind: latex(tables) for kind, tables in wide.items()}
         texts |= {kind: sheets_latex(tables) for kind, tables in narrow.items()}
         pictures = list(drawn) if "pdf" in formats else []
-        texts["report"] = latex_document(comparison, list(texts), pictures, seen if "pdf" in formats else [])
+        texts["report"] = latex_document(comparison, list(texts), pictures, diagnosed if "pdf" in formats else [])
         writers |= {f"{name}.tex": partial(_write_text, text) for name, text in texts.items()}
     if "html" in formats:
-        writers["report.html"] = partial(_write_text, html_report(comparison, learning, swept, seen))
+        writers["report.html"] = partial(_write_text, html_report(comparison, learning, swept, diagnosed))
     for kind in ("png", "pdf"):
         if kind in formats:
             for name, figure in drawn.items():
                 writers[f"{name}.{kind}"] = partial(figures.save_figure, figure, kind=kind)
-            for picture in seen:
+            for picture in diagnosed:
                 writers[f"{picture.name}.{kind}"] = partial(shutil.copyfile, picture.source.with_suffix(f".{kind}"))
     make_folder(folder)
     for name, write in writers.items():
@@ -90,7 +90,7 @@ def write_report(
 
 
 ALWAYS = ("anytime", "budgeted", "curve", "differences", "training")
-"""Tables that are written even where they are empty."""
+"""Tables that are written even if they are empty."""
 
 
 def _figures(comparison: Comparison, learning: pd.DataFrame, swept: pd.DataFrame) -> dict[str, Figure]:

@@ -1,4 +1,4 @@
-"""The command line. Verbs are found through entry points and imported when used, so that help answers at once."""
+"""The command line. Commands are found through entry points and imported when used, so that help is fast."""
 
 from __future__ import annotations
 
@@ -16,60 +16,60 @@ from exitkit.cli.interrupts import stopped_for_good, stopping_at_once
 from exitkit.errors import Interrupted, UserError, format_warning, unknown
 
 COMPLETION = "_EXITKIT_COMPLETE"
-"""The variable by which a shell asks for what could stand at the end of a line."""
+"""The environment variable through which a shell requests completions."""
 
 _NO_ARGUMENTS: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())
-"""What click raises for a group without a command; before 8.2 it printed the group's help itself."""
+"""Raised by click for a group without a command; before version 8.2 click printed the group's help itself."""
 
 _FIRST_STEPS = """Train multi-exit networks with every published method, and compare them under one recipe.
 
 \b
 First steps:
-  exitkit compare --methods ge,boostnet,metagf   a table of four methods
-  exitkit train --method boostnet                one run
-  exitkit list methods                           what there is
-  exitkit doctor                                 is everything in place?
+  exitkit compare --methods ge,boostnet,metagf   compare with joint training
+  exitkit train --method boostnet                train one run
+  exitkit list methods                           list all methods
+  exitkit doctor                                 check the installation
 """
 
 
 @functools.lru_cache(maxsize=1)
-def _points(path: tuple[str, ...]) -> dict[str, EntryPoint]:
-    """Return the verbs that are installed on a path; to ask every package costs a help page more than all else."""
+def _entry_points(path: tuple[str, ...]) -> dict[str, EntryPoint]:
+    """Return the commands installed on `path`, cached: the search takes most of the time of a help page."""
     return {point.name: point for point in sorted(entry_points(group="exitkit.commands"), key=lambda p: p.name)}
 
 
 class Verbs(click.Group):
-    """A group whose commands are the entry points `exitkit.commands`, ours and anyone else's."""
+    """A group whose commands are the entry points `exitkit.commands` of all installed packages."""
 
     @property
     def points(self) -> dict[str, EntryPoint]:
-        """The verbs by name."""
-        return _points(tuple(sys.path))
+        """The entry points of the commands by name."""
+        return _entry_points(tuple(sys.path))
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Name all verbs."""
+        """Return the names of all commands."""
         return [*self.points]  # `list` is also a module of this package
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import one verb; one of a package that is broken stands in the help with what is wrong."""
+        """Import a command; if it does not load, the help shows the error in its place."""
         point = self.points.get(cmd_name)
         if point is None:
             if COMPLETION in os.environ:
-                return None  # the shell asks while the line is still being typed
+                return None  # during completion, an unfinished word is not an error
             raise unknown("command", cmd_name, self.points)
         try:
             command = point.load()
-        except Exception as error:  # whatever someone's module raises while it is imported
+        except Exception as error:  # a module may raise any error on import
             return Broken(point, f"{type(error).__name__}: {error}")
-        return command if isinstance(command, click.Command) else Broken(point, "it is no click command")
+        return command if isinstance(command, click.Command) else Broken(point, "it is not a click command")
 
 
 class Broken(click.Command):
-    """Stands in the place of a command that does not load, and says why.
+    """A placeholder of a command that does not load; its help and its error state the reason.
 
     Args:
-        point: where it should have come from.
-        reason: what was wrong.
+        point: the entry point of the command.
+        reason: why it does not load.
     """
 
     def __init__(self, point: EntryPoint, reason: str) -> None:
@@ -79,7 +79,7 @@ class Broken(click.Command):
         super().__init__(point.name, callback=self.refuse, help=about, context_settings=settings, add_help_option=False)
 
     def refuse(self) -> None:
-        """Refuse to run."""
+        """Raise the error."""
         raise UserError(self.reason)
 
 
@@ -92,7 +92,7 @@ class Broken(click.Command):
 @click.version_option(package_name="exitkit", prog_name="exitkit")
 @click.pass_context
 def cli(context: click.Context) -> None:
-    """Hold the verbs; alone, say what to do next."""
+    """Run a command; without a command, print the next steps."""
     if context.invoked_subcommand is None:
         from exitkit.cli.welcome import welcome
 
@@ -100,23 +100,23 @@ def cli(context: click.Context) -> None:
 
 
 def main(arguments: list[str] | None = None, command: click.Command = cli) -> None:
-    """Run the command line, or another command as it would.
+    """Run the command line, or another click command with the same error handling.
 
-    A user's mistake is one line on stderr and exit code 2, an interrupt exit code 130.
+    A user error prints one line on stderr and exits with code 2; an interrupt exits with code 130.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     warnings.formatwarning = format_warning
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a file's name need not be text
+            stream.reconfigure(errors="backslashreplace")  # file names need not be valid text
     try:
         with stopping_at_once():
             code = command.main(args=arguments, prog_name="exitkit", standalone_mode=False)
     except (KeyboardInterrupt, click.Abort, Interrupted) as stop:
         stopped_for_good()
         _fail(str(stop) or "stopped", 130)
-    except _NO_ARGUMENTS as help_wanted:
-        click.echo(help_wanted.format_message())
+    except _NO_ARGUMENTS as no_arguments:
+        click.echo(no_arguments.format_message())
         code = 0
     except click.ClickException as error:
         _fail(_one_line(error.format_message()), 2)
@@ -125,7 +125,7 @@ def main(arguments: list[str] | None = None, command: click.Command = cli) -> No
     except OSError as error:
         if not error.filename:
             raise
-        # What was named can't be a file, or is not one: a name too long, a folder, one without permission.
+        # The path can't be used as a file: its name is too long, it is a folder, or permission is missing.
         _fail(_one_line(f"{error.filename}: {(error.strerror or str(error)).lower()}"), 2)
     sys.exit(code if isinstance(code, int) else 0)
 

@@ -1,6 +1,6 @@
 """The catalogue of methods, backbones, data sets and recipes, as plain data.
 
-It is stored between calls, because loading the plugins imports torch.
+It is cached on disk, because loading the plugins imports torch.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ CATALOGUES = ("methods", "backbones", "datasets", "recipes")
 
 
 def entries(kind: str) -> list[Entry]:
-    """Return what there is of one of `CATALOGUES`: a dict each, with at least its `name` and `summary`.
+    """Return the entries of one of `CATALOGUES`, one dictionary each, with at least `name` and `summary`.
 
-    Methods, backbones and data sets also have `fields` (name, type, default, meaning), and a preset its `family`;
-    methods have their `paper` and `slots`; data sets the `house` recipe that is used with them.
+    Methods, backbones and data sets also have `fields` (name, type, default, meaning), and presets their `family`;
+    methods have their `paper` and `slots`; data sets have `house`, their default recipe.
     """
     if kind == "recipes":
         return [_recipe_entry(name, path) for name, path in sorted(recipe_files().items())]
-    whole = _stored()
-    if whole is None:
-        whole = {f"{each}s": [_entry(each, name) for name in plugins.names(each)] for each in plugins.KINDS}
-        _store(whole)
-    return whole[kind]
+    catalogue = _stored()
+    if catalogue is None:
+        catalogue = {f"{plugin}s": [_entry(plugin, name) for name in plugins.names(plugin)] for plugin in plugins.KINDS}
+        _store(catalogue)
+    return catalogue[kind]
 
 
 def outline(kind: str) -> dict[str, str]:
-    """Return {name: summary} of one of `CATALOGUES` at once: no plugin is imported.
+    """Return {name: summary} of one of `CATALOGUES` without importing a plugin.
 
-    Until the catalogue is stored, summaries are empty and presets are missing.
+    Until the catalogue is cached, summaries are empty and presets are missing.
     """
     if kind == "recipes":
         return dict.fromkeys(sorted(recipe_files()), "")
@@ -53,35 +53,35 @@ def outline(kind: str) -> dict[str, str]:
 
 
 def kind_of(name: str) -> str:
-    """Return which of `CATALOGUES` has an entry of this name, "" if none has; no plugin is imported."""
+    """Return which of `CATALOGUES` has an entry of this name, or ""; no plugin is imported."""
     return next((kind for kind in CATALOGUES if name in outline(kind)), "")
 
 
 def recipe_files() -> dict[str, Path]:
-    """Return the shipped recipes {name: TOML file}: those in the packages of the entry points `exitkit.recipes`."""
-    found: dict[str, Path] = {}
+    """Return the installed recipes {name: TOML file}, from the packages of the entry points `exitkit.recipes`."""
+    recipes: dict[str, Path] = {}
     for point in entry_points(group="exitkit.recipes"):
         for resource in files(point.value).iterdir():
             if resource.name.endswith(".toml"):
-                found[resource.name.removesuffix(".toml")] = Path(str(resource))
-    return found
+                recipes[resource.name.removesuffix(".toml")] = Path(str(resource))
+    return recipes
 
 
 def find_recipe(name: str) -> Path:
-    """Return the file of a recipe: a path, a run folder (its own recipe), or the name of a shipped one.
+    """Return the file of a recipe, given as a path, a run folder or the name of an installed recipe.
 
     Raises:
-        UserError: neither.
+        UserError: the name is unknown.
     """
     path = Path(name)
     if path.is_dir():
         return path / "recipe.json"
     if path.exists() or path.suffix or len(path.parts) > 1:
         return path
-    shipped = recipe_files()
-    if name not in shipped:
-        raise unknown("recipe", name, shipped)
-    return shipped[name]
+    installed = recipe_files()
+    if name not in installed:
+        raise unknown("recipe", name, installed)
+    return installed[name]
 
 
 def _recipe_entry(name: str, path: Path) -> Entry:
@@ -102,7 +102,7 @@ def _entry(kind: str, name: str) -> Entry:
             entry["house"] = dict(plugins.underlying(plugin).house)
         plain: Entry = json.loads(json.dumps(entry))
     except Exception as error:
-        # One package that is broken, however, must not hide the others; what is wrong stands in its place.
+        # A package that does not load must not hide the others; its summary states the error.
         return {
             "name": name,
             "summary": f"not usable: {error}",
@@ -115,32 +115,32 @@ def _entry(kind: str, name: str) -> Entry:
 
 
 def _family(kind: str, plugin: type) -> str:
-    """Return the name that a preset's own class goes by, if it has one."""
+    """Return the name of the plugin that a preset belongs to, or "" if its class is not a plugin."""
     for name in plugins.registered(kind):
-        with contextlib.suppress(UserError):  # another package's fault, shown where it is listed itself
+        with contextlib.suppress(UserError):  # a package that does not load is listed with its own error
             if plugins.load(kind, name) is plugin:
                 return name
     return ""
 
 
-def _fingerprint(whole: dict[str, list[Entry]]) -> str:
-    """Return what changes whenever the answer might, or is no longer the one that was written down.
+def _fingerprint(catalogue: dict[str, list[Entry]]) -> str:
+    """Return a hash that changes if the catalogue may be out of date or its cache was damaged.
 
-    Versions, age and size of every file that gives it, and the answer itself.
+    It covers versions, modification time and size of every file that defines entries, and the catalogue itself.
     """
     parts: list[str] = [version("exitkit"), sys.version, sys.prefix]
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
-        parts.append(_age(path))
+        parts.append(_file_state(path))
     for kind in plugins.KINDS:
         for name, point in plugins.registered(kind).items():
             file = _file_of(point.module)
-            parts += [name, point.value, _age(file) if file else "gone"]
-    parts.append(json.dumps(whole))
+            parts += [name, point.value, _file_state(file) if file else "gone"]
+    parts.append(json.dumps(catalogue))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _file_of(module: str) -> Path | None:
-    """Return the file of a module; nothing below its top-level package is imported."""
+    """Return the file of a module, or None; only its top-level package is imported."""
     head, rest = module.split(".")[:2], module.split(".")[2:]
     try:
         spec = find_spec(".".join(head))
@@ -155,31 +155,31 @@ def _file_of(module: str) -> Path | None:
     return None
 
 
-def _age(path: Path) -> str:
+def _file_state(path: Path) -> str:
     status = path.stat()
     return f"{path}:{status.st_mtime_ns}:{status.st_size}"
 
 
 def store() -> Path:
-    """Return the file in which the catalogue is remembered."""
+    """Return the file that caches the catalogue."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "exitkit" / "catalogue.json"
 
 
 def _stored() -> dict[str, list[Entry]] | None:
     try:
-        stored = json.loads(store().read_text(encoding="utf-8"))
-        whole: dict[str, list[Entry]] = stored["catalogue"]
-        return whole if stored["fingerprint"] == _fingerprint(whole) else None
+        cached = json.loads(store().read_text(encoding="utf-8"))
+        catalogue: dict[str, list[Entry]] = cached["catalogue"]
+        return catalogue if cached["fingerprint"] == _fingerprint(catalogue) else None
     except (OSError, ValueError, KeyError, TypeError, RuntimeError):  # RuntimeError: no home, or nested too deeply
         return None
 
 
-def _store(whole: dict[str, list[Entry]]) -> None:
-    # Only ever a convenience: a cache that can't be written is asked for again next time.
+def _store(catalogue: dict[str, list[Entry]]) -> None:
+    # The cache is optional: if it can't be written, the catalogue is computed again on the next call.
     with contextlib.suppress(OSError, UserError, RuntimeError):
         store().parent.mkdir(parents=True, exist_ok=True)
-        write_json(store(), {"fingerprint": _fingerprint(whole), "catalogue": whole})
+        write_json(store(), {"fingerprint": _fingerprint(catalogue), "catalogue": catalogue})
 
 
 def settings_of(entry: Entry) -> Iterator[tuple[str, str, str, str]]:

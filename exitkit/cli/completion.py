@@ -1,4 +1,4 @@
-"""Shell completion: what the shell asks while a line is typed, and `exitkit completion` that sets it up."""
+"""Shell completion of names and paths, and the command `exitkit completion` that sets it up."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from exitkit.errors import UserError, unknown
 
 Completer = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
 SHELLS = {"bash": "~/.bashrc", "zsh": "~/.zshrc", "fish": "~/.config/fish/completions/exitkit.fish"}
-"""Each shell, and the file that it reads at its start."""
+"""Each shell, and the file that it reads when it starts."""
 
 
 def one_of(*choices: str) -> Completer:
-    """Complete one of these words, or a list of them with commas."""
+    """Complete one of these words, or a list of them separated by commas."""
     return _after_separators(lambda: dict.fromkeys(choices, ""))
 
 
 def names(kind: str) -> Completer:
-    """Complete names of a catalogue ("methods", "backbones", ...), also behind a comma or a plus.
+    """Complete names of a catalogue ("methods", "backbones", ...), also after a comma or a plus sign.
 
-    What is installed is known from the entry points, what it is from the remembered catalogue: no plugin is imported.
+    Names come from the entry points and summaries from the cached catalogue; no plugin is imported.
     """
 
     def known() -> Mapping[str, str]:
@@ -38,20 +38,20 @@ def names(kind: str) -> Completer:
 
 
 def runs(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Complete the folder of a run: those in the folder begun, or in `runs`."""
-    here = Path(incomplete or "runs/")
-    folder, start = (here, "") if incomplete in ("", ".") or incomplete.endswith("/") else (here.parent, here.name)
-    found = [path for path in _folders(folder) if path.name.startswith(start)]
-    if not found and not incomplete:
-        found = _folders(Path())
-    ends = [CompletionItem(str(path)) for path in found if (path / "recipe.json").is_file()]
-    return ends or [CompletionItem(incomplete, type="dir")]
+    """Complete the folder of a run, in the folder typed so far or in `runs`."""
+    typed = Path(incomplete or "runs/")
+    folder, start = (typed, "") if incomplete in ("", ".") or incomplete.endswith("/") else (typed.parent, typed.name)
+    matches = [path for path in _folders(folder) if path.name.startswith(start)]
+    if not matches and not incomplete:
+        matches = _folders(Path())
+    items = [CompletionItem(str(path)) for path in matches if (path / "recipe.json").is_file()]
+    return items or [CompletionItem(incomplete, type="dir")]
 
 
 def recipes(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Complete the name of a shipped recipe, or a file."""
-    found = names("recipes")(context, parameter, incomplete)
-    return found or [CompletionItem(incomplete, type="file")]
+    """Complete the name of an installed recipe, or a file."""
+    matches = names("recipes")(context, parameter, incomplete)
+    return matches or [CompletionItem(incomplete, type="file")]
 
 
 def folders(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -68,7 +68,7 @@ def _folders(folder: Path) -> list[Path]:
 
 def _after_separators(known: Callable[[], Mapping[str, str]]) -> Completer:
     def complete(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        cut = max((found.end() for found in re.finditer("[,+]", incomplete)), default=0)
+        cut = max((match.end() for match in re.finditer("[,+]", incomplete)), default=0)
         before, start = incomplete[:cut], incomplete[cut:]
         return [
             CompletionItem(before + name, help=summary or None)
@@ -79,12 +79,12 @@ def _after_separators(known: Callable[[], Mapping[str, str]]) -> Completer:
     return complete
 
 
-@click.command(short_help="Set up the completion of names with the tab key.")
+@click.command(short_help="Set up tab completion in a shell.")
 @click.argument("shell", metavar="[bash|zsh|fish]", required=False, shell_complete=one_of(*SHELLS))
 def completion(shell: str | None) -> None:
-    """Print the script that completes commands, options and names in your shell; without a shell, how to use it.
+    """Print the completion script of a shell; without an argument, print how to install it.
 
-    Methods, backbones, data sets, recipes and runs are completed too.
+    It completes commands, options, and the names of methods, backbones, data sets, recipes and runs.
 
     \b
     Examples:
@@ -99,22 +99,22 @@ def completion(shell: str | None) -> None:
         raise unknown("shell", shell, SHELLS)
     kind = get_completion_class(shell)
     if kind is None:
-        raise UserError(f"this version of click completes nothing in {shell}")
+        raise UserError(f"the installed version of click does not support completion in {shell}; upgrade click")
     root = click.get_current_context().find_root().command
-    # What `source()` also does is to start bash and look at its version: old ones say so themselves.
-    made = kind(root, {}, "exitkit", COMPLETION)
-    click.echo(made.source_template % made.source_vars())
+    # Not `source()`, which would start bash to check its version; old versions print an error themselves.
+    completer = kind(root, {}, "exitkit", COMPLETION)
+    click.echo(completer.source_template % completer.source_vars())
 
 
 def _advice(shells: Iterable[str]) -> str:
-    mine = Path(os.environ.get("SHELL", "")).name
-    chosen = [mine] if mine in shells else list(shells)
+    current = Path(os.environ.get("SHELL", "")).name
+    selected = [current] if current in shells else list(shells)
     lines = []
-    for shell in chosen:
+    for shell in selected:
         line = f'eval "$(exitkit completion {shell})"'
         if shell == "fish":
             line = f"exitkit completion fish > {SHELLS[shell]}"
-            lines.append(f"{shell}: run this once, and open a new shell:\n  {line}")
+            lines.append(f"{shell}: run this command once, then open a new shell:\n  {line}")
         else:
-            lines.append(f"{shell}: add this line to {SHELLS[shell]}, and open a new shell:\n  {line}")
+            lines.append(f"{shell}: add this line to {SHELLS[shell]}, then open a new shell:\n  {line}")
     return "\n".join(lines)

@@ -24,11 +24,11 @@ from exitkit.errors import UserError
     "--method",
     metavar="NAME",
     shell_complete=names("methods"),
-    help="Count what this method puts into the network, too.",
+    help="Also count the layers that this method adds.",
 )
-@click.option("--num-classes", type=int, help="Classes.  [default: what the preset was published for]")
-@click.option("--input-shape", metavar="C,H,W", help="One image.  [default: what the preset was published for]")
-@click.option("--set", "sets", metavar="FIELD=VALUE", multiple=True, help="Any field of the backbone; repeatable.")
+@click.option("--num-classes", type=int, help="Number of classes.  [default: the preset's]")
+@click.option("--input-shape", metavar="C,H,W", help="Shape of an image.  [default: the preset's]")
+@click.option("--set", "sets", metavar="FIELD=VALUE", multiple=True, help="Set a field of the backbone; repeatable.")
 @json_option("the counts of each exit")
 def cost(
     backbone: str,
@@ -40,10 +40,10 @@ def cost(
 ) -> None:
     """Print multiply-adds and parameters of every exit, counted by running the network stage by stage.
 
-    Multiply-adds (`macs` in JSON) are those of convolutions and linear layers. The papers' count (`papers`) also has
-    biases of linear layers, ReLU and pooling, as the papers' tables do. Pruned is what is left of the multiply-adds in
-    a network cut at that exit, without the earlier heads and what only later exits read. All are of one image, up to
-    and including that exit.
+    Multiply-adds (`macs` in JSON) are those of convolutions and linear layers. The papers' count (`papers`) includes
+    biases of linear layers, ReLU and pooling, as in the papers' tables. Pruned (`pruned`) is the number of
+    multiply-adds of the network cut at that exit, without earlier heads and without layers that only later exits use.
+    All counts are for one image, up to and including the exit.
 
     \b
     Examples:
@@ -81,6 +81,8 @@ def _shape(text: str | None) -> tuple[int, int, int] | None:
         return None
     parts = text.replace("x", ",").split(",")
     if len(parts) != 3 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
-        raise UserError(f"--input-shape {text!r} is no image; expected channels,height,width, such as 3,32,32")
+        raise UserError(
+            f"--input-shape {text!r} is not an image shape; expected channels,height,width, such as 3,32,32"
+        )
     channels, height, width = (int(part) for part in parts)
     return channels, height, width

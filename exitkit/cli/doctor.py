@@ -1,4 +1,4 @@
-"""`exitkit doctor`: is everything in place, and if not, what to do."""
+"""`exitkit doctor`: checks of the installation, the devices and the data."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 _STYLES = {"ok": "green", "note": "yellow", "wrong": "bold red"}
 
 
-@click.command(short_help="Check that everything is in place.")
-@click.option("--data-dir", metavar="DIR", help="Where the images lie.  [default: data]", shell_complete=folders)
-@click.option("--out", metavar="DIR", default="runs", show_default=True, help="Where runs go.", shell_complete=folders)
+@click.command(short_help="Check the installation, devices and data.")
+@click.option("--data-dir", metavar="DIR", help="Folder of the images.  [default: data]", shell_complete=folders)
+@click.option("--out", metavar="DIR", default="runs", show_default=True, help="Folder of runs.", shell_complete=folders)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: an array of {check, state, detail, hint}.")
 def doctor(data_dir: str | None, out: str, as_json: bool) -> None:
-    """Check versions, devices, data, folders, optional parts and plugins; say what to do where something is missing.
+    """Check versions, devices, data, folders, optional packages and plugins, and print how to solve problems.
 
-    The exit code is 1 if anything is "wrong", 0 if all is "ok" or worth a "note" only. Nothing is downloaded.
+    The exit code is 1 if any check is "wrong", and 0 if all are "ok" or "note". Nothing is downloaded.
 
     \b
     Examples:
@@ -38,23 +38,23 @@ def doctor(data_dir: str | None, out: str, as_json: bool) -> None:
 
     from exitkit.cli.doctor_checks import checks
 
-    found: list[Finding] = []
+    findings: list[Finding] = []
     console = Console(highlight=False)
     for finding in checks(Path(data_dir) if data_dir else None, Path(out)):
-        found.append(finding)
-        if not as_json:  # one by one: to import torch, or to read images, takes its time
+        findings.append(finding)
+        if not as_json:  # printed one by one: importing torch and reading images take time
             console.print(_line(finding), soft_wrap=not console.is_terminal)
-    wrong = [finding.check for finding in found if finding.state == "wrong"]
+    wrong = [finding.check for finding in findings if finding.state == "wrong"]
     if as_json:
-        click.echo(json.dumps([finding._asdict() for finding in found], indent=2))
+        click.echo(json.dumps([finding._asdict() for finding in findings], indent=2))
     else:
-        told = f"wrong: {', '.join(wrong)}" if wrong else "everything that is needed is in place"
-        console.print(told, markup=False)
+        conclusion = f"wrong: {', '.join(wrong)}" if wrong else "all required checks passed"
+        console.print(conclusion, markup=False)
     sys.exit(1 if wrong else 0)
 
 
 def _line(finding: Finding) -> Table:
-    """Lay one finding out: state, what was looked at, what was found and below it what to do."""
+    """Return one row: state, check and detail, with the hint below the detail."""
     from rich.table import Table
     from rich.text import Text
 

@@ -1,4 +1,4 @@
-"""What `exitkit doctor` looks at, each check apart: one that fails in a way nobody thought of ends no other."""
+"""The checks of `exitkit doctor`; an unexpected error in one check does not stop the others."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from exitkit.cli import Broken, cli
 from exitkit.errors import UserError
 
 _FEW_GIB = 5.0
+_REPAIR = "repair or uninstall its package"
 
 
 class Finding(NamedTuple):
-    """What a check found: `state` is "ok", "note" (worth knowing) or "wrong"; `hint` is what to do about it."""
+    """The result of a check: `state` is "ok", "note" (no error) or "wrong"; `hint` is how to solve the problem."""
 
     check: str
     state: str
@@ -32,7 +33,7 @@ class Finding(NamedTuple):
 
 
 def checks(data_dir: Path | None, out: Path) -> Iterator[Finding]:
-    """Look at everything, and yield what is found as it is found."""
+    """Run all checks, and yield each result as soon as it is known."""
     yield Finding("exitkit", "ok", f"{version('exitkit')}, Python {platform.python_version()} ({sys.executable})")
     yield from _guarded("torch", _torch())
     yield from _guarded("torchvision", _torchvision())
@@ -46,7 +47,7 @@ def checks(data_dir: Path | None, out: Path) -> Iterator[Finding]:
 def _guarded(check: str, findings: Iterator[Finding]) -> Iterator[Finding]:
     try:
         yield from findings
-    except Exception as error:  # a broken installation breaks anywhere
+    except Exception as error:  # a broken installation may raise any error
         yield Finding(check, "wrong", " ".join(f"{type(error).__name__}: {error}".split()))
 
 
@@ -58,28 +59,29 @@ def _torch() -> Iterator[Finding]:
 
 
 def _torchvision() -> Iterator[Finding]:
-    """torchvision names the very torch that it was built for."""
+    """Compare torch with the version that torchvision requires, which is the one it was built for."""
     from exitkit.data.torchvision_import import torchvision
 
-    found, torch = version("torchvision"), version("torch").partition("+")[0]
-    wanted = [match[1] for text in requires("torchvision") or () if (match := re.fullmatch(r"torch==([\d.]+).*", text))]
-    with warnings.catch_warnings(record=True) as said:
+    installed, torch = version("torchvision"), version("torch").partition("+")[0]
+    pinned = (re.fullmatch(r"torch==([\d.]+).*", text) for text in requires("torchvision") or ())
+    required = [match[1] for match in pinned if match]
+    with warnings.catch_warnings(record=True) as reported:
         warnings.simplefilter("always")
         torchvision()
-    if wanted and wanted[0] != torch:
-        hint = f"install the torchvision that is of torch {torch}, or torch {wanted[0]}"
-        yield Finding("torchvision", "note", f"{found} is of torch {wanted[0]}, torch is {torch}", hint)
-    elif said:
-        yield Finding("torchvision", "note", f"{found}: {said[-1].message}")
+    if required and required[0] != torch:
+        hint = f"install the torchvision built for torch {torch}, or torch {required[0]}"
+        yield Finding("torchvision", "note", f"{installed} is built for torch {required[0]}, torch is {torch}", hint)
+    elif reported:
+        yield Finding("torchvision", "note", f"{installed}: {reported[-1].message}")
     else:
-        yield Finding("torchvision", "ok", f"{found}, fits torch {torch}")
+        yield Finding("torchvision", "ok", f"{installed}, built for torch {torch}")
 
 
 def _devices() -> Iterator[Finding]:
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    yield Finding("CPU", "ok", f"{cores} cores; a run uses 1 thread unless --threads says more")
+    yield Finding("CPU", "ok", f"{cores} cores; a run uses 1 thread unless --threads is set")
     if torch.cuda.is_available():
         for number in range(torch.cuda.device_count()):
             facts = torch.cuda.get_device_properties(number)
@@ -87,48 +89,48 @@ def _devices() -> Iterator[Finding]:
     elif torch.backends.mps.is_available():
         yield Finding("mps", "ok", "Apple's GPU")
     elif not shutil.which("nvidia-smi"):
-        hint = "for a GPU of NVIDIA: its driver, and the CUDA build of torch and torchvision (PyTorch's page says how)"
-        yield Finding("GPU", "ok", "none found; training runs on the CPU", hint)
+        hint = "an NVIDIA GPU needs its driver and the CUDA build of torch and torchvision (see pytorch.org)"
+        yield Finding("GPU", "ok", "no GPU found; training runs on the CPU", hint)
     elif torch.version.cuda is None:
-        hint = "install the CUDA build of torch and torchvision, by the line that PyTorch's installation page gives"
-        yield Finding("GPU", "note", "there is one of NVIDIA, but this torch is a CPU build", hint)
+        hint = "install the CUDA build of torch and torchvision, with the command given on pytorch.org"
+        yield Finding("GPU", "note", "an NVIDIA GPU is installed, but torch is a CPU build", hint)
     else:
-        hint = f"torch is built for CUDA {torch.version.cuda}; `nvidia-smi` says which CUDA the driver is for"
-        yield Finding("GPU", "note", "there is one of NVIDIA, but torch can't use it", hint)
+        hint = f"torch is built for CUDA {torch.version.cuda}; `nvidia-smi` prints the CUDA version of the driver"
+        yield Finding("GPU", "note", "an NVIDIA GPU is installed, but torch can't use it", hint)
 
 
 def _data(data_dir: Path | None) -> Iterator[Finding]:
-    """Read every data set that lies here, as a run would."""
+    """Read every data set whose files exist, as a run does."""
     from exitkit.data.base import build_dataset
     from exitkit.runs.recipe import Recipe
 
-    always = Recipe.model_fields["dataset"].default
+    default = Recipe.model_fields["dataset"].default
     for name in plugins.registered("dataset"):
         try:
             with warnings.catch_warnings(action="ignore"):
                 data = build_dataset(name, {}).load(data_dir, False)
         except UserError as error:
-            yield Finding(f"data {name}", "wrong" if name == always else "note", _why_absent(str(error)))
+            yield Finding(f"data {name}", "wrong" if name == default else "note", _shortened(str(error)))
         else:
             counts = [len(part) for part in (data.split.train, data.split.validation, data.split.test)]
             shape = "x".join(map(str, data.input_shape))
             yield Finding(f"data {name}", "ok", "{:,} + {:,} + {:,} images of ".format(*counts) + shape)
 
 
-def _why_absent(message: str) -> str:
-    """Shorten what a data set says of files that are not there."""
+def _shortened(message: str) -> str:
+    """Shorten the error of a data set whose files are missing."""
     place = re.search(r"can't be read from (\S+).*\(looked for ([^:)]+)", message)
-    return f"not in {place[1]} (looked for {place[2]})" if place else message
+    return f"not found in {place[1]} (looked for {place[2]})" if place else message
 
 
 def _folders(out: Path) -> Iterator[Finding]:
     from exitkit.cli.catalogue import store
 
     for what, path, needed in (("output", out, True), ("cache", store().parent, False)):
-        there = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
-        free = shutil.disk_usage(there).free / 2**30
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            state, hint = ("wrong", "choose another folder by --out") if needed else ("note", "set XDG_CACHE_HOME")
+        existing = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+        free = shutil.disk_usage(existing).free / 2**30
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            state, hint = ("wrong", "choose another folder with --out") if needed else ("note", "set XDG_CACHE_HOME")
             yield Finding(what, state, f"{path} can't be written", hint)
         elif free < _FEW_GIB:
             yield Finding(what, "note", f"{path}: only {free:.1f} GiB free", "free some space before a long comparison")
@@ -137,23 +139,23 @@ def _folders(out: Path) -> Iterator[Finding]:
 
 
 def _extras() -> Iterator[Finding]:
-    """Which optional parts are installed, from the package's own metadata."""
-    wanted: dict[str, list[str]] = {}
+    """Check which optional packages are installed, from exitkit's metadata."""
+    extras: dict[str, list[str]] = {}
     for text in requires("exitkit") or ():
-        package, of = re.match(r"[\w.-]+", text), re.search(r"extra\s*==\s*['\"]([^'\"]+)", text)
-        if package and of:
-            wanted.setdefault(of[1], []).append(package[0])
-    for group, names in wanted.items():
-        missing = sorted({needed for needed in names if not _is_installed(needed)})
-        why = f"not installed: {', '.join(missing)}" if missing else _why_unusable(group)
-        if why:
-            yield Finding(f"[{group}]", "ok", f"optional, {why}", f"pip install 'exitkit[{group}]'")
+        package, extra = re.match(r"[\w.-]+", text), re.search(r"extra\s*==\s*['\"]([^'\"]+)", text)
+        if package and extra:
+            extras.setdefault(extra[1], []).append(package[0])
+    for group, names in extras.items():
+        missing = sorted({package for package in names if not _is_installed(package)})
+        problem = f"not installed: {', '.join(missing)}" if missing else _method_error(group)
+        if problem:
+            yield Finding(f"[{group}]", "ok", f"optional, {problem}", f"pip install 'exitkit[{group}]'")
         else:
             yield Finding(f"[{group}]", "ok", "installed")
 
 
-def _why_unusable(group: str) -> str:
-    """Return why the method that an extra is named after can't be had; what it takes itself is known to it alone."""
+def _method_error(group: str) -> str:
+    """Return why the method with the name of an extra can't be used, or ""; only the method knows its requirements."""
     if group not in plugins.registered("method"):
         return ""
     try:
@@ -172,7 +174,7 @@ def _is_installed(name: str) -> bool:
 
 
 def _plugins() -> Iterator[Finding]:
-    """Load every plugin and command, ours and anyone else's."""
+    """Load the plugins and commands of all installed packages."""
     count = 0
     for kind in plugins.KINDS:
         for name in plugins.registered(kind):
@@ -180,10 +182,10 @@ def _plugins() -> Iterator[Finding]:
             try:
                 plugins.load(kind, name)
             except UserError as error:
-                yield Finding(f"{kind} {name}", "wrong", " ".join(str(error).split()), "mend or uninstall its package")
+                yield Finding(f"{kind} {name}", "wrong", " ".join(str(error).split()), _REPAIR)
     for point in entry_points(group="exitkit.commands"):
         count += 1
         command = cli.get_command(click.Context(cli), point.name)
         if isinstance(command, Broken):
-            yield Finding(f"command {point.name}", "wrong", command.reason, "mend or uninstall its package")
-    yield Finding("plugins", "ok", f"{count} methods, backbones, data sets and commands looked at")
+            yield Finding(f"command {point.name}", "wrong", command.reason, _REPAIR)
+    yield Finding("plugins", "ok", f"{count} methods, backbones, data sets and commands checked")

@@ -1,4 +1,4 @@
-"""`exitkit evaluate`: run a trained network over its validation and test images again."""
+"""`exitkit evaluate`: evaluates a trained network on its validation and test images again."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from exitkit.cli.options import data_dir_option, device_option, json_option
 
 @click.command(short_help="Evaluate a trained run again.")
 @click.argument("run", metavar="RUN", shell_complete=runs)
-@device_option("[default: where it was trained]")
+@device_option("[default: the device of training]")
 @data_dir_option
-@json_option("what `exitkit show --json` prints")
+@json_option("the same as `exitkit show --json`")
 def evaluate(run: str, device: str | None, data_dir: str | None, as_json: bool) -> None:
-    """Evaluate a trained run again, and write its outputs, costs and results anew.
+    """Evaluate a trained run again, and replace its outputs, costs and results.
 
     \b
     Examples:
@@ -31,8 +31,8 @@ def evaluate(run: str, device: str | None, data_dir: str | None, as_json: bool) 
     from exitkit.runs.evaluate import evaluate as evaluate_run
     from exitkit.runs.folder import RunFolder
 
-    with working("evaluating") as tell:
-        evaluate_run(run, device=device, data_dir=data_dir, tell=tell)
+    with working("evaluating") as report:
+        evaluate_run(run, device=device, data_dir=data_dir, tell=report)
     if as_json:
         click.echo(json.dumps(facts(RunFolder(run)), indent=2))
     else:

@@ -1,4 +1,4 @@
-"""`exitkit export`: a run as programs that need nothing of exitkit, with the policy that says who leaves where."""
+"""`exitkit export`: writes a run as programs that do not need exitkit, with its exit policy."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from exitkit.runs.folder import RunFolder
 
 _CHECKED = 64
-"""Real test images that an export is checked on."""
+"""Number of test images on which an export is checked."""
 
 
-@click.command(short_help="Write a run as programs for deployment, with its exit policy.")
+@click.command(short_help="Export a run for deployment, with its exit policy.")
 @click.argument("run", metavar="RUN", shell_complete=runs)
 @click.option(
     "--format",
@@ -32,19 +32,21 @@ _CHECKED = 64
     metavar="NAME",
     help="onnx or torch-export.",
 )
-@click.option("--out", metavar="DIR", shell_complete=folders, help="What to write.  [default: RUN's name-FORMAT, here]")
-@click.option("--budget", metavar="AMOUNT", help="Average cost of an image: 40M (multiply-adds), or 1.5ms (measured).")
+@click.option(
+    "--out", metavar="DIR", shell_complete=folders, help="Folder to write.  [default: RUN-FORMAT in this folder]"
+)
+@click.option("--budget", metavar="AMOUNT", help="Average cost per image: 40M (multiply-adds) or 1.5ms (measured).")
 @click.option(
     "--score",
     default="confidence",
     show_default=True,
     metavar="NAME",
     shell_complete=one_of("confidence", "margin", "entropy", "patience"),
-    help="What an exit decides by.",
+    help="Exit score: confidence, margin, entropy or patience.",
 )
-@click.option("--calibrated", is_flag=True, help="Scale each exit's logits by a temperature fitted on validation.")
+@click.option("--calibrated", is_flag=True, help="Scale logits by a temperature per exit, fitted on validation images.")
 @data_dir_option
-@json_option("what stands in policy.json")
+@json_option("the content of policy.json")
 def export(
     run: str,
     form: str,
@@ -55,12 +57,12 @@ def export(
     data_dir: str | None,
     as_json: bool,
 ) -> None:
-    """Write a finished run for deployment: one program a stage and head, the exit policy, and a runner.
+    """Export a finished run for deployment: one program per stage and head, the exit policy and a runner.
 
-    The folder holds stage-1, stage-2, ... (dynamic batch), all-exits (the whole network as one program), policy.json
-    and run.py, which answers images and computes nothing for those that have left. Thresholds come from the run's
-    validation outputs alone; without --budget they are those of the cheapest operating point that loses nothing there.
-    What was written is compared with the network on the run's test images first.
+    The folder contains stage-1, stage-2, ... (dynamic batch size), all-exits (the whole network as one program),
+    policy.json and run.py, which predicts classes and skips all later stages for images that have exited. Thresholds
+    are chosen on the run's validation outputs; without --budget, they are those of the lowest-cost operating point
+    without loss of validation accuracy. The programs are checked against the network on the run's test images.
 
     \b
     Examples:
@@ -92,12 +94,12 @@ def export(
     if as_json:
         click.echo(json.dumps(policy, indent=2))
         return
-    click.echo(f"{len(policy['programs'])} programs, all-exits, policy.json and run.py: {target}")
+    click.echo(f"wrote {len(policy['programs'])} programs, all-exits, policy.json and run.py to {target}")
     click.echo(f"checked against the network on {count} test images; try: python {target / 'run.py'} IMAGES.npy")
 
 
 def _about(run: RunFolder, data: Data) -> dict[str, Any]:
-    """Return what a deployment has to know of the images, the classes and the costs."""
+    """Return the mean, standard deviation, run name, class names and costs for policy.json."""
     from exitkit.data.image_files import MEAN, STD
 
     mean, std = getattr(data, "mean", MEAN), getattr(data, "std", STD)

@@ -1,4 +1,4 @@
-"""`exitkit import-weights`: the authors' released weights, in our names."""
+"""`exitkit import-weights`: converts weights that authors released to exitkit's names."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ if TYPE_CHECKING:
     from exitkit.strategy.base import TrainingStrategy
 
 
-@click.command(short_help="Bring the authors' released weights onto a network of ours.")
+@click.command(short_help="Convert weights that a paper's authors released.")
 @click.argument("file", metavar="FILE")
 @click.option(
     "--backbone",
     metavar="NAME",
     required=True,
     shell_complete=names("backbones"),
-    help="Network or preset that the file is of.",
+    help="Network or preset of the file.",
 )
 @click.option(
     "--method",
     metavar="NAME",
     shell_complete=names("methods"),
-    help="Method whose own tensors the file holds, too.",
+    help="Method whose additional tensors the file contains.",
 )
-@click.option("--num-classes", type=int, help="Classes.  [default: the file's]")
-@click.option("--set", "sets", metavar="FIELD=VALUE", multiple=True, help="Any field of the backbone; repeatable.")
-@click.option("--out", metavar="FILE", help="What to write.  [default: FILE's name.safetensors, here]")
+@click.option("--num-classes", type=int, help="Number of classes.  [default: the file's]")
+@click.option("--set", "sets", metavar="FIELD=VALUE", multiple=True, help="Set a field of the backbone; repeatable.")
+@click.option("--out", metavar="FILE", help="New file to write.  [default: FILE as .safetensors in this folder]")
 def import_weights(
     file: str, backbone: str, method: str | None, num_classes: int | None, sets: tuple[str, ...], out: str | None
 ) -> None:
-    """Bring a released checkpoint's tensors onto a network of ours, and write them under our names.
+    """Load the tensors of a released checkpoint into a network of exitkit, and write them under exitkit's names.
 
-    Reads pickled checkpoints (tensors and plain values alone: nothing in the file is run) and safetensors. Every
-    tensor of the network has to be found, in its shape; what else the file holds is left out, and said.
+    FILE is a pickled checkpoint (only tensors and plain values are read, no code is executed) or a safetensors file.
+    It must contain every tensor of the network, with the same shape; other tensors are left out and listed.
 
     \b
     Examples:
@@ -56,7 +56,7 @@ def import_weights(
     source = Path(file)
     target = Path(out) if out else Path(re.sub(r"(\.(pth|pt|tar|safetensors))+$", "", source.name) + ".safetensors")
     if exists(target):
-        raise UserError(f"{target} is there already; name another file by --out")
+        raise UserError(f"{target} exists already; choose another file with --out")
     strategy = build_strategy(method) if method else None
     settings = parse_sets(sets)
     content = read_released_file(source)
@@ -73,7 +73,7 @@ def import_weights(
 def _network(
     backbone: str, settings: Mapping[str, Any], strategy: TrainingStrategy | None, classes: int | None
 ) -> MultiExitNetwork:
-    """Build the network, with what every phase of the method puts into it."""
+    """Build the network, with the layers that the phases of the method add."""
     from exitkit.networks.build import build_network
     from exitkit.runs.job import adapt
 
@@ -88,20 +88,20 @@ def _classes(
     backbone: str,
     settings: Mapping[str, Any],
     strategy: TrainingStrategy | None,
-    given: int | None,
+    requested: int | None,
 ) -> int | None:
     """Return the number of classes of the file.
 
     Raises:
-        UserError: the command line says another.
+        UserError: the number differs from the requested one.
     """
     import torch
 
     from exitkit.networks.released.weights import released_classes
 
     with torch.device("meta"):
-        outline = _network(backbone, settings, strategy, given)
-    found = released_classes(outline, content, strategy)
-    if given is not None and found is not None and found != given:
-        raise UserError(f"the file is of {found} classes, --num-classes says {given}; leave --num-classes out")
-    return found
+        outline = _network(backbone, settings, strategy, requested)
+    released = released_classes(outline, content, strategy)
+    if requested is not None and released is not None and released != requested:
+        raise UserError(f"the file has {released} classes, but --num-classes is {requested}; omit --num-classes")
+    return released

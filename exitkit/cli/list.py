@@ -1,4 +1,4 @@
-"""`exitkit list`: methods, backbones, data sets and recipes."""
+"""`exitkit list`: lists methods, backbones, data sets and recipes."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 def _complete(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Complete the name of an entry of the kind before it."""
+    """Complete the name of an entry of the catalogue given before."""
     from exitkit.cli.catalogue import CATALOGUES
 
     kind = context.params.get("what")
     return names(kind)(context, parameter, incomplete) if kind in CATALOGUES else []
 
 
-@click.command("list", short_help="Show methods, backbones, data sets and recipes.")
+@click.command("list", short_help="List methods, backbones, data sets and recipes.")
 @click.argument(
     "what",
     required=False,
@@ -34,11 +34,12 @@ def _complete(context: click.Context, parameter: click.Parameter, incomplete: st
     shell_complete=one_of("methods", "backbones", "datasets", "recipes"),
 )
 @click.argument("name", required=False, metavar="[NAME]", shell_complete=_complete)
-@json_option("an array of objects, each with its name")
+@json_option("an array of objects, one per entry")
 def list_command(what: str | None, name: str | None, as_json: bool) -> None:
-    """Show what there is, with every field, its default and its meaning; of a preset, what it sets otherwise.
+    """List methods, backbones, data sets and recipes.
 
-    With a NAME, that one alone, a preset with all its fields.
+    Without arguments, list all names. With a catalogue, list its entries with the default and meaning of each field,
+    and presets with the fields that they change. With a NAME, list only this entry, with all fields.
 
     \b
     Examples:
@@ -55,7 +56,7 @@ def list_command(what: str | None, name: str | None, as_json: bool) -> None:
         raise unknown("list", what, CATALOGUES)
     if what is not None and name is not None:
         known = {entry["name"]: entry for entry in entries(what)}
-        # Parts of a composition (ge+ofa), and the family of a model of torchvision (torchvision:resnet18).
+        # The parts of a composition (ge+ofa), or the plugin of a name with a value (torchvision:resnet18).
         parts = name.split("+") if what == "methods" else [name.partition(":")[0]]
         for part in parts:
             if part not in known:
@@ -68,11 +69,11 @@ def list_command(what: str | None, name: str | None, as_json: bool) -> None:
             for part in parts:
                 _print_entry(Console(highlight=False), what, known[part])
     elif as_json:
-        wanted = {kind: entries(kind) for kind in ([what] if what else CATALOGUES)}
+        listed = {kind: entries(kind) for kind in ([what] if what else CATALOGUES)}
         if what:
-            click.echo(json.dumps(wanted[what], indent=2))
+            click.echo(json.dumps(listed[what], indent=2))
         else:
-            merged = [{"kind": kind.removesuffix("s"), **entry} for kind, found in wanted.items() for entry in found]
+            merged = [{"kind": kind.removesuffix("s"), **entry} for kind, group in listed.items() for entry in group]
             click.echo(json.dumps(merged, indent=2))
     elif what is None:
         _print_names()
@@ -81,7 +82,7 @@ def list_command(what: str | None, name: str | None, as_json: bool) -> None:
 
 
 _WORDS = {"methods": "method", "backbones": "backbone", "datasets": "data set", "recipes": "recipe"}
-"""What one of each catalogue is called."""
+"""The word for one entry of each catalogue."""
 
 
 def _print_names() -> None:
@@ -101,8 +102,8 @@ def _print_names() -> None:
         console.print(f"[bold]{kind}[/bold]")
         console.print(table)
     console.print(
-        "`exitkit list methods` (backbones, datasets) shows the fields that --set takes, `exitkit list methods NAME` "
-        "those of one",
+        "`exitkit list methods` (or backbones, datasets) lists all fields for --set, `exitkit list methods NAME` those "
+        "of one method",
         highlight=False,
         markup=False,
     )
@@ -116,18 +117,18 @@ def _print_entries(kind: str) -> None:
     from exitkit.cli.catalogue import entries, settings_of
 
     console = Console(highlight=False)
-    found = entries(kind)
-    for entry in found:
+    listed = entries(kind)
+    for entry in listed:
         if entry.get("family"):
-            continue  # a preset stands under its family
+            continue  # presets are printed below their family
         _print_entry(console, kind, entry)
         usual = {name: default for name, _, default, _ in settings_of(entry)}
-        for preset in found:
+        for preset in listed:
             if preset.get("family") == entry["name"]:
-                own = ", ".join(f"{name} = {d}" for name, _, d, _ in settings_of(preset) if usual[name] != d)
+                changes = ", ".join(f"{name} = {d}" for name, _, d, _ in settings_of(preset) if usual[name] != d)
                 title = f"\n[bold cyan]{escape(preset['name'])}[/]  {escape(preset['summary'])}"
                 console.print(Padding(title, (0, 0, 0, 2)))
-                console.print(Padding(escape(own or "the defaults above"), (0, 0, 0, 6)), style="dim")
+                console.print(Padding(escape(changes or "the defaults above"), (0, 0, 0, 6)), style="dim")
         console.print()
 
 

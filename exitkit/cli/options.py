@@ -1,4 +1,4 @@
-"""The options that `train` and `compare` share, and the recipe that they make."""
+"""Options that several commands share, and the recipe made from them."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ COMPARISON_KEYS = (
     "figures",
     "report",
 )
-"""The keys that a recipe of a comparison has beyond those of a run."""
+"""The keys of a comparison's recipe that a run's recipe does not have."""
 
 
 def device_option(otherwise: str, default: str | None = None) -> Callable[..., Any]:
-    """Return the option that says where to compute; `otherwise` says in its help what counts if it is not given."""
+    """Return the option that selects the device; `otherwise` is the text of its help about the default."""
     devices = one_of("auto", "cpu", "cuda", "cuda:0", "mps")
     about = f"auto, cpu, cuda, cuda:N or mps.  {otherwise}"
     return click.option("--device", metavar="NAME", default=default, shell_complete=devices, help=about)
 
 
 def json_option(what: str) -> Callable[..., Any]:
-    """Return the option that makes a command print JSON, and nothing else, on standard output."""
+    """Return the option that makes a command print only JSON on standard output; `what` describes it in the help."""
     return click.option("--json", "as_json", is_flag=True, help=f"Print JSON: {what}.")
 
 
 data_dir_option = click.option(
-    "--data-dir", metavar="DIR", shell_complete=folders, help="Where the images lie now.  [default: where they did]"
+    "--data-dir", metavar="DIR", shell_complete=folders, help="Current folder of the images.  [default: the run's]"
 )
-"""Of commands that read a run's images again."""
+"""The option of commands that read the images of a run again."""
 
 _OPTIONS = [
     click.option(
@@ -61,12 +61,12 @@ _OPTIONS = [
         help="Network (see `exitkit list backbones`).  [default: the data set's]",
     ),
     click.option(
-        "--init-from", metavar="RUN", shell_complete=runs, help="Start from a finished run, or from a weights file."
+        "--init-from", metavar="RUN", shell_complete=runs, help="Initial weights: a finished run or a weights file."
     ),
-    click.option("--epochs", type=int, help="Epochs.  [default: the data set's]"),
-    click.option("--batch-size", type=int, help="Images a step, over all ranks.  [default: the data set's]"),
-    click.option("--lr", type=float, help="Learning rate at the start.  [default: the data set's]"),
-    click.option("--probe-every", type=int, help="Look at a fixed batch every so many epochs, for `diagnose`."),
+    click.option("--epochs", type=int, help="Number of epochs.  [default: the data set's]"),
+    click.option("--batch-size", type=int, help="Images per step over all ranks.  [default: the data set's]"),
+    click.option("--lr", type=float, help="Initial learning rate.  [default: the data set's]"),
+    click.option("--probe-every", type=int, help="Epochs between measurements of a fixed batch, for `diagnose`."),
     device_option("[default: auto]"),
     click.option(
         "--precision",
@@ -74,27 +74,28 @@ _OPTIONS = [
         shell_complete=one_of("fp32", "tf32", "bf16", "fp16"),
         help="fp32, tf32, bf16 or fp16.  [default: fp32]",
     ),
-    click.option("--threads", type=int, help="CPU threads a process.  [default: 1]"),
-    click.option("--compile", is_flag=True, default=None, help="Compile the network first: worth it on a GPU."),
+    click.option("--threads", type=int, help="CPU threads per process.  [default: 1]"),
+    click.option("--compile", is_flag=True, default=None, help="Compile the network with torch.compile, for GPUs."),
     click.option(
-        "--data-dir", metavar="DIR", shell_complete=folders, help="Where the images lie, or are downloaded to."
+        "--data-dir",
+        metavar="DIR",
+        shell_complete=folders,
+        help="Folder to read the images from, or to download them to.",
     ),
-    click.option(
-        "--tensorboard", is_flag=True, default=None, help="Also write a TensorBoard log into the run's folder."
-    ),
+    click.option("--tensorboard", is_flag=True, default=None, help="Also write a TensorBoard log to the run folder."),
     click.option(
         "--set",
         "sets",
         metavar="FIELD=VALUE",
         multiple=True,
-        help="Any field of method, backbone or data set; repeatable.",
+        help="Set a field of method, backbone or data set; repeatable.",
     ),
     click.option(
         "--recipe",
         "recipe_file",
         metavar="FILE",
         shell_complete=recipes,
-        help="TOML (or a run's recipe.json); options override it.",
+        help="TOML file, run folder or recipe name; options override it.",
     ),
     click.option(
         "--out",
@@ -102,7 +103,7 @@ _OPTIONS = [
         default="runs",
         show_default=True,
         shell_complete=folders,
-        help="Where run folders go.",
+        help="Folder to create run folders in.",
     ),
 ]
 
@@ -115,7 +116,7 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def read_recipe(name: str | None) -> dict[str, Any]:
-    """Return the values of the recipe called `name` (a file, a run folder or a shipped recipe), or none."""
+    """Return the values of a recipe (a file, a run folder or the name of an installed recipe); None: no values."""
     if name is None:
         return {}
     from exitkit.cli.catalogue import find_recipe
@@ -125,17 +126,23 @@ def read_recipe(name: str | None) -> dict[str, Any]:
 
 
 def make_recipe(values: Mapping[str, Any], given: Mapping[str, Any]) -> Recipe:
-    """Make a recipe from a file's values and what the command line gives over them (None: not given)."""
+    """Make a recipe from a file's values, overridden by options of the command line (None: not given)."""
     from exitkit.runs.recipe import Recipe
 
     return Recipe.make(**(dict(values) | {key: value for key, value in given.items() if value is not None}))
 
 
 def some_of(option: str, word: str, text: str, known: Collection[str]) -> tuple[str, ...]:
-    """Read an option's names, with commas between them.
+    """Return the names in an option, which are separated by commas.
+
+    Args:
+        option: the option, for error messages.
+        word: the kind of name, for error messages.
+        text: the value of the option.
+        known: all valid names.
 
     Raises:
-        UserError: an unknown one (a `word` is what it would be), or none.
+        UserError: there is no name, or one is unknown.
     """
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     if not names:
@@ -147,10 +154,10 @@ def some_of(option: str, word: str, text: str, known: Collection[str]) -> tuple[
 
 
 def parse_sets(sets: tuple[str, ...], option: str = "--set") -> dict[str, str]:
-    """Read `field=value` pairs.
+    """Return {field: value} of options of the form `field=value`.
 
     Raises:
-        UserError: one without an equals sign, or a field given twice.
+        UserError: an option has no equals sign or no field, or a field is given twice.
     """
     pairs: dict[str, str] = {}
     for item in sets:
@@ -158,6 +165,6 @@ def parse_sets(sets: tuple[str, ...], option: str = "--set") -> dict[str, str]:
         if not equals or not field:
             raise UserError(f"{option} {item!r} is not of the form field=value, such as {option} temperature=0.5")
         if field in pairs:
-            raise UserError(f"{option} gives {field!r} twice; once is enough")
+            raise UserError(f"{option} gives {field!r} twice; expected each field once")
         pairs[field.strip()] = value.strip()
     return pairs

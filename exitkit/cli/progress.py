@@ -1,4 +1,4 @@
-"""How far work is: live on a terminal, a line now and then elsewhere, nothing on ranks but the first."""
+"""Progress reporting: live on a terminal, otherwise a line every few seconds; only the first rank prints."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from exitkit.cli.interrupts import interruptible, speaks_for_all
 if TYPE_CHECKING:
     from exitkit.training.progress import Progress as TrainingProgress
 
-_LINE_INTERVAL = 5.0  # seconds between lines where there is no terminal
+_LINE_INTERVAL = 5.0  # seconds between lines without a terminal
 
 
 @contextlib.contextmanager
 def loading(what: str) -> Iterator[None]:
-    """Say on a terminal that something is being loaded, as long as it is; Ctrl-C may end the process at once."""
+    """Print on a terminal that `what` is being loaded, during the block; Ctrl-C may end the process at once."""
     shown = sys.stderr.isatty() and speaks_for_all()
-    if shown:  # nothing that hides the cursor: it could not be given back
+    if shown:  # plain text: a hidden cursor could not be restored after Ctrl-C
         sys.stderr.write(f"loading {what} ...")
         sys.stderr.flush()
     try:
@@ -40,7 +40,7 @@ def loading(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def working(description: str) -> Iterator[Callable[[float], None]]:
-    """Show that work goes on; what it hands out takes the share that is done, 0..1, where that is known."""
+    """Show a progress bar; yield a function that sets the completed share, 0..1, if it is known."""
     console = Console(stderr=True, highlight=False)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=30), TaskProgressColumn())
     bar = Progress(
@@ -53,7 +53,7 @@ def working(description: str) -> Iterator[Callable[[float], None]]:
     task = bar.add_task(description, total=None)
     next_line = time.monotonic() + _LINE_INTERVAL
 
-    def tell(share: float) -> None:
+    def report(share: float) -> None:
         nonlocal next_line
         bar.update(task, total=1.0, completed=share)
         if not console.is_terminal and time.monotonic() >= next_line:
@@ -61,23 +61,23 @@ def working(description: str) -> Iterator[Callable[[float], None]]:
             console.print(f"{description}: {share:.0%}", soft_wrap=True)
 
     with interruptible(), bar:
-        yield tell
+        yield report
 
 
 def describe(progress: TrainingProgress) -> str:
-    """Write where a run is: epoch and step rate."""
+    """Return the phase, epoch and step rate of a run as text."""
     return f"{progress.phase}: epoch {progress.epoch}/{progress.epochs}, {progress.rate:.1f} steps/s"
 
 
 def describe_exits(progress: TrainingProgress) -> list[str]:
-    """Write each exit's training loss, and each exit's training accuracy."""
+    """Return two lines: the training loss per exit, and the training accuracy in % per exit."""
     losses = " ".join(f"{value:5.2f}" for value in progress.losses)
     accuracies = " ".join(f"{100 * value:5.1f}" for value in progress.accuracies)
     return [f"loss  {losses}", f"acc % {accuracies}"]
 
 
 class TrainProgress:
-    """Shows the progress of one run; call it with each report."""
+    """Shows the progress of one run; it is called with each progress report."""
 
     def __init__(self) -> None:
         self.speaks = int(os.environ.get("RANK", "0")) == 0

@@ -1,4 +1,4 @@
-"""`exitkit show`: one run, as a person wants to see it."""
+"""`exitkit show`: prints one run."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from exitkit.runs.folder import RunFolder
 
 
-@click.command(short_help="Show one run.")
+@click.command(short_help="Show the settings and results of a run.")
 @click.argument("run", metavar="RUN", shell_complete=runs)
-@json_option("its recipe, environment, and cost and accuracy of each exit")
+@json_option("recipe, environment, and cost and accuracy of each exit")
 def show(run: str, as_json: bool) -> None:
-    """Show one run: what it was, where it stands, and each exit's cost and accuracy.
+    """Show a run: its recipe, its state, and the cost and accuracy of each exit.
 
     \b
     Examples:
@@ -45,7 +45,7 @@ def show(run: str, as_json: bool) -> None:
 
 
 def facts(run: RunFolder) -> dict[str, Any]:
-    """Return what `show --json` prints of a run."""
+    """Return the facts about a run that `show --json` prints."""
     exits: list[dict[str, Any]] = []
     if run.finished:
         results = run.results()
@@ -64,16 +64,16 @@ def facts(run: RunFolder) -> dict[str, Any]:
 
 
 def print_run(run: RunFolder, pictures: bool = True) -> None:
-    """Print a run for a person, with pictures of what its method learned besides the network."""
+    """Print a run as text, with pictures of the values that its method learned besides the network."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     console = Console(highlight=False)
-    told = facts(run)
-    recipe = told["recipe"]
-    state = "finished" if run.finished else f"unfinished, {told['epochs_done']} epochs done"
-    console.print(f"[bold cyan]{escape(told['name'])}[/]  {state}")
+    values = facts(run)
+    recipe = values["recipe"]
+    state = "finished" if run.finished else f"unfinished, {values['epochs_done']} epochs done"
+    console.print(f"[bold cyan]{escape(values['name'])}[/]  {state}")
     about = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
     for kind in ("method", "backbone", "dataset"):
         settings = ", ".join(f"{key}={_short(value)}" for key, value in recipe[f"{kind}_settings"].items())
@@ -85,22 +85,22 @@ def print_run(run: RunFolder, pictures: bool = True) -> None:
         f"seed {recipe['seed']}",
     )
     console.print(about)
-    if not told["exits"]:
+    if not values["exits"]:
         return
     table = Table()
     for heading in ("exit", "multiply-adds", "papers' count", "parameters", "validation %", "test %"):
         table.add_column(heading, justify="right")
-    for row in told["exits"]:
+    for row in values["exits"]:
         costs = [f"{row[key]:,}" for key in ("macs", "papers", "params")]
         table.add_row(str(row["exit"]), *costs, f"{row['validation_accuracy']:.2f}", f"{row['accuracy']:.2f}")
     console.print(table)
     if pictures:
-        for learned in told["learned"]:
+        for learned in values["learned"]:
             _print_learned(console, learned)
 
 
 def _print_learned(console: Console, learned: Mapping[str, Any]) -> None:
-    """Print numbers between 0 and 1 as a picture: the larger, the brighter the field."""
+    """Print numbers between 0 and 1 as a picture; larger numbers have a brighter background."""
     from rich.markup import escape
     from rich.table import Table
     from rich.text import Text

@@ -1,4 +1,4 @@
-"""`exitkit train`: one run, watched live."""
+"""`exitkit train`: trains one run and shows its progress."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from exitkit.errors import Interrupted, UserError
     "--method",
     metavar="NAME",
     shell_complete=names("methods"),
-    help="Training method, or several as a+b.  [default: joint]",
+    help="Training method, or a composition a+b.  [default: joint]",
 )
-@click.option("--seed", type=int, help="Seed of weights, order and augmentation.  [default: 0]")
-@click.option("--resume", is_flag=True, help="Go on with this run where it was stopped.")
+@click.option("--seed", type=int, help="Seed of weights, data order and augmentation.  [default: 0]")
+@click.option("--resume", is_flag=True, help="Resume the run if it was interrupted.")
 @recipe_options
 def train(sets: tuple[str, ...], recipe_file: str | None, out: str, resume: bool, **given: Any) -> None:
-    """Train and evaluate one run, in a folder of its own.
+    """Train and evaluate one run, and write its run folder.
 
     \b
     Examples:
@@ -37,13 +37,15 @@ def train(sets: tuple[str, ...], recipe_file: str | None, out: str, resume: bool
     """
     values = read_recipe(recipe_file)
     if set(values) & set(COMPARISON_KEYS):
-        raise UserError(f"recipe {recipe_file} is of a comparison; use it with: exitkit compare --recipe {recipe_file}")
+        raise UserError(
+            f"recipe {recipe_file} is for a comparison; use it with: exitkit compare --recipe {recipe_file}"
+        )
     recipe = make_recipe(values, given).with_settings(parse_sets(sets))
 
     from exitkit.cli.progress import TrainProgress, loading
 
     with loading("torch"):
-        import torch._dynamo  # noqa: F401  the first optimiser would import it, and this may take seconds
+        import torch._dynamo  # noqa: F401  the first optimiser imports it, which may take seconds
     from exitkit.training.loop import train as train_run
 
     try:
@@ -52,10 +54,10 @@ def train(sets: tuple[str, ...], recipe_file: str | None, out: str, resume: bool
     except KeyboardInterrupt:
         if not speaks_for_all():
             sys.exit(130)
-        again = shlex.join([word for word in sys.argv[1:] if word != "--resume"])
+        words = shlex.join([word for word in sys.argv[1:] if word != "--resume"])
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         start = "torchrun ... -m exitkit" if several else "exitkit"
-        raise Interrupted(f"stopped; go on with: {start} {again} --resume") from None
+        raise Interrupted(f"stopped; resume with: {start} {words} --resume") from None
     if progress.speaks:
         from exitkit.cli.show import print_run
 

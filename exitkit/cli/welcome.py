@@ -1,4 +1,4 @@
-"""What `exitkit` alone says: what to do next, as things stand in this folder."""
+"""The message of `exitkit` without a command: next steps, according to the runs in this folder."""
 
 from __future__ import annotations
 
@@ -8,38 +8,38 @@ _NEW = """\
 exitkit trains multi-exit networks with every published method, and compares
 them.
 
-There are no runs in this folder yet. To begin:
-  exitkit compare --methods ge,boostnet,metagf   a table of four methods
-  exitkit train --method boostnet                one run
-  exitkit list methods                           what there is
-  exitkit doctor                                 is everything in place?
+There are no runs in this folder yet. First steps:
+  exitkit compare --methods ge,boostnet,metagf   compare with joint training
+  exitkit train --method boostnet                train one run
+  exitkit list methods                           list all methods
+  exitkit doctor                                 check the installation
 """
 
-_BEGUN = """\
-{folder} holds {runs}: {states}. What next:
+_NEXT = """\
+The folder {folder} contains {runs}: {states}. Next steps:
 {steps}
 """
 
 _MORE = """\
-`exitkit --help` names all commands, `exitkit COMMAND --help` shows examples;
-`exitkit completion` completes them with the tab key."""
+`exitkit --help` lists all commands, `exitkit COMMAND --help` shows examples,
+and `exitkit completion` sets up tab completion."""
 
 
 def welcome(folder: Path = Path("runs")) -> str:
-    """Return what to do next, from what lies in the folder where runs go by default."""
-    begun = sorted(path.parent for path in folder.glob("[!.]*/recipe.json"))
-    if not begun:
+    """Return the next steps, according to the runs in `folder`."""
+    runs = sorted(path.parent for path in folder.glob("[!.]*/recipe.json"))
+    if not runs:
         return f"{_NEW}\n{_MORE}"
-    finished = [path for path in begun if (path / "results.json").exists()]
-    left = len(begun) - len(finished)
-    states = f"{len(finished)} finished" + (f", {left} not" if left else "")
+    finished = [path for path in runs if (path / "results.json").exists()]
+    unfinished = len(runs) - len(finished)
+    states = f"{len(finished)} finished" + (f", {unfinished} unfinished" if unfinished else "")
     steps = []
     if finished:
-        steps += [("exitkit report", "tables and curves of all finished runs")]
-        steps += [(f"exitkit show {finished[-1]}", "one of them")]
-    if left:
-        steps += [("exitkit watch", "how those under way are doing")]
-    steps += [("exitkit compare --methods ge,boostnet,metagf", "go on with a comparison, or begin one")]
-    told = "\n".join(f"  {command}\n      {meaning}" for command, meaning in steps)
-    runs = f"{len(begun)} run{'s' if len(begun) > 1 else ''}"
-    return f"{_BEGUN.format(folder=folder, runs=runs, states=states, steps=told)}\n{_MORE}"
+        steps += [("exitkit report", "write tables and figures of all finished runs")]
+        steps += [(f"exitkit show {finished[-1]}", "show one of them")]
+    if unfinished:
+        steps += [("exitkit watch", "show the progress of unfinished runs")]
+    steps += [("exitkit compare --methods ge,boostnet,metagf", "start a comparison, or resume it")]
+    lines = "\n".join(f"  {command}\n      {meaning}" for command, meaning in steps)
+    count = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
+    return f"{_NEXT.format(folder=folder, runs=count, states=states, steps=lines)}\n{_MORE}"

@@ -102,9 +102,7 @@ class ImageNet(ImageFolder):
     house: ClassVar[dict[str, Any]] = ImageFolder.house | {"batch_size": 256}
     testing: ClassVar[tuple[str, ...]] = ("val",)
 
-    validation: int | None = setting(
-        50000, "number of validation images, held out of the training images, stratified"
-    )
+    validation: int | None = setting(50000, "number of validation images, held out of the training images, stratified")
 
     def digest(self, data_dir: Path | None) -> str | None:
         """Return None: the images are fixed."""

@@ -62,8 +62,7 @@ def _import_with_workaround() -> None:
         importlib.import_module("torchvision")
     if multiprocessing.parent_process() is None:  # workers of a loader do not repeat it
         warnings.warn(
-            "torchvision's compiled library does not fit this torch; "
-            "data sets, transforms and models still work",
+            "torchvision's compiled library does not fit this torch; data sets, transforms and models still work",
             Note,
             stacklevel=3,
         )

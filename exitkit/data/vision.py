@@ -93,8 +93,8 @@ class Small(DataSet):
         reason = " ".join(str(error).split()).partition(". You can use download")[0] or type(error).__name__
         return UserError(
             f"{self.title} can't be read from {folder.resolve()}{' or downloaded' if download else ''} "
-            f"(looked for {self.layouts}: {reason.rstrip('.')}); expected its files in "
-            "--data-dir DIR; delete damaged files there"
+            f"(looked for {self.layouts}: {reason.rstrip('.')}); pass the folder of "
+            "its files with --data-dir DIR, or delete damaged files there"
         )
 
 

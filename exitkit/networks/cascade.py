@@ -26,11 +26,16 @@ Carry = Any
 
 
 class ExitOutput(NamedTuple):
-    """Outputs of one exit: `logits` [B, C], the head's own logits `raw` [B, C], and `embedding` [B, d]."""
+    """Outputs of one exit: `logits` [B, C], the head's own logits `raw` [B, C], and `embedding` [B, d].
+
+    `features` [B, c, h, w] are the head's features before pooling, where the network keeps them (see
+    `MultiExitNetwork.keep_features`).
+    """
 
     logits: Tensor
     raw: Tensor
     embedding: Tensor
+    features: Tensor | None = None
 
 
 class Outputs(NamedTuple):
@@ -39,15 +44,33 @@ class Outputs(NamedTuple):
     logits: tuple[Tensor, ...]
     raw: tuple[Tensor, ...]
     embeddings: tuple[Tensor, ...]
+    features: tuple[Tensor | None, ...] = ()
+    carry: Carry = None
+    """The logit link's carry after the last exit."""
 
 
 class Head(nn.Module):
-    """An exit's classifier in two parts: `embed` (view -> [B, d]) and `classify` ([B, d] -> [B, C])."""
+    """An exit's classifier in two parts: `embed` (view -> [B, d]) and `classify` ([B, d] -> [B, C]).
 
-    def __init__(self, embed: nn.Module, classify: nn.Module) -> None:
+    Args:
+        embed: the first part.
+        classify: the second part.
+        before_pooling: how many leading layers of `embed`, an `nn.Sequential`, come before it pools.
+    """
+
+    def __init__(self, embed: nn.Module, classify: nn.Module, before_pooling: int = 0) -> None:
         super().__init__()
         self.embed = embed
         self.classify = classify
+        self.before_pooling = before_pooling
+
+    def features_and_embedding(self, view: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the features before pooling (the view itself where no layer comes before) and the embedding [B, d]."""
+        if not self.before_pooling:
+            return view, self.embed(view)
+        layers = cast(nn.Sequential, self.embed)
+        features: Tensor = layers[: self.before_pooling](view)
+        return features, layers[self.before_pooling :](features)
 
     def forward(self, view: Tensor) -> Tensor:
         """Return the head's logits [B, C]."""
@@ -130,6 +153,8 @@ class MultiExitNetwork(nn.Module):
             raise UserError(f"{len(self.stages)} stages and {len(self.heads)} heads; expected one head per stage")
         self.link: LogitLink = LogitLink()
         self.taps: list[GradientTap] = []
+        self.keep_features = False
+        """Whether outputs hold the heads' features before pooling; methods that read them set this in `adapt`."""
         self.input_shape = input_shape
         self.num_classes = num_classes
         self.family = family
@@ -166,13 +191,17 @@ class MultiExitNetwork(nn.Module):
         for tap in taps:
             view = tap.to_head(self, index, view)
         head = cast(Head, self.heads[index])
-        embedding = head.embed(view)
+        features = None
+        if self.keep_features:
+            features, embedding = head.features_and_embedding(view)
+        else:
+            embedding = head.embed(view)
         raw = head.classify(embedding)
         logits, carry = self.link(index, raw, embedding, carry)
         if index < self.num_exits - 1:
             for tap in taps:
                 state = tap.onward(self, index, state)
-        return ExitOutput(logits, raw, embedding), state, carry
+        return ExitOutput(logits, raw, embedding, features), state, carry
 
     def _into_last_unit(self, index: int, state: State) -> State:
         for tap in self.taps:
@@ -188,8 +217,13 @@ class MultiExitNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Outputs:
         """Return all exits' outputs for images x [B, *input_shape]."""
-        logits, raw, embeddings = zip(*self.iterate(x), strict=True)
-        return Outputs(logits, raw, embeddings)
+        state, carry = x, None
+        outputs = []
+        for index in range(self.num_exits):
+            output, state, carry = self.step(index, state, carry)
+            outputs.append(output)
+        logits, raw, embeddings, features = zip(*outputs, strict=True)
+        return Outputs(logits, raw, embeddings, features, carry)
 
     def add_tap(self, tap: GradientTap) -> None:
         """Add a gradient tap; adding an equal one again changes nothing.

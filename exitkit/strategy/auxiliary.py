@@ -27,10 +27,24 @@ class Auxiliary:
         optimizer: its optimiser.
     """
 
-    def __init__(self, run: Gradients, engine: Engine, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(
+        self, run: Gradients, engine: Engine, module: nn.Module, optimizer: torch.optim.Optimizer | None
+    ) -> None:
         self._run, self._engine = run, engine
         self.module = module
-        self.optimizer = optimizer
+        self.joined = optimizer is None
+        self._optimizer = optimizer
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Its own optimiser.
+
+        Raises:
+            TypeError: the network's optimiser trains it.
+        """
+        if self._optimizer is None:
+            raise TypeError("this side network is trained by the network's optimiser; it has none of its own")
+        return self._optimizer
 
     def step(self, loss: Tensor, batch: Batch | None = None) -> None:
         """Make one step of the side network's optimiser.
@@ -50,9 +64,11 @@ class Auxiliary:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the states of module and optimiser."""
-        return {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
+        optimizer = {} if self._optimizer is None else self._optimizer.state_dict()
+        return {"module": self.module.state_dict(), "optimizer": optimizer}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore both states."""
         self.module.load_state_dict(state["module"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        if self._optimizer is not None:
+            self._optimizer.load_state_dict(state["optimizer"])

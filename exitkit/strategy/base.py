@@ -54,6 +54,8 @@ class Phase:
             names begin with one of some prefixes (`("stages.0.", "heads.0.")`).
         batchnorm: `train` (batch statistics, running ones follow) or `frozen` (running statistics, unmoved, but for
             what is new or trained by its prefix).
+        lr: the learning rate at its start; None: the recipe's. It follows the recipe's schedule.
+        optimizer: `sgd` (with the recipe's momentum) or `adam`; both with the recipe's weight decay.
     """
 
     name: str
@@ -61,6 +63,8 @@ class Phase:
     epochs: int
     train: Literal["all", "heads", "new"] | tuple[str, ...] = "all"
     batchnorm: Literal["train", "frozen"] = "train"
+    lr: float | None = None
+    optimizer: Literal["sgd", "adam"] = "sgd"
 
 
 class LearnedTable(NamedTuple):
@@ -143,6 +147,13 @@ class TrainingStrategy:
         """Return each image's loss [B] for logits [B, C] and labels [B]."""
         smoothing = self.label_smoothing
         return F.cross_entropy(at_least_float32(logits), labels, reduction="none", label_smoothing=smoothing)
+
+    def observe(self, run: Run, losses: Sequence[Tensor], batch: Batch) -> None:
+        """See the K losses [B], detached, after every forward pass of `run.losses`.
+
+        For methods that adapt to the losses without claiming the update; `run.mean(losses[k].mean(), batch)` is the
+        mean over the global batch.
+        """
 
     def sample_weights(self, run: Run, losses: Sequence[Tensor], outputs: Outputs) -> Tensor | None:
         """Return how much each image counts at each exit [B, K], or None where all count alike; for diagnostics."""

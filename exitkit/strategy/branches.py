@@ -55,6 +55,7 @@ class Branches:
         Returns:
             the trainable parameters by name at the end of each branch.
         """
+        run.check_network_alone("training in branches")
         remaining = emphasis[len(self._endpoints) :]
         if remaining and self._side_by_side:
             replicas = Replicas(run, remaining)

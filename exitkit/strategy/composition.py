@@ -86,6 +86,11 @@ class Composition(TrainingStrategy):
         """Ask the part that claims the objective."""
         return self._part(OBJECTIVE).exit_losses(run, outputs, batch)
 
+    def observe(self, run: Run, losses: Sequence[Tensor], batch: Batch) -> None:
+        """Let every part see the losses."""
+        for part in self.parts.values():
+            part.observe(run, losses, batch)
+
     def sample_weights(self, run: Run, losses: Sequence[Tensor], outputs: Outputs) -> Tensor | None:
         """Ask the part that claims the update."""
         return self._part(UPDATE).sample_weights(run, losses, outputs)

@@ -48,6 +48,7 @@ class Replicas:
             raise UserError("replicas side by side can't share fp16's one loss scale; expected precision bf16 or fp32")
         if not isinstance(run.optimizer, torch.optim.SGD):
             raise UserError(f"replicas side by side can't train by {type(run.optimizer).__name__}; expected SGD")
+        run.check_network_alone("training side by side")
         _asked(emphasis)
         self._run, self._emphasis = run, emphasis
         stacks = {id(parameter): self._stack(parameter).requires_grad_() for parameter in run.parameters}

@@ -35,6 +35,9 @@ class Objective(Protocol):
     def exit_weights(self, run: Run) -> Sequence[float]:
         """Return K weights."""
 
+    def observe(self, run: Run, losses: Sequence[Tensor], batch: Batch) -> None:
+        """See the losses of a forward pass."""
+
     def sample_weights(self, run: Run, losses: Sequence[Tensor], outputs: Outputs) -> Tensor | None:
         """Return the weights of the images [B, K], or None where all are 1; for diagnostics."""
 
@@ -150,6 +153,7 @@ class Run:
         outputs = self.forward(images) if parameters is None else self.functional(parameters, images)
         losses = self.objective(outputs, batch)
         self.meter.add(losses, outputs.logits, labels)
+        self.strategy.observe(self, [loss.detach() for loss in losses], batch)
         return losses, outputs
 
     def objective(self, outputs: Outputs, batch: Batch) -> list[Tensor]:
@@ -216,6 +220,7 @@ class Run:
         Raises:
             UserError: the optimiser is not SGD.
         """
+        self.check_network_alone("a pseudo step")
         names = {id(parameter): name for name, parameter in self.network.named_parameters()}
         return pseudo_step(self.optimizer, gradients, names)
 
@@ -244,18 +249,33 @@ class Run:
         self,
         name: str,
         module: nn.Module,
-        optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
+        optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
     ) -> Auxiliary:
         """Register a side network, which is placed, averaged over the ranks and saved with the run.
 
         Args:
             name: the name to save it under.
             module: the side network.
-            optimizer: makes its optimiser from its parameters.
+            optimizer: makes its optimiser from its parameters. None: the network's optimiser trains it, as one more
+                parameter group; its parameters come last in `parameters`.
         """
         self._engine.placement.network(module)
-        self.auxiliaries[name] = Auxiliary(self, self._engine, module, optimizer(module.parameters()))
+        parameters = list(module.parameters())
+        if optimizer is None and parameters:
+            self.optimizer.add_param_group({"params": parameters})
+        separate = optimizer(parameters) if optimizer is not None else None
+        self.auxiliaries[name] = Auxiliary(self, self._engine, module, separate)
         return self.auxiliaries[name]
+
+    def check_network_alone(self, what: str) -> None:
+        """Check that the network's optimiser trains the network alone.
+
+        Raises:
+            UserError: it also trains a side network, which `what` can't replace.
+        """
+        joined = [name for name, side in self.auxiliaries.items() if side.joined and list(side.module.parameters())]
+        if joined:
+            raise UserError(f"{what} can't be combined with side networks in the network's optimiser ({joined[0]})")
 
     def load_auxiliary(self, name: str, source: str) -> None:
         """Give a side network the weights that the one of that name had at the end of a finished run.

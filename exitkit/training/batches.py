@@ -24,12 +24,19 @@ from exitkit.training.progress import Progress, Report
 _REPORT_INTERVAL = 0.2  # seconds
 
 
-def learning_rate(recipe: ResolvedRecipe, at: Position) -> float:
-    """Return the learning rate: cosine falls with every step, `step` at the first epoch past each milestone."""
+def learning_rate(recipe: ResolvedRecipe, at: Position, start: float | None = None) -> float:
+    """Return the learning rate: cosine falls with every step, `step` at the first epoch past each milestone.
+
+    Args:
+        recipe: the schedule, and the rate at the start.
+        at: the point of the schedule.
+        start: the rate at the start of this phase, if it is not the recipe's.
+    """
+    rate = recipe.lr if start is None else start
     if recipe.schedule == "cosine":
-        return recipe.lr * 0.5 * (1 + math.cos(math.pi * at.fraction))
+        return rate * 0.5 * (1 + math.cos(math.pi * at.fraction))
     passed = sum(at.epoch / at.epochs >= milestone for milestone in recipe.milestones or ())
-    return recipe.lr * recipe.decay**passed
+    return rate * recipe.decay**passed
 
 
 class EpochBatches:
@@ -90,7 +97,7 @@ class EpochBatches:
         for step, batch in enumerate(self._data.batches("train", positions, augment=True, seed=seed)):
             at.step = step
             for group in run.optimizer.param_groups:
-                group["lr"] = learning_rate(recipe, at)
+                group["lr"] = learning_rate(recipe, at, self._phase.lr)
             torch.manual_seed(derive(recipe.seed, "noise", at.phase, at.epoch, step, engine.ranks.rank))
             images, labels = engine.placement.images(batch.images), engine.placement.labels(batch.labels)
             run.batch = LocalBatch.make(images, labels, *parts[step][1:], engine.ranks.world)

@@ -170,7 +170,7 @@ def _end_epoch(training: Training, begun: BegunPhase, batches: EpochBatches, sec
     augment = augment_validation(job.recipe, "validation")
     sums = measure(job.network, job.data, "validation", engine, augment)
     validated = EpochMeasures(*split_totals(ranks.total(sums, engine.device)))
-    history.add_epoch(phase.name, epoch, learning_rate(job.recipe, run.position), trained, validated)
+    history.add_epoch(phase.name, epoch, learning_rate(job.recipe, run.position, phase.lr), trained, validated)
     history.add_timing(phase.name, epoch, seconds, peak)
     begun.train_mode()
     finite_state(run)  # before anything is written of an epoch that can't be saved

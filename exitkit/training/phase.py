@@ -58,7 +58,11 @@ class PhaseSetup:
             parameter.requires_grad_(_trains(phase, name, new=name not in parameters))
         check_trains(phase, recipe.method, network, parameters)
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.SGD(trained, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
+        lr = recipe.lr if phase.lr is None else phase.lr
+        if phase.optimizer == "adam":
+            optimizer: torch.optim.Optimizer = torch.optim.Adam(trained, lr, weight_decay=recipe.weight_decay)
+        else:
+            optimizer = torch.optim.SGD(trained, lr, recipe.momentum, weight_decay=recipe.weight_decay)
         if recipe.compile:
             compile_parts(network)
         position = Position(phase=number, epochs=phase.epochs)

@@ -86,11 +86,12 @@ def test_alone_it_says_what_to_do_next_as_things_stand(cli, tmp_path):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "recipe.json").write_text("{}")
     code, out, _ = cli()
-    assert "runs holds 2 runs: 0 finished, 2 not" in out and "exitkit watch" in out and "exitkit report" not in out
+    assert "runs contains 2 runs: 0 finished, 2 unfinished" in out
+    assert "exitkit watch" in out and "exitkit report" not in out
     (tmp_path / "runs/one/results.json").write_text("{}")
     code, out, _ = cli()
     assert max(map(len, out.splitlines())) <= 80
-    assert "2 runs: 1 finished, 1 not" in out and "exitkit show runs/one" in out and "exitkit report" in out
+    assert "2 runs: 1 finished, 1 unfinished" in out and "exitkit show runs/one" in out and "exitkit report" in out
     (tmp_path / "runs/two/results.json").write_text("{}")
     assert "exitkit watch" not in cli()[1]
 
@@ -107,7 +108,7 @@ def package(place, point, module):
     ("module", "reason"),
     [
         ("import no_such_thing", "ModuleNotFoundError: No module named 'no_such_thing'"),
-        ("verb = 1", "no click command"),
+        ("verb = 1", "it is not a click command"),
     ],
 )
 def test_a_command_of_a_broken_package_says_so_and_breaks_no_other(module, reason, cli, tmp_path, monkeypatch):

@@ -275,5 +275,6 @@ def test_a_stored_split_of_a_folder_that_has_changed_is_refused(two_parts):
     stored = dataset.load(two_parts).split
     assert torch.equal(dataset.load(two_parts).with_split(stored).split.train, stored.train)
     shutil.copy(two_parts / "train" / "ant" / "00.png", two_parts / "train" / "ant" / "new.png")
-    with pytest.raises(UserError, match=r"has 30 training and validation images, but the data has 31; .*added or removed"):
+    words = r"has 30 training and validation images, but the data has 31; .*added or removed"
+    with pytest.raises(UserError, match=words):
         dataset.load(two_parts).with_split(stored)

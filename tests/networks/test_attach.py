@@ -301,7 +301,7 @@ def test_a_head_of_ones_own():
         (["b.conv3"], r"unknown point of ResNetLike 'b.conv3'; did you mean b.conv"),
         (["a", "b", "fc"], "can't be cut at fc: nothing trainable follows it.*nearest points.*mean"),
         (["b", "a"], "a comes before b in ResNetLike"),
-        (["a", "a.relu_1"], "are one point"),
+        (["a", "a.relu_1"], "are the same point"),
         ([], "expected a list of points"),
         ("a", "expected a list of points"),
     ],
@@ -367,8 +367,8 @@ class OnlyInEvaluation(Branches):
     ("model", "complaint"),
     [
         (Branches(), "Branches can't be cut into stages: torch.fx can't trace it .*control flow"),
-        (TwoInputs(), r"TwoInputs reads more than images \(y\)"),
-        (Pair(), "Pair gives a tuple; expected one tensor of logits"),
+        (TwoInputs(), r"TwoInputs has further inputs \(y\)"),
+        (Pair(), "Pair returns a tuple; expected one tensor of logits"),
         (OnlyInEvaluation(), "OnlyInEvaluation computes softmax in evaluation only"),
         ("resnet18", "model is a str"),
     ],
@@ -383,7 +383,7 @@ def test_exactly_one_way_to_say_where_and_images_that_fit():
         attach_exits(ResNetLike(), input_shape=SMALL)
     with pytest.raises(UserError, match="give one of at and fractions"):
         attach_exits(ResNetLike(), at=["a"], fractions=[0.5], input_shape=SMALL)
-    with pytest.raises(UserError, match="ResNetLike does not take images of 4x32x32"):
+    with pytest.raises(UserError, match="ResNetLike does not accept images of 4x32x32"):
         attach_exits(ResNetLike(), at=["a"], input_shape=(4, 32, 32))
     with pytest.raises(UserError, match="ascending shares"):
         attach_exits(ResNetLike(), fractions=[0.5, 0.2], input_shape=SMALL)
@@ -442,7 +442,7 @@ def test_a_failed_download_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("torch.hub.urlopen", unreachable)
-    with pytest.raises(UserError, match=r"weights DEFAULT of resnet18 can't be had .*no route to host"):
+    with pytest.raises(UserError, match=r"weights DEFAULT of resnet18 can't be loaded .*no route to host"):
         TorchvisionModel("resnet18", weights="DEFAULT").build((3, 64, 64), 1000)
 
 
@@ -452,9 +452,9 @@ def test_a_failed_download_is_one_line(tmp_path, monkeypatch):
         ({"model": "resnet81"}, None, "unknown torchvision model 'resnet81'; did you mean resnet18"),
         ({"weights": "IMAGENET"}, None, "unknown weights of resnet18 'IMAGENET'; did you mean IMAGENET1K_V1"),
         ({"exits": ("layer1",), "fractions": (0.5,)}, None, "give one of them"),
-        ({}, (4, 32, 32), "the images have 4"),
-        ({"model": "vit_b_16"}, (3, 40, 40), "multiple of 16, the images are 40x40"),
-        ({"model": "alexnet"}, (1, 16, 16), "AlexNet does not take images of 3x16x16"),
+        ({}, (4, 32, 32), "the images have 4 channels; expected 3"),
+        ({"model": "vit_b_16"}, (3, 40, 40), "the images are 40x40; .* multiple of 16"),
+        ({"model": "alexnet"}, (1, 16, 16), "AlexNet does not accept images of 3x16x16"),
         ({"exits": ("layer5",)}, (3, 32, 32), "unknown point of ResNet 'layer5'; did you mean layer"),
     ],
 )

@@ -59,7 +59,7 @@ def test_any_image_that_fits(shape):
     ("settings", "complaint"),
     [
         ({"growth": 5, "growth_factors": (1, 1, 2)}, "odd"),
-        ({"growth_factors": (1, 2)}, "one factor a scale"),
+        ({"growth_factors": (1, 2)}, "expected one per scale"),
         ({"blocks": 0}, "blocks is 0; expected at least 1"),
         ({"reduction": 1.5}, "between 0 and 1"),
         ({"step_mode": "evn"}, "expected even . lin_grow"),
@@ -182,7 +182,7 @@ def test_any_number_of_scales(shape, settings):
     [
         ({"input_shape": (3, 3, 32)}, "3x32 are too small for 3 scales; expected at least 4x4"),
         ({"stem": "large", "input_shape": (3, 15, 15)}, "expected at least 16x16"),
-        ({"reduction": 0.01}, "leaves no channels"),
+        ({"reduction": 0.01}, "keeps none of 58 channels"),
         ({"growth": 5, "growth_factors": (1, 3, 4)}, "such as growth 6"),
     ],
 )

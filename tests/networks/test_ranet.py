@@ -139,12 +139,12 @@ def test_the_released_he_rule_reaches_all_but_the_stem():
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
-        ({"scales": (2, 3, 3, 3)}, "expected levels from 1 up"),
-        ({"scales": (1, 3, 3, 3)}, "expected levels from 1 up"),
+        ({"scales": (2, 3, 3, 3)}, "expected levels that start at 1"),
+        ({"scales": (1, 3, 3, 3)}, "expected levels that start at 1"),
         ({"growth_factors": (4, 2, 1)}, "one factor of at least 1 for each of the 4 sub-networks"),
         ({"compress": 1.0}, "below 1"),
         ({"blocks": 0}, "blocks is 0; expected at least 1"),
-        ({"reduction": 0.001}, "leaves no channels"),
+        ({"reduction": 0.001}, "keeps none of 185 channels"),
         ({"input_shape": (3, 3, 32)}, "too small for 3 resolutions; expected at least 4x4"),
     ],
 )

@@ -139,11 +139,12 @@ def test_a_file_that_does_not_fit_changes_nothing_and_says_what_was_expected():
     del renamed["classifier.2.linear.weight"]
     said = refusal(ours, renamed)
     assert f"1 of the network's {len(theirs)} tensors" in said
-    assert "heads.2.classify.weight [5, 128] would be classifier.2.linear.weight there, which is missing" in said
+    assert "heads.2.classify.weight [5, 128] would be classifier.2.linear.weight in the file, which is missing" in said
     assert "(nearest: classifier.2.linear.weights [5, 128])" in said
     wider = refusal(our_msdnet(classes=7), prefixed(theirs, "module."))
     assert "6 of the network's" in wider and "and 3 more" in wider
-    assert "heads.0.classify.weight [7, 128] is module.classifier.0.linear.weight there, of shape [5, 128]" in wider
+    misfit = "heads.0.classify.weight [7, 128] is module.classifier.0.linear.weight in the file, of shape [5, 128]"
+    assert misfit in wider
     parameters = [name for name in theirs if not name.endswith("num_batches_tracked")]
     assert refusal(ours, {"a.weight": torch.ones(1)}).startswith(f"{len(parameters)} of the network's {len(theirs)}")
 
@@ -151,9 +152,9 @@ def test_a_file_that_does_not_fit_changes_nothing_and_says_what_was_expected():
 def test_what_holds_no_tensors_is_refused():
     ours = our_msdnet()
     assert "a dict with epoch, state_dict" in refusal(ours, {"epoch": 3, "state_dict": {"model": {}}})
-    assert "in a MSDNet" in refusal(ours, released.MSDNet())
+    assert "a MSDNet has no named tensors" in refusal(ours, released.MSDNet())
     custom = exitkit.MultiExitNetwork(ours.stages, ours.heads, (3, 32, 32), 5)
-    assert "family 'custom'; there are some for msdnet, ranet, sdn" in refusal(custom, {"a": torch.ones(1)})
+    assert "family 'custom'; expected one of msdnet, ranet, sdn" in refusal(custom, {"a": torch.ones(1)})
 
 
 class SecondPhase(nn.Module):
@@ -200,7 +201,7 @@ def test_no_pickle_is_ever_run(tmp_path):
     ):
         torch.save(content, tmp_path / "model.pth.tar")
         with pytest.raises(
-            UserError, match=rf"holds more than tensors \({refused}\), and nothing in it was run; .*save"
+            UserError, match=rf"contains objects other than tensors \({refused}\), which are not loaded; .*save"
         ):
             read_released_file(tmp_path / "model.pth.tar")
 
@@ -218,7 +219,7 @@ def test_files_that_are_none(tmp_path):
         "text.pth": "damaged",
         "text.safetensors": "damaged",
         "half.pth": "damaged",
-        "list.pth": "holds a list; expected a state dict",
+        "list.pth": "contains a list; expected a state dict",
     }.items():
         with pytest.raises(UserError, match=complaint) as error:
             read_released_file(tmp_path / name)
@@ -259,9 +260,9 @@ def test_the_command_writes_our_names_for_the_classes_of_the_file(tmp_path, monk
 @pytest.mark.parametrize(
     ("more", "complaint"),
     [
-        (["--num-classes", "7"], "the file is of 5 classes, --num-classes says 7"),
+        (["--num-classes", "7"], "the file has 5 classes, but --num-classes is 7"),
         (["--set", "bottleneck=false"], "tensors can't be filled"),
-        (["--out", "there"], "there is there already; name another file by --out"),
+        (["--out", "there"], "there exists already; choose another file with --out"),
         (["--out", "no/such/folder"], "can't be written"),
         (["--method", "boostnest"], "did you mean boostnet"),
     ],

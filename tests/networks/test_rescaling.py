@@ -85,5 +85,5 @@ def test_owners_finds_parameters_that_no_exit_reads_and_leaves_no_trace():
 
 
 def test_a_cascade_needs_one_head_a_stage():
-    with pytest.raises(ValueError, match="2 stages, 1 heads"):
+    with pytest.raises(ValueError, match="2 stages and 1 heads; expected one head per stage"):
         MultiExitNetwork([torch.nn.Identity()] * 2, [Head(torch.nn.Identity(), torch.nn.Identity())], (1, 2, 2), 2)

@@ -99,8 +99,8 @@ def test_placing_takes_the_nearest_place():
         ((0.5, 0.2), "expected ascending shares between 0 and 1"),
         ((0.0, 0.5), "expected ascending shares between 0 and 1"),
         ((), "fractions is empty"),
-        ((0.1, 0.12), "fractions 0.1 and 0.12 fall on one place; possible shares are 0.25, 0.50, 0.75"),
-        ((0.1, 0.2, 0.3, 0.4), "4 exits were asked for, and there are 3 places"),
+        ((0.1, 0.12), "fractions 0.1 and 0.12 give the same place; possible shares are 0.25, 0.50, 0.75"),
+        ((0.1, 0.2, 0.3, 0.4), "fractions is 0.1, 0.2, 0.3, 0.4; expected at most 3 shares"),
     ],
 )
 def test_impossible_places_are_refused(fractions, complaint):
@@ -126,12 +126,12 @@ def test_impossible_exits_are_refused(settings, complaint):
     ("name", "settings", "complaint"),
     [
         ("sdn-vgg16", {"channels": ()}, "channels is .*expected at least 1"),
-        ("sdn-vgg16", {"pools": (1, 13)}, "pools names unit 13; expected units from 0 to 12"),
+        ("sdn-vgg16", {"pools": (1, 13)}, "pools contains unit 13; expected units from 0 to 12"),
         ("sdn-vgg16", {"hidden": (0, 4)}, "hidden is .*expected at least 1"),
         ("sdn-resnet56", {"blocks": (9, 0, 9)}, "blocks is .*expected at least 1"),
         ("sdn-wrn32-4", {"dropout": 1.5}, "dropout is 1.5; expected a share"),
         ("sdn-wrn32-4", {"widen": 0}, "widen is 0; expected at least 1"),
-        ("sdn-mobilenet", {"halving": (-1,)}, "halving names unit -1; expected units from 0 to 12"),
+        ("sdn-mobilenet", {"halving": (-1,)}, "halving contains unit -1; expected units from 0 to 12"),
     ],
 )
 def test_impossible_structures_are_refused(name, settings, complaint):

@@ -90,7 +90,7 @@ def test_replicas_are_the_passes_one_after_the_other(name, nesterov):
     for row, state in zip(emphasis, replicas.states(), strict=True):
         alone = fresh()
         for batch in images(alone, 2):
-            alone.step(weighted_sum(alone.exit_losses(batch), row))
+            alone.step(weighted_sum(alone.losses(batch), row))
         assert same(alone.network.state_dict(), {key: state[key] for key in before})
         assert not same(alone.network.state_dict(), before)
 

@@ -72,7 +72,7 @@ def test_the_line_that_it_leaves_goes_on_to_the_same_bits(moment, reference, tmp
     seconds, errors = ctrl_c(process)
     assert process.returncode == 130 and seconds < 15
     assert not any("Traceback" in line for line in errors)
-    before, _, command = errors[-1].partition("go on with: ")
+    before, _, command = errors[-1].partition("resume with: ")
     assert before == "exitkit: stopped; " and command.startswith("exitkit train ")
     again = subprocess.run(f"{sys.executable} -m {command}", shell=True, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
@@ -110,7 +110,7 @@ def test_in_a_terminal_the_cursor_is_given_back(tmp_path):
     assert process.wait(timeout=30) == 130
     assert shown.rfind(b"\x1b[?25h") > shown.rfind(b"\x1b[?25l") >= 0
     last = shown.decode().strip().splitlines()[-1].rpartition("\x1b[2K")[2]
-    assert last.startswith("exitkit: stopped; go on with: exitkit train") and last.endswith("--resume")
+    assert last.startswith("exitkit: stopped; resume with: exitkit train") and last.endswith("--resume")
 
 
 # At so low a rate that one process and two differ by no more than what their sums' order makes of it.
@@ -140,7 +140,7 @@ def test_a_run_under_torchrun_is_that_of_one_process_and_goes_on_to_the_same_bit
     assert process.returncode != 0 and seconds < 20
     (line,) = (line for line in errors if line.startswith("exitkit: stopped"))
     before, _, told = line.partition("torchrun ... ")
-    assert before == "exitkit: stopped; go on with: "
+    assert before == "exitkit: stopped; resume with: "
     wait_until(lambda: group_is_gone(process))
     again = subprocess.run([*TORCHRUN, *shlex.split(told)], capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr

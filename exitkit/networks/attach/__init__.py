@@ -1,1 +1,1 @@
-"""Exits on any network: the trace of its forward, the cut between its units, and torchvision's models."""
+"""Exits attached to any network: tracing, splitting into stages, and torchvision's models."""

@@ -1,4 +1,4 @@
-"""A traced network cut into stages: where that can be done, and the stages themselves."""
+"""Splitting of a traced network into stages: the possible places of cuts, and the stages."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from exitkit.networks.attach.trace import MODE, Traced, Value, survey
 
 
 class Plan:
-    """Where a traced network can be cut.
+    """The places at which a traced network can be cut.
 
-    A place is the position of a node; the cut runs right behind it. What crosses a cut is the tensor of its node,
-    first, and all else that is alive there: computed before, needed behind. Parameters and constants are fetched in
-    the stage that needs them.
+    A place is the index of a node; the cut is directly after it. The tensors that cross a cut are that of its node,
+    first, and all others that are computed before the cut and needed after it. Parameters and constants do not cross:
+    each stage that needs them fetches them.
 
     Args:
         traced: the network.
@@ -25,10 +25,10 @@ class Plan:
     Attributes:
         places: all places at which the network can be cut, ascending.
         answer: the node of the logits.
-        tail: the node of the linear layer that the logits come from directly, or None.
+        tail: the node of the linear layer whose output is the logits, or None.
 
     Raises:
-        UserError: the network does not take such images, or does not answer with logits.
+        UserError: the network does not accept such images, or does not return logits.
     """
 
     def __init__(self, traced: Traced, input_shape: tuple[int, int, int]) -> None:
@@ -53,7 +53,7 @@ class Plan:
         self.places = [place for place in range(len(self.nodes)) if self.obstacle(place) is None]
 
     def value(self, place: int) -> Value:
-        """Return what the node at a place gives."""
+        """Return the value of the node at a place."""
         return self.values[self.nodes[place]]
 
     def name(self, place: int) -> str:
@@ -62,14 +62,14 @@ class Plan:
         return min(names, key=lambda name: name.count(".")) if names else str(self.nodes[place])
 
     def crossing(self, place: int) -> list[fx.Node]:
-        """Return the nodes whose tensors cross a cut: the place's own, then the others in order."""
+        """Return the nodes whose tensors cross a cut: the node at the place, then the others in order."""
         return self._crossing[place]
 
     def find(self, point: str) -> int:
-        """Return the place that a user's point names: a node, or the last one of a module.
+        """Return the place of a point: a node's name, or a module's name, meaning its last node.
 
         Raises:
-            UserError: no such point, or the network can't be cut there.
+            UserError: the point does not exist, or the network can't be cut there.
         """
         if point not in self._last_of:
             depth = point.count(".")
@@ -79,75 +79,75 @@ class Plan:
         if reason is None:
             return place
         before = [other for other in self.places if other < place][-1:]
-        behind = [other for other in self.places if other > place][:1]
-        near = " and ".join(self.name(other) for other in before + behind)
-        choices = f"the nearest points where it can are {near}" if near else "it can be cut nowhere"
+        after = [other for other in self.places if other > place][:1]
+        near = " and ".join(self.name(other) for other in before + after)
+        choices = f"the nearest possible points are {near}" if near else "no other point is possible"
         raise UserError(f"{self.traced.name} can't be cut at {point}: {reason}; {choices}")
 
     def obstacle(self, place: int) -> str | None:
-        """Say why the network can't be cut at a place, or None where it can."""
+        """Return why the network can't be cut at a place, or None if it can."""
         node, value = self.nodes[place], self.value(place)
         if node.op in ("placeholder", "get_attr", "output") or node.target == MODE:
-            return "nothing is computed there"
+            return "it computes nothing"
         if not value.feature:
-            given = f"a tensor of shape {value.shape}" if value.kind == "Tensor" else f"no tensor ({value.kind})"
-            return f"it gives {given}, not features of each image"
+            output = f"a tensor of shape {value.shape}" if value.kind == "Tensor" else f"no tensor ({value.kind})"
+            return f"its output is {output}, not features of each image"
         if self._last_trained <= place:
             return "nothing trainable follows it"
-        seen: set[int] = set()
+        storages: set[int] = set()
         for other in self.crossing(place):
             crossing = self.values[other]
-            called = self.traced.names.get(other, str(other))
+            name = self.traced.names.get(other, str(other))
             if not crossing.batched:
-                what = "no tensor" if crossing.kind != "Tensor" else f"not one row an image (shape {crossing.shape})"
-                return f"{called}, which is {what}, is needed behind it"
-            if crossing.storage in seen and self._changed(other, place, len(self.nodes)):
-                return f"{called} shares memory with another tensor, and is changed in place behind it"
-            seen.add(crossing.storage)
+                what = "no tensor" if crossing.kind != "Tensor" else f"not one row per image (shape {crossing.shape})"
+                return f"{name}, which is {what}, is needed after it"
+            if crossing.storage in storages and self._changed(other, place, len(self.nodes)):
+                return f"{name} shares memory with another tensor, and is changed in place after it"
+            storages.add(crossing.storage)
         return None
 
     def _trained_by(self, node: fx.Node) -> list[fx.Node]:
-        """Return the nodes that use parameters through this one."""
+        """Return the nodes that compute with the parameters of this node."""
         part = self.traced.parts.get(str(node.target))
         if isinstance(part, nn.Module):
             return [node] if next(part.parameters(), None) is not None else []
         return list(node.users) if node.op == "get_attr" and isinstance(part, nn.Parameter) else []
 
     def _find_answer(self) -> fx.Node:
-        (given,) = self.nodes[-1].args
-        value = self.values[given] if isinstance(given, fx.Node) else self.values[self.nodes[-1]]
-        if not isinstance(given, fx.Node) or not value.feature or len(value.shape) != 2:
+        (output,) = self.nodes[-1].args
+        value = self.values[output] if isinstance(output, fx.Node) else self.values[self.nodes[-1]]
+        if not isinstance(output, fx.Node) or not value.feature or len(value.shape) != 2:
             what = f"a tensor of shape {value.shape} for two images" if value.kind == "Tensor" else f"a {value.kind}"
-            raise UserError(f"{self.traced.name} gives {what}; expected one tensor of logits [images, classes]")
-        return given
+            raise UserError(f"{self.traced.name} returns {what}; expected one tensor of logits [images, classes]")
+        return output
 
     def _find_tail(self) -> fx.Node | None:
         node, calls = self.answer, [node.target for node in self.nodes if node.op == "call_module"]
         linear = node.op == "call_module" and type(self.traced.parts[str(node.target)]) is nn.Linear
         alone = len(node.users) == 1 and calls.count(node.target) == 1 and len(node.args) == 1
-        features = [self.values[each] for each in node.all_input_nodes]
+        features = [self.values[source] for source in node.all_input_nodes]
         return node if linear and alone and features[0].feature and len(features[0].shape) == 2 else None
 
     def _sweep(self) -> list[list[fx.Node]]:
-        """Return for each place what crosses a cut there."""
-        alive: list[int] = []
+        """Return, per place, the nodes whose tensors cross a cut there."""
+        needed: list[int] = []
         crossing = []
         for place, node in enumerate(self.nodes):
-            alive = [each for each in alive if self._last_use[each] > place]
-            crossing.append([node, *(self.nodes[each] for each in alive)])
+            needed = [index for index in needed if self._last_use[index] > place]
+            crossing.append([node, *(self.nodes[index] for index in needed)])
             if not _fetched(node):
-                alive.append(place)
+                needed.append(place)
         return crossing
 
     def _changed(self, node: fx.Node, start: int, end: int) -> bool:
-        """Whether nodes behind place `start`, up to `end`, change this node's tensor in place."""
+        """Whether a node after place `start`, up to `end`, changes this node's tensor in place."""
         return any(start < at <= end for at in self._changed_at.get(self.values[node].storage, ()))
 
     def split(self, cuts: list[int]) -> list[fx.GraphModule]:
-        """Return the stages between ascending places; the last one gives the answer, or what `tail` reads.
+        """Return the stages between ascending places; the last one returns the logits, or the input of `tail`.
 
-        Each is a module of one argument and one result: the tensor that crosses, or the tuple of those. It holds the
-        network's own modules and parameters, under their own names.
+        Each stage is a module of one argument and one result: the tensor that crosses the cut, or the tuple of those.
+        It uses the network's own modules and parameters, under their own names.
         """
         end = self.answer if self.tail is None else self.tail.all_input_nodes[0]
         bounds = [-1, *cuts, len(self.nodes) - 1]
@@ -165,7 +165,7 @@ class Plan:
             env[node] = graph.call_function(getitem, (state, index)) if len(inputs) > 1 else state
         for node in inputs:
             if self._changed(node, start, stop):
-                # A head and taps have read this tensor: the stage changes a copy of its own.
+                # A head and taps also read this tensor, so that the stage has to change a copy.
                 env[node] = graph.call_method("clone", (env[node],))
 
         def fetch(node: fx.Node) -> fx.Node:
@@ -174,8 +174,8 @@ class Plan:
             return env[node]
 
         for node in self.nodes[start + 1 : stop + 1]:
-            unread = node.op in ("placeholder", "output") or _fetched(node) or (self.tail is node)
-            if not unread:
+            skipped = node.op in ("placeholder", "output") or _fetched(node) or (self.tail is node)
+            if not skipped:
                 fetch(node)
         results = [fetch(node) for node in outputs]
         graph.output(results[0] if len(results) == 1 else tuple(results))
@@ -186,5 +186,5 @@ class Plan:
 
 
 def _fetched(node: fx.Node) -> bool:
-    """Whether each stage gets this node's value by itself."""
+    """Whether each stage fetches this node's value itself."""
     return node.op == "get_attr" or node.target == MODE

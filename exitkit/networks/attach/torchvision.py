@@ -16,7 +16,7 @@ from exitkit.networks.families.base import IMAGENET, Backbone, Home
 from exitkit.plugins import setting
 
 SHARES = (0.25, 0.5, 0.75)
-"""Where exits stand when nothing says otherwise: shares of the multiply-adds."""
+"""Default placement of the exits, as shares of the multiply-adds."""
 
 
 @dataclass(frozen=True)
@@ -27,17 +27,17 @@ class TorchvisionModel(Backbone):
     named_by: ClassVar[str] = "model"
 
     model: str = setting("resnet18", "torchvision's name of the network")
-    exits: tuple[str, ...] | None = setting(None, "points that bear exits, such as layer1,layer2; none: by fractions")
+    exits: tuple[str, ...] | None = setting(None, "points after which exits are placed; none: by fractions")
     fractions: tuple[float, ...] | None = setting(
-        None, "shares of the cost; none: 0.25,0.5,0.75, unless exits are given"
+        None, "shares of the cost at which exits are placed; none: 0.25,0.5,0.75, unless exits is set"
     )
     weights: str | None = setting(
-        None, "pretrained weights, such as DEFAULT; for other than their 1000 classes the last layer starts anew"
+        None, "pretrained weights, such as DEFAULT; for other than 1000 classes the last layer is reinitialised"
     )
 
     def __post_init__(self) -> None:
         if self.exits is not None and self.fractions is not None:
-            raise UserError("exits and fractions both say where the exits stand; give one of them (the other is none)")
+            raise UserError("exits and fractions both place the exits; give one of them, and leave the other at none")
         known = _names()
         if self.model not in known:
             raise unknown("torchvision model", self.model, known)
@@ -47,10 +47,10 @@ class TorchvisionModel(Backbone):
                 raise unknown(f"weights of {self.model}", self.weights, set(choices))
 
     def build(self, input_shape: tuple[int, int, int], num_classes: int) -> MultiExitNetwork:
-        """Build it; see `Backbone.build`. Images of one channel are shown to all three of the network's."""
+        """Build the network; see `Backbone.build`. Images of one channel are repeated to three channels."""
         channels, *size = input_shape
         if channels not in (1, 3):
-            raise UserError(f"torchvision's networks read 3 channels, or 1 repeated; the images have {channels}")
+            raise UserError(f"the images have {channels} channels; expected 3, or 1 that is repeated")
         sizes = self._sizes(size[0], size[1])
         model = self._fresh(num_classes, sizes) if self.weights is None else self._pretrained(num_classes, sizes)
         fractions = SHARES if self.exits is None and self.fractions is None else self.fractions
@@ -61,7 +61,7 @@ class TorchvisionModel(Backbone):
         return network
 
     def _sizes(self, height: int, width: int) -> dict[str, Any]:
-        """Return the arguments of networks that are made for one size of images."""
+        """Return the arguments of models that accept one size of images only."""
         if self.model.startswith("maxvit"):
             return {"input_size": (height, width)}
         if not self.model.startswith("vit_"):
@@ -69,13 +69,13 @@ class TorchvisionModel(Backbone):
         patch = int(self.model.rsplit("_", 1)[1])
         if height != width or height % patch:
             raise UserError(
-                f"{self.model} cuts images into patches of {patch}x{patch} and takes square ones; expected a side that "
-                f"is a multiple of {patch}, the images are {height}x{width}"
+                f"the images are {height}x{width}; {self.model} expects square images, with a side that is a multiple "
+                f"of {patch}"
             )
         return {"image_size": height}
 
     def _fresh(self, num_classes: int, sizes: dict[str, Any]) -> nn.Module:
-        # Their auxiliary classifiers run in training only; without a choice the two warn about their initialisation.
+        # Auxiliary classifiers run in training only; without `init_weights` these two models warn.
         auxiliary = {"aux_logits": False, "init_weights": True} if self.model in ("googlenet", "inception_v3") else {}
         return self._make(num_classes=num_classes, **sizes, **auxiliary)
 
@@ -84,7 +84,7 @@ class TorchvisionModel(Backbone):
         published = len(weights.meta["categories"])
         model = self._make(weights=weights, **sizes)
         if num_classes != published:
-            _renew_classifier(model, published, num_classes)
+            _replace_classifier(model, published, num_classes)
         return model
 
     def _make(self, **arguments: Any) -> nn.Module:
@@ -93,14 +93,14 @@ class TorchvisionModel(Backbone):
         try:
             try:
                 made: nn.Module = make(self.model, **arguments)
-            except NotImplementedError:  # RegNet computes its widths by tensors, which need storage
+            except NotImplementedError:  # RegNet computes its widths with tensors, which need storage
                 with torch.device("cpu"):
                     made = make(self.model, **arguments)
-        except OSError as error:  # also what a failed download raises
+        except OSError as error:  # a failed download raises it, too
             reason = " ".join(str(error).split())
-            raise UserError(f"the weights {self.weights} of {self.model} can't be had ({reason})") from error
+            raise UserError(f"the weights {self.weights} of {self.model} can't be loaded ({reason})") from error
         except (ValueError, AssertionError) as error:
-            raise UserError(f"torchvision makes no such {self.model} ({' '.join(str(error).split())})") from error
+            raise UserError(f"torchvision can't build this {self.model} ({' '.join(str(error).split())})") from error
         return made.to(device)
 
 
@@ -110,21 +110,21 @@ def _names() -> list[str]:
     return names
 
 
-def _renew_classifier(model: nn.Module, published: int, num_classes: int) -> None:
-    """Replace the last layer that gives one number a class by a fresh one for other classes."""
-    layers = {name: each for name, each in model.named_modules() if isinstance(each, nn.Linear | nn.Conv2d)}
-    name = [name for name, each in layers.items() if each.weight.shape[0] == published][-1]
+def _replace_classifier(model: nn.Module, published: int, num_classes: int) -> None:
+    """Replace the last layer with one output per published class by a new layer for `num_classes` classes."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    name = [name for name, layer in layers.items() if layer.weight.shape[0] == published][-1]
     old = layers[name]
     new: nn.Module
     if isinstance(old, nn.Linear):
         new = nn.Linear(old.in_features, num_classes, bias=old.bias is not None)
-    else:  # SqueezeNet's
+    else:  # SqueezeNet
         new = nn.Conv2d(old.in_channels, num_classes, old.kernel_size)  # type: ignore[arg-type]
     model.set_submodule(name, new)
 
 
 def _repeat_channels(stage: nn.Module) -> None:
-    """Let a stage of three channels read images of one; nothing of it gets another name."""
+    """Make a stage for three channels accept images of one channel; the names of its modules do not change."""
     assert isinstance(stage, torch.fx.GraphModule)
     images = next(iter(stage.graph.nodes))
     readers = list(images.users)

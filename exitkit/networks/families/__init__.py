@@ -1,1 +1,1 @@
-"""The families of networks, each with its presets."""
+"""Families of networks, each with its presets."""

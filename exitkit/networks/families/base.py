@@ -1,4 +1,4 @@
-"""What a backbone is: settings, and a `build` that makes the cascade for an image size and a number of classes."""
+"""Base class of the backbones: settings, and a `build` method that makes the cascade."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from exitkit.networks.cascade import MultiExitNetwork
 from exitkit.plugins import underlying
 
 Home = tuple[tuple[int, int, int], int]
-"""The images and classes that a network was published for: ((channels, height, width), classes)."""
+"""Image shape and number of classes that a network was published for: ((channels, height, width), classes)."""
 
 
 IMAGENET: Home = ((3, 224, 224), 1000)
@@ -18,10 +18,10 @@ IMAGENET: Home = ((3, 224, 224), 1000)
 
 @dataclass(frozen=True)
 class Backbone:
-    """A family of networks; its fields are the structure, its presets are other defaults for them.
+    """A family of networks; its fields define the structure, and its presets change their defaults.
 
     Class attributes:
-        home: the images and classes to assume where no data set says otherwise.
+        home: image shape and number of classes to use if no data set gives them.
         presets: the family's presets by name; see `preset`.
     """
 
@@ -32,7 +32,7 @@ class Backbone:
         """Build the network for images of `input_shape` and `num_classes` classes.
 
         Raises:
-            UserError: settings that make no network for such images.
+            UserError: the settings give no valid network for such images.
         """
         raise NotImplementedError
 
@@ -43,13 +43,13 @@ def preset(
     """Return `family` with other defaults.
 
     Args:
-        family: the backbone whose preset it is.
-        doc: one line that says what it is, with the paper's table.
-        home: the images and classes that it was published for; by default the family's.
-        name: registers the preset with the family under this name, so that the family's entry point is enough to find
-            it. A name that begins with the family's is found without loading other packages. Without a name the preset
-            needs an entry point of its own.
-        defaults: the fields that differ from the family's.
+        family: the backbone of the preset.
+        doc: description in one line, with the paper's table.
+        home: image shape and number of classes that it was published for; by default the family's.
+        name: name under which the preset is registered with the family, so that the family's entry point is enough to
+            find it. A name that begins with the family's is found without loading other packages. A preset without a
+            name needs its own entry point.
+        defaults: fields whose defaults differ from the family's.
     """
     made = functools.partial(family, **defaults)
     made.doc = f"{doc.rstrip('.')}."  # type: ignore[attr-defined]
@@ -62,6 +62,6 @@ def preset(
 
 
 def home(plugin: Any) -> Home:
-    """Return the images and classes that a backbone or preset was published for."""
+    """Return the image shape and the number of classes that a backbone or preset was published for."""
     known: Home = getattr(plugin, "home", None) or underlying(plugin).home
     return known

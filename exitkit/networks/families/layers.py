@@ -1,4 +1,4 @@
-"""What MSDNet and RANet are both made of: convolution units, the stem's first layer, heads, initialisation."""
+"""Building blocks of MSDNet and RANet: convolution units, the stem's first layer, heads, initialisation."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ Stem = Literal["small", "large"]
 HeadForm = Literal["conv128", "conv", "pool"]
 Init = Literal["released", "default", "he"]
 
-STEM = "3x3 convolution, or 7x7 stride 2 and pooling (ImageNet)"
-HEAD = "two stride-2 convolutions of width 128 (CIFAR) or of the map's own (ImageNet), or pooling alone"
-INIT = "as the released code really does it, PyTorch's own, or the He rule for every layer"
+STEM = "first layer: 3x3 convolution, or 7x7 convolution of stride 2 and pooling (ImageNet)"
+HEAD = "two stride-2 convolutions of width 128 (CIFAR) or of the map's width (ImageNet), or pooling only"
+INIT = "initialisation: that of the released code, PyTorch's default, or the He rule for every layer"
 
 
 def conv_bn_relu(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
-    """Convolution without bias, batch normalisation, ReLU."""
+    """Return a convolution without bias, batch normalisation and ReLU."""
     conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
 
 
 def unit(inputs: int, outputs: int, stride: int, bottleneck: int | None) -> nn.Sequential:
-    """A 1x1 convolution to at most `bottleneck` x outputs (None: left out), then a 3x3 convolution."""
+    """Return a 1x1 convolution to at most `bottleneck` x outputs (none if None), followed by a 3x3 convolution."""
     if bottleneck is None:
         return conv_bn_relu(inputs, outputs, 3, stride)
     inner = min(inputs, bottleneck * outputs)
@@ -32,7 +32,7 @@ def unit(inputs: int, outputs: int, stride: int, bottleneck: int | None) -> nn.S
 
 
 def first_layer(channels: int, width: int, stem: Stem) -> nn.Sequential:
-    """What reads the image: [B, channels, H, W] -> [B, width, H, W], a quarter of that size for the large stem."""
+    """Return the first layer: [B, channels, H, W] -> [B, width, H, W], or [B, width, H/4, W/4] for the large stem."""
     if stem == "small":
         return conv_bn_relu(channels, width, 3)
     conv = nn.Conv2d(channels, width, 7, 2, 3)
@@ -40,10 +40,10 @@ def first_layer(channels: int, width: int, stem: Stem) -> nn.Sequential:
 
 
 def make_head(width: int, num_classes: int, form: HeadForm) -> Head:
-    """A head that reads a map of `width` channels, of any size.
+    """Return a head for maps of `width` channels and any size.
 
-    The released heads end in a fixed 2x2 pooling, which fits one image size; ours pool whatever is left, which at that
-    size is the same.
+    The released heads end in a fixed 2x2 pooling, which fits one image size; this head pools the whole map, which is
+    the same at that size.
     """
     pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     if form == "pool":
@@ -54,7 +54,7 @@ def make_head(width: int, num_classes: int, form: HeadForm) -> Head:
 
 
 def he_init(module: nn.Module) -> None:
-    """Draw a convolution from N(0, 2 / (k*k*outputs)) and set a linear layer's bias to 0; for `Module.apply`."""
+    """Initialise a convolution from N(0, 2 / (k*k*outputs)), and a linear layer's bias to 0; for `Module.apply`."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     elif isinstance(module, nn.Linear):

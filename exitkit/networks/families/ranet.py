@@ -1,14 +1,14 @@
-"""RANet: sub-networks from low to high resolution, each fusing in what the one below has computed.
+"""RANet: sub-networks from low to high resolution, each of which fuses the features of the one below.
 
 Paper: Yang et al., Resolution Adaptive Networks for Efficient Inference, CVPR 2020, figures 2 to 4.
-Sub-network 1 works at the lowest resolution and answers easy images. A harder one goes on to the next sub-network,
-which starts anew from its own, finer stem feature; its first blocks fuse in the dense features of the sub-network
-below, block by block, and shrink the map on the way, so that all exits read the lowest resolution.
+Sub-network 1 works at the lowest resolution and classifies easy images. Harder images continue in the next sub-network,
+which starts from its own, finer stem feature; its first blocks fuse the dense features of the sub-network below, block
+by block, and reduce the map, so that all exits read the lowest resolution.
 
-What crosses an exit is the running tensor `x`, the dense features of the blocks that the current sub-network has
-finished (the next one reads them), and the stem features of the sub-networks not started yet. No resizing is done
-where two maps have one size already (the released code does it all the same), and a fusion block may have one layer
-(there it needs two). Initialisation: the released He rule reaches all but the stem.
+The state between two stages is the running tensor `x`, the dense features of the current sub-network's finished blocks
+(which the next sub-network reads), and the stem features of the sub-networks that have not started. Unlike the released
+code, maps of equal size are not resized, and a fusion block may have one layer instead of at least two. Initialisation:
+the released He rule applies to all layers but the stem's.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from exitkit.networks.families.layers import conv_bn_relu, unit
 from exitkit.plugins import setting
 
 Dense = list[Tensor]
-"""What a block's layers give, one after the other: its input, then the running tensor behind each layer."""
+"""Dense features of a block: its input, then the running tensor after each layer."""
 
 
 class RanetState(NamedTuple):
-    """What crosses an exit: see the module's text. `dense` is empty where no sub-network follows."""
+    """The state between two stages, see the module; `dense` is empty if no sub-network follows."""
 
     x: Tensor
     dense: list[Dense]
@@ -42,26 +42,26 @@ class RanetState(NamedTuple):
 
 
 class Width(NamedTuple):
-    """A map's channels, and how often it is half the size of the finest stem feature."""
+    """A map's channels, and how many times its size is half that of the finest stem feature."""
 
     channels: int
     level: int
 
 
 def resized(x: Tensor, like: Tensor, needed: bool) -> Tensor:
-    """Return x at the size of `like`, bilinearly."""
+    """Return x, resized to `like` by bilinear interpolation if `needed`."""
     return interpolate(x, size=like.shape[-2:], mode="bilinear", align_corners=True) if needed else x
 
 
 class ResolutionStem(nn.Module):
-    """The first feature of every sub-network, each from the next finer one. image -> features, lowest first."""
+    """Stem features of the sub-networks, each computed from the next finer one. image -> features, lowest first."""
 
     def __init__(self, channels: int, widths: list[Width], stem: layers.Stem) -> None:
         super().__init__()
         finest_first = widths[::-1]
         self.features = nn.ModuleList([layers.first_layer(channels, finest_first[0].channels, stem)])
-        for finer, own in itertools.pairwise(finest_first):
-            self.features.append(conv_bn_relu(finer.channels, own.channels, 3, 1 + own.level - finer.level))
+        for finer, coarser in itertools.pairwise(finest_first):
+            self.features.append(conv_bn_relu(finer.channels, coarser.channels, 3, 1 + coarser.level - finer.level))
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Return the features of all sub-networks."""
@@ -73,12 +73,14 @@ class ResolutionStem(nn.Module):
 
 
 class Block(nn.Module):
-    """Dense layers, in a fusion block beside the lower sub-network's; (x, its dense features) -> (x, own ones).
+    """Dense layers; those of a fusion block also read the lower sub-network's dense features.
+
+    (x, dense features of the lower sub-network) -> (x, dense features of this block).
 
     Args:
-        wide: the input's width.
-        layers: how many.
-        growth: channels that a layer adds, and (fusion) how many of them come from the lower sub-network.
+        wide: width of the input.
+        layers: number of layers.
+        growth: channels that a layer adds, and how many of them come from the lower sub-network in a fusion block.
         squeeze: bottleneck factors of this sub-network and of the lower one.
         low: widths of the lower sub-network's dense features; None makes a normal block.
         down: whether the last layer halves the map.
@@ -103,24 +105,24 @@ class Block(nn.Module):
         self.up = nn.ModuleList([unit(w.channels, lower, 1, squeeze[1]) for w in low[:-1]] if low and lower else [])
         self.shrinks = [stride > 1 for stride in strides]
         low = low or self.widths
-        self.resizes = [mine.level != theirs.level for mine, theirs in zip(self.widths[1:], low[:-1], strict=True)]
+        self.resizes = [a.level != b.level for a, b in zip(self.widths[1:], low[:-1], strict=True)]
         self.resizes_last = self.widths[-1].level != low[-1].level
         self.last: nn.Module | None = None
         self.transition: nn.Module = nn.Identity()
         self.out = self.widths[-1]
 
     def fuse_last(self, low: Width, channels: int) -> None:
-        """Append `channels` made from the lower sub-network's last dense feature."""
+        """Append `channels` computed from the lower sub-network's last dense feature."""
         self.last = conv_bn_relu(low.channels, channels, 1)
         self.out = Width(self.out.channels + channels, self.out.level)
 
     def narrow(self, channels: int) -> None:
-        """End in a 1x1 convolution to `channels`."""
+        """Append a 1x1 convolution to `channels`."""
         self.transition = conv_bn_relu(self.out.channels, channels, 1)
         self.out = Width(channels, self.out.level)
 
     def forward(self, x: Tensor, low: Dense) -> tuple[Tensor, Dense]:
-        """Return the block's output, and its dense features (before what is appended, and before the transition)."""
+        """Return the block's output, and its dense features (before `fuse_last` and `narrow` apply)."""
         dense = [x]
         for index, layer in enumerate(self.new):
             new = layer(x)
@@ -135,13 +137,13 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """The blocks up to the next exit: one normal block, after all fusion blocks where a sub-network starts.
+    """Blocks up to the next exit: one normal block, and before it all fusion blocks if a sub-network starts.
 
     Args:
-        stem: in the first stage, what makes the stem features.
+        stem: the module that computes the stem features, in the first stage; else None.
         blocks: the blocks.
-        starts: whether a sub-network starts here.
-        hands_on: whether a later sub-network reads this one's dense features.
+        starts: whether a sub-network starts in this stage.
+        hands_on: whether a later sub-network reads the dense features of this one.
     """
 
     def __init__(self, stem: nn.Module | None, blocks: list[Block], starts: bool, hands_on: bool) -> None:
@@ -154,15 +156,15 @@ class Stage(nn.Module):
         self.hands_on = hands_on
 
     def forward(self, state: Any) -> RanetState:
-        """Return the state behind the blocks; the first stage reads images."""
+        """Return the state after the blocks; the first stage reads images."""
         x, dense, base = (state, [], self.stem(state)) if self.first else state
         below: list[Dense] = []
         if self.starts:
             below, dense = dense, []
             x, *base = base
         for index, block in enumerate(self.blocks):
-            x, own = block(x, below[index] if index < len(below) else [])
-            dense = [*dense, own] if self.hands_on else []
+            x, features = block(x, below[index] if index < len(below) else [])
+            dense = [*dense, features] if self.hands_on else []
         return RanetState(x, dense, base)
 
 
@@ -186,15 +188,15 @@ class RANet(Backbone):
 
     scales: tuple[int, ...] = setting((1, 2, 3, 3), "resolution level of each sub-network, 1 the lowest")
     blocks: int = setting(2, "blocks, and exits, of the first sub-network")
-    block_step: int = setting(2, "blocks, and exits, that each next one has more")
-    step: int = setting(4, "layers a block")
-    step_mode: Literal["even", "lin_grow"] = setting("even", "step layers each, or step*b in block b")
+    block_step: int = setting(2, "further blocks, and exits, of each following sub-network")
+    step: int = setting(4, "layers per block")
+    step_mode: Literal["even", "lin_grow"] = setting("even", "step layers in every block, or step*b in block b")
     channels: int = setting(16, "width unit of the stem")
     growth: int = setting(6, "width unit that a layer adds")
-    growth_factors: tuple[int, ...] = setting((4, 2, 1, 1), "multiple of the width units in each sub-network")
-    bottleneck_factors: tuple[int, ...] = setting((4, 2, 1, 1), "width of the 1x1 bottlenecks in each")
+    growth_factors: tuple[int, ...] = setting((4, 2, 1, 1), "factor of the width units in each sub-network")
+    bottleneck_factors: tuple[int, ...] = setting((4, 2, 1, 1), "width factor of the 1x1 bottlenecks in each one")
     compress: float = setting(0.25, "share of a fusion layer's channels that comes from the lower sub-network")
-    reduction: float = setting(0.5, "what a transition leaves of the width (0: no transitions)")
+    reduction: float = setting(0.5, "share of the channels that a transition keeps (0: no transitions)")
     stem: layers.Stem = setting("small", layers.STEM)
     head: layers.HeadForm = setting("conv128", layers.HEAD)
     init: layers.Init = setting("released", layers.INIT)
@@ -206,8 +208,8 @@ class RANet(Backbone):
         rises = [after - before for before, after in zip((1, *self.scales), self.scales, strict=False)]
         if not self.scales or self.scales[0] != 1 or not set(rises) <= {0, 1}:
             raise UserError(
-                f"scales is {'-'.join(map(str, self.scales))}; expected levels from 1 up, each the one before it or "
-                "one more, such as 1-2-3-3"
+                f"scales is {'-'.join(map(str, self.scales))}; expected levels that start at 1 and rise by 0 or 1, "
+                "such as 1-2-3-3"
             )
         for name in ("growth_factors", "bottleneck_factors"):
             factors = getattr(self, name)
@@ -223,11 +225,11 @@ class RANet(Backbone):
 
     @property
     def block_counts(self) -> list[int]:
-        """How many blocks each sub-network has."""
+        """Number of blocks of each sub-network."""
         return [self.blocks + index * self.block_step for index in range(len(self.scales))]
 
     def build(self, input_shape: tuple[int, int, int], num_classes: int) -> MultiExitNetwork:
-        """Build it; see `Backbone.build`."""
+        """Build the network; see `Backbone.build`."""
         reduction = 2 ** (self.scales[-1] - 1) * (4 if self.stem == "large" else 1)
         if min(input_shape[1:]) < reduction:
             raise UserError(
@@ -247,9 +249,9 @@ class RANet(Backbone):
             fused = len(below)
             for end in range(fused + 1, count + 1):
                 starts = end == fused + 1
-                own = blocks[:end] if starts else blocks[end - 1 : end]
-                stages.append(Stage(stem, own, starts, hands_on=index < len(self.scales) - 1))
-                heads.append(layers.make_head(own[-1].out.channels, num_classes, self.head))
+                stage_blocks = blocks[:end] if starts else blocks[end - 1 : end]
+                stages.append(Stage(stem, stage_blocks, starts, hands_on=index < len(self.scales) - 1))
+                heads.append(layers.make_head(stage_blocks[-1].out.channels, num_classes, self.head))
                 stem = None
             below = blocks
         network = RANetwork(stages, heads, input_shape, num_classes, family="ranet")
@@ -260,7 +262,7 @@ class RANet(Backbone):
         return network
 
     def _sub_network(self, index: int, count: int, base: Width, below: list[Block]) -> list[Block]:
-        """Return the blocks of one sub-network; those at the places of the lower one's blocks fuse them in."""
+        """Return the blocks of one sub-network; block i fuses block i of the lower sub-network, if that exists."""
         scale, total = self.scales[index], self.growth * self.growth_factors[index]
         ends = [0, *self.block_counts[:index]]
         downs = ends[len(ends) - (scale - 1) :]
@@ -278,7 +280,8 @@ class RANet(Backbone):
             if number in narrows:
                 narrow = math.floor(self.reduction * block.out.channels)
                 if narrow < 1:
-                    raise UserError(f"reduction {self.reduction} leaves no channels of {block.out.channels}")
+                    channels = block.out.channels
+                    raise UserError(f"reduction {self.reduction} keeps none of {channels} channels; expected more")
                 block.narrow(narrow)
             wide = block.out
             blocks.append(block)
@@ -290,11 +293,11 @@ def _default_init(module: nn.Module) -> None:
         module.reset_parameters()
 
 
-preset(RANet, "8 exits, scales 1-2-3-3, 4 layers a block (BoostNet table 1)", name="ranet-cifar-any")
+preset(RANet, "8 exits, scales 1-2-3-3, 4 layers per block (BoostNet table 1)", name="ranet-cifar-any")
 for scales, factors in (((1, 2, 3), (4, 2, 1)), ((1, 2, 2, 3), (4, 2, 2, 1)), ((1, 2, 3, 3), (4, 2, 1, 1))):
     preset(
         RANet,
-        f"{2 * len(scales)} exits, scales {'-'.join(map(str, scales))}, 2, 4, ... layers a block (BoostNet figure 4)",
+        f"{2 * len(scales)} exits, scales {'-'.join(map(str, scales))}, 2, 4, ... layers per block (BoostNet figure 4)",
         name=f"ranet-cifar-{''.join(map(str, scales))}",
         scales=scales,
         step=2,
@@ -319,7 +322,7 @@ for channels, where in ((32, ""), (64, " (BoostNet table 2)")):
     )
 preset(
     RANet,
-    "4 exits, 7,462 parameters: for the default data (ours, in no paper)",
+    "4 exits, 7,462 parameters, for the default data (from no paper)",
     ((1, 16, 16), 10),
     name="ranet-tiny",
     scales=(1, 2, 3),

@@ -1,13 +1,14 @@
-"""Shallow-deep networks (SDN): a plain trunk with an internal classifier behind some of its units.
+"""Shallow-deep networks (SDN): a plain trunk with an internal classifier after some of its units.
 
 Paper: Kaya et al., Shallow-Deep Networks: Understanding and Mitigating Network Overthinking, ICML 2019; the networks
 are those of Meta-GF (Sun et al., ECCV 2022), tables 3 and 4. An internal classifier pools its map to 4x4, by a learned
-mix of maximum and average, and ends in one linear layer. Exits stand where the cost so far is near 15, 30, ... 90 %.
+mix of maximum and average, and applies one linear layer. Exits are placed where the cumulative cost is nearest to 15,
+30, ... 90 % of the total.
 
-As released: on maps below 4x4 the classifier does not pool, and on 4x4 maps pooling changes nothing, so that nothing
-reads the mixing weight there; ResNet's classifiers read the sum before its ReLU, while the trunk goes on behind it.
-Otherwise than released, any image size fits: kernels are chosen when the network is built, and the last pooling takes
-all that is left.
+As in the released code, the classifier does not pool maps below 4x4, and pooling does not change 4x4 maps, so that the
+mixing weight has no effect there; ResNet's classifiers read the sum before its ReLU, and the next unit reads it after
+the ReLU. Unlike the released code, any image size is accepted: kernels are chosen when the network is built, and the
+last pooling averages the whole map.
 """
 
 from __future__ import annotations
@@ -44,13 +45,13 @@ class MixedPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Pool x [B, C, H, W] to [B, C, H/kernel, W/kernel]."""
-        # Over a single pixel both are that pixel: the weight decides nothing, and so nothing depends on it.
+        # For a 1x1 kernel maximum and average are equal, so that the output must not depend on alpha.
         alpha = self.alpha if max(self.kernel) > 1 else self.alpha.detach()
         return alpha * max_pool2d(x, self.kernel) + (1 - alpha) * avg_pool2d(x, self.kernel)
 
 
 def internal_classifier(shape: Shape, num_classes: int) -> Head:
-    """A head for maps of `shape` (channels, height, width)."""
+    """Return the head of an internal classifier for maps of `shape` (channels, height, width)."""
     channels, height, width = shape
     pool: list[nn.Module] = []
     if min(height, width) >= 4:
@@ -61,12 +62,12 @@ def internal_classifier(shape: Shape, num_classes: int) -> Head:
 
 
 def pooled_head(width: int, num_classes: int, *before: nn.Module) -> Head:
-    """The last head: what stands before it, the average over the map, one linear layer."""
+    """Return the last head: the modules `before`, the average over the map, and one linear layer."""
     return Head(nn.Sequential(*before, nn.AdaptiveAvgPool2d(1), nn.Flatten()), nn.Linear(width, num_classes))
 
 
 class Trunk(NamedTuple):
-    """A chain to place exits on: what stands before its units, the units, what follows them, and the last head."""
+    """A chain without exits: modules before its units, the units, modules after them, and the last head."""
 
     stem: list[nn.Module]
     units: list[nn.Module]
@@ -76,14 +77,14 @@ class Trunk(NamedTuple):
 
 @dataclass(frozen=True)
 class ShallowDeep(Backbone, ABC):
-    """What all trunks have in common: where the exits stand.
+    """Base class of all trunks, which places the exits.
 
     Class attributes:
         family: see `MultiExitNetwork`.
-        network: the cascade's class.
-        usual: the units that bear exits in the paper.
-        sizes: fields that have to be at least 1.
-        positions: fields that name units.
+        network: class of the cascade.
+        usual: indices of the units with an exit after them in the paper.
+        sizes: names of fields whose values must be at least 1.
+        positions: names of fields that contain indices of units.
     """
 
     family: ClassVar[str]
@@ -92,32 +93,34 @@ class ShallowDeep(Backbone, ABC):
     sizes: ClassVar[tuple[str, ...]]
     positions: ClassVar[tuple[str, ...]] = ()
 
-    exits: tuple[int, ...] | None = setting(None, "units (from 0) that bear exits; none: as in the paper")
-    fractions: tuple[float, ...] | None = setting(None, "place the exits at these shares of the cost instead")
-    init: Literal["released", "default"] = setting("released", "as the released code really does it, or PyTorch's own")
+    exits: tuple[int, ...] | None = setting(None, "units (from 0) after which exits are placed; none: as in the paper")
+    fractions: tuple[float, ...] | None = setting(None, "instead of exits, shares of the cost at which they are placed")
+    init: Literal["released", "default"] = setting(
+        "released", "initialisation: that of the released code, or PyTorch's default"
+    )
 
     def __post_init__(self) -> None:
         if self.exits is not None and self.fractions is not None:
-            raise UserError("exits and fractions both say where the exits stand; give one of them (the other is none)")
+            raise UserError("exits and fractions both place the exits; give one of them, and leave the other at none")
         for name in self.sizes:
             value = getattr(self, name)
             if min(value if isinstance(value, tuple) else (value,), default=0) < 1:
-                raise UserError(f"{name} is {value}; expected at least 1 (each, where there are several)")
+                raise UserError(f"{name} is {value}; expected at least 1")
         for name in self.positions:
             units = len(getattr(self, "channels"))  # noqa: B009  only trunks with one width a unit name positions
             wrong = [unit for unit in getattr(self, name) if not 0 <= unit < units]
             if wrong:
-                raise UserError(f"{name} names unit {wrong[0]}; expected units from 0 to {units - 1}")
+                raise UserError(f"{name} contains unit {wrong[0]}; expected units from 0 to {units - 1}")
 
     @abstractmethod
     def trunk(self, input_shape: tuple[int, int, int], num_classes: int) -> Trunk:
-        """Return the trunk for such images; its `head` is the exit behind the last unit."""
+        """Return the trunk for such images; its `head` is that of the last exit."""
 
     def init_released(self, module: nn.Module) -> None:
-        """Initialise one module as the released code does (PyTorch's own where it does nothing)."""
+        """Initialise one module as the released code does; by default PyTorch's initialisation is kept."""
 
     def build(self, input_shape: tuple[int, int, int], num_classes: int) -> MultiExitNetwork:
-        """Build it; see `Backbone.build`."""
+        """Build the network; see `Backbone.build`."""
         trunk = self.trunk(input_shape, num_classes)
         shapes, costs = measure(trunk, input_shape)
         places = self._places(len(trunk.units), costs)
@@ -137,24 +140,24 @@ class ShallowDeep(Backbone, ABC):
         if not places or places != sorted(set(places)) or not 0 <= places[0] <= places[-1] < units - 1:
             raise UserError(
                 f"exits is {','.join(map(str, places)) or 'empty'}; expected ascending units from 0 to {units - 2} "
-                f"(the trunk has {units}, and behind the last one stands its own exit)"
+                f"(the trunk has {units}, and its last exit follows the last unit)"
             )
         return places
 
 
 def measure(trunk: Trunk, input_shape: tuple[int, int, int]) -> tuple[list[Shape], list[int]]:
-    """Return the shape behind each unit, and the multiply-adds of each; the first and last with stem and end."""
+    """Return the output shape and the multiply-adds of each unit; the first includes the stem, the last the end."""
     state: Any = torch.empty(1, *input_shape, device="meta")
     shapes, totals = [], []
-    ghost = copy.deepcopy(trunk)
+    meta_copy = copy.deepcopy(trunk)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        for module in ghost.stem:
+        for module in meta_copy.stem:
             state = module.to("meta").eval()(state)
-        for unit in ghost.units:
+        for unit in meta_copy.units:
             state = unit.to("meta").eval()(state)
             shapes.append(tuple((state[1] if isinstance(state, tuple) else state).shape[1:]))
             totals.append(counter.get_total_flops() // 2)
-        for module in ghost.end:
+        for module in meta_copy.end:
             state = module.to("meta").eval()(state)
         totals[-1] = counter.get_total_flops() // 2
     return shapes, [after - before for before, after in pairwise([0, *totals])]
@@ -198,12 +201,12 @@ class VGG(ShallowDeep):
         first, second = self.hidden
         flat = self.channels[-1] * height * width
         end = nn.Sequential(nn.Flatten(), nn.Linear(flat, first), nn.ReLU(), nn.Dropout(0.5))
-        # As released, no ReLU stands between the last two linear layers.
+        # As in the released code, there is no ReLU between the last two linear layers.
         head = Head(nn.Sequential(nn.Linear(first, second), nn.Dropout(0.5)), nn.Linear(second, num_classes))
         return Trunk([], units, [end], head)
 
     def init_released(self, module: nn.Module) -> None:
-        """Convolutions from N(0, 2 / (k*k*outputs)), linear layers from N(0, 0.01^2), biases 0."""
+        """Initialise convolutions from N(0, 2 / (k*k*outputs)), linear layers from N(0, 0.01^2), and biases to 0."""
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         if isinstance(module, nn.Linear):
@@ -213,14 +216,14 @@ class VGG(ShallowDeep):
 
 
 class Activated(nn.Module):
-    """A sum of paths, handed on as (activated, not yet activated); of its input only the first is read."""
+    """Sum of paths, returned as (after ReLU, before ReLU); of such a pair as input it reads the first tensor."""
 
     def __init__(self, *paths: nn.Module) -> None:
         super().__init__()
         self.paths = nn.ModuleList(paths)
 
     def forward(self, state: Any) -> tuple[Tensor, Tensor]:
-        """Return (relu(s), s) with s the sum over the paths; reads images, too."""
+        """Return (relu(s), s), where s is the sum over the paths; the input is a pair or a tensor of images."""
         x = state[0] if isinstance(state, tuple) else state
         first, *rest = self.paths
         total = first(x)
@@ -230,7 +233,7 @@ class Activated(nn.Module):
 
 
 class LastActivated(nn.Module):
-    """Hands the activated tensor on for the last head, too."""
+    """Replaces the pair by twice the activated tensor, which the last head reads."""
 
     def forward(self, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Return the first tensor twice."""
@@ -238,15 +241,15 @@ class LastActivated(nn.Module):
 
 
 class PairNetwork(MultiExitNetwork):
-    """The cascade of a ResNet: its heads read the sum that is not yet activated."""
+    """The cascade of a ResNet; its heads read the sum before its ReLU."""
 
     def view(self, state: Any) -> Tensor:
-        """Return the second of the pair."""
+        """Return the second tensor of the pair."""
         tensor: Tensor = state[1]
         return tensor
 
     def with_view(self, state: Any, tensor: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the pair with its second replaced."""
+        """Return the pair with its second tensor replaced."""
         return state[0], tensor
 
 
@@ -264,7 +267,7 @@ class ResNet(ShallowDeep):
     sizes: ClassVar[tuple[str, ...]] = ("blocks", "channels")
 
     blocks: tuple[int, int, int] = setting((9, 9, 9), "blocks at each of the three map sizes")
-    channels: int = setting(16, "width at the first; it doubles with each")
+    channels: int = setting(16, "width at the first map size; it doubles at each following one")
 
     def trunk(self, input_shape: tuple[int, int, int], num_classes: int) -> Trunk:
         """See `ShallowDeep.trunk`."""
@@ -279,13 +282,13 @@ class ResNet(ShallowDeep):
         return Trunk([stem], units, [LastActivated()], pooled_head(widths[-1], num_classes))
 
     def init_released(self, module: nn.Module) -> None:
-        """Convolutions from N(0, 2 / (k*k*outputs))."""
+        """Initialise convolutions from N(0, 2 / (k*k*outputs))."""
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
 class PreActivated(nn.Module):
-    """A WideResNet block: normalised and activated before each convolution, not behind the sum."""
+    """WideResNet block, with normalisation and activation before each convolution instead of after the sum."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, dropout: float) -> None:
         super().__init__()
@@ -296,7 +299,7 @@ class PreActivated(nn.Module):
         self.shortcut = nn.Conv2d(inputs, outputs, 1, stride) if changes else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the sum of path and shortcut."""
+        """Return the sum of the path and the shortcut."""
         total: Tensor = self.path(x) + self.shortcut(x)
         return total
 
@@ -310,8 +313,8 @@ class WideResNet(ShallowDeep):
     sizes: ClassVar[tuple[str, ...]] = ("blocks", "widen")
 
     blocks: tuple[int, int, int] = setting((5, 5, 5), "blocks at each of the three map sizes")
-    widen: int = setting(4, "width at the first, in multiples of 16; it doubles with each")
-    dropout: float = setting(0.3, "share dropped inside a block")
+    widen: int = setting(4, "width at the first map size, in multiples of 16; it doubles at each following one")
+    dropout: float = setting(0.3, "dropout probability inside a block")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -326,7 +329,7 @@ class WideResNet(ShallowDeep):
         return Trunk([nn.Conv2d(input_shape[0], 16, 3, padding=1)], units, [], head)
 
     def init_released(self, module: nn.Module) -> None:
-        """Convolutions from N(0, 2 / (k*k*outputs)), linear biases 0."""
+        """Initialise convolutions from N(0, 2 / (k*k*outputs)), and biases of linear layers to 0."""
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         elif isinstance(module, nn.Linear):
@@ -360,7 +363,7 @@ class MobileNet(ShallowDeep):
 
 preset(
     VGG,
-    "VGG, 4 exits, 52,486 parameters: for the default data (ours, in no paper)",
+    "VGG, 4 exits, 52,486 parameters, for the default data (from no paper)",
     ((1, 16, 16), 10),
     name="sdn-tiny",
     channels=(1, 2, 8, 16, 32, 32),

@@ -1,1 +1,1 @@
-"""The harness: campaigns of runs, their tables and figures, recipes, published numbers and speed."""
+"""Benchmarks: campaigns of runs, their tables and figures, recipes, published results and speed measurements."""

@@ -1,1 +1,1 @@
-"""Figures of how a network's exits got on with one another, as the papers draw them."""
+"""Diagnostics: how the exits of a network affect each other, as in the figures of the papers."""

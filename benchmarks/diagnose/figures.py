@@ -1,4 +1,4 @@
-"""The figures of `exitkit diagnose`, drawn from probes and from the values that `measures` returns."""
+"""The figures of `exitkit diagnose`, from the probes of a run and the values of `measures`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Probes = Mapping[str, np.ndarray]
 
 
 def conflict_figure(probes: Probes) -> Figure:
-    """Draw how far the exits' gradients agree: stage by stage over training, and exit by exit at the end."""
+    """Plot the cosine of the exits' gradients: mean per stage during training, and per pair of exits at the last probe."""
     cosine, epochs = probes["cosine"], probes["epoch"]
     exits = cosine.shape[-1]
     pairs = np.triu_indices(exits, 1)
@@ -27,9 +27,9 @@ def conflict_figure(probes: Probes) -> Figure:
         figure = Figure(figsize=(2 * WIDTH, HEIGHT), layout="constrained")
         lines, table = figure.subplots(1, 2)
         for stage in range(exits):
-            agreeing = cosine[:, stage][:, pairs[0], pairs[1]]
-            if not np.isnan(agreeing).all():
-                _line(lines, epochs, _mean(agreeing), stage, f"stage {stage + 1}")
+            values = cosine[:, stage][:, pairs[0], pairs[1]]
+            if not np.isnan(values).all():
+                _line(lines, epochs, _mean(values), stage, f"stage {stage + 1}")
         lines.axhline(0, color="#888888", lw=0.6)
         _finish(lines, "epoch", "mean cosine of two exits' gradients")
         _matrix(figure, table, cosine[-1, 0], "cosine in stage 1, last probe", "exit", "exit", (-1.0, 1.0))
@@ -37,11 +37,11 @@ def conflict_figure(probes: Probes) -> Figure:
 
 
 def magnitude_figure(probes: Probes) -> Figure:
-    """Draw the length of each stage's gradient and the variance of what single batches give of it."""
+    """Plot the norm of the gradient of each stage, and its variance over batches."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(2 * WIDTH, HEIGHT), layout="constrained")
         panels = figure.subplots(1, 2)
-        named = {"total_norm": "length of the gradient", "total_variance": "variance of the gradient"}
+        named = {"total_norm": "norm of the gradient", "total_variance": "variance of the gradient"}
         for axes, (name, label) in zip(panels, named.items(), strict=True):
             for stage in range(probes[name].shape[1]):
                 _line(axes, probes["epoch"], probes[name][:, stage], stage, f"stage {stage + 1}")
@@ -52,7 +52,7 @@ def magnitude_figure(probes: Probes) -> Figure:
 
 
 def validity_figure(probes: Probes) -> Figure:
-    """Draw the share of images that still teach each exit something, and its loss."""
+    """Plot the fraction of valid images of each exit (those with a gradient), and its loss."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(2 * WIDTH, HEIGHT), layout="constrained")
         panels = figure.subplots(1, 2)
@@ -68,7 +68,7 @@ def validity_figure(probes: Probes) -> Figure:
 
 
 def weights_figure(probes: Probes) -> Figure:
-    """Draw what each image counts at each exit against its loss there, in the last probe."""
+    """Plot the weight of each image at each exit against its loss at that exit, for the last probe."""
     losses, weights = probes["losses"][-1], probes["weights"][-1]
     exits = losses.shape[1]
     with matplotlib.rc_context(STYLE):
@@ -83,7 +83,7 @@ def weights_figure(probes: Probes) -> Figure:
 
 
 def ranks_figure(correlation: np.ndarray) -> Figure:
-    """Draw how consistently the exits rank the images by confidence."""
+    """Plot the rank correlation [K, K] of the exits' confidences."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
         title = "rank correlation of confidences"
@@ -92,17 +92,17 @@ def ranks_figure(correlation: np.ndarray) -> Figure:
 
 
 def pruning_figure(damage: np.ndarray) -> Figure:
-    """Draw what each exit loses when the parameters that matter most to one exit are gone."""
+    """Plot the accuracy [K, K] that each exit loses when the parameters most important to one exit are set to zero."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
         top = max(float(np.abs(damage).max()), 1.0)
         title = "accuracy lost (points)"
-        _matrix(figure, figure.subplots(), damage, title, "exit that loses", "pruned for exit", (-top, top), "{:.1f}")
+        _matrix(figure, figure.subplots(), damage, title, "evaluated exit", "pruned for exit", (-top, top), "{:.1f}")
     return figure
 
 
 def toy_figure(paths: Mapping[str, np.ndarray]) -> Figure:
-    """Draw every method's path over the sum of the two exits' losses, in one panel a method."""
+    """Plot the path of each method over the contours of both exits' losses, one panel per method."""
     columns = 5
     rows = -(-len(paths) // columns)
     side = np.linspace(-2.3, 2.3, 121)
@@ -117,8 +117,8 @@ def toy_figure(paths: Mapping[str, np.ndarray]) -> Figure:
             for values, size, colour in zip((first, second), SIZES, COLOURS, strict=False):
                 levels = [size * level for level in (0.05, 0.25, 1, 3)]
                 axes.contour(side, side, values, levels=levels, colors=colour, linewidths=0.4, alpha=0.7)
-            for number, (place, colour) in enumerate(zip(BEST, COLOURS, strict=False), 1):
-                axes.plot(*place, "*", color=colour, ms=6, mec="white", mew=0.3, label=f"best for exit {number}")
+            for number, (optimum, colour) in enumerate(zip(BEST, COLOURS, strict=False), 1):
+                axes.plot(*optimum, "*", color=colour, ms=6, mec="white", mew=0.3, label=f"best for exit {number}")
             axes.plot(points[:, 0], points[:, 1], color="black", lw=1.0)
             axes.plot(points[::10, 0], points[::10, 1], ".", color="black", ms=2.5, label="every tenth step")
             axes.plot(*points[0], "o", color="black", ms=3.5)
@@ -135,9 +135,9 @@ def toy_figure(paths: Mapping[str, np.ndarray]) -> Figure:
     return figure
 
 
-def _line(axes: Axes, x: np.ndarray, y: np.ndarray, place: int, label: str) -> None:
-    look: dict[str, Any] = {"color": COLOURS[place % 7], "marker": MARKERS[place % 8], "linestyle": DASHES[place % 5]}
-    axes.plot(x, y, label=label, markevery=max(len(x) // 8, 1), markeredgecolor="white", markeredgewidth=0.4, **look)
+def _line(axes: Axes, x: np.ndarray, y: np.ndarray, index: int, label: str) -> None:
+    style: dict[str, Any] = {"color": COLOURS[index % 7], "marker": MARKERS[index % 8], "linestyle": DASHES[index % 5]}
+    axes.plot(x, y, label=label, markevery=max(len(x) // 8, 1), markeredgecolor="white", markeredgewidth=0.4, **style)
 
 
 def _finish(axes: Axes, x: str, y: str, legend: bool = True) -> None:
@@ -152,7 +152,7 @@ def _finish(axes: Axes, x: str, y: str, legend: bool = True) -> None:
 
 
 def _legend_above(figure: Figure, axes: Axes) -> None:
-    """Put the legend of some axes where it covers no point, seven names a line at most."""
+    """Add the legend of some axes above the panels, with at most seven names per line."""
     handles, labels = axes.get_legend_handles_labels()
     columns = -(-len(labels) // -(-len(labels) // 7))
     figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False, handlelength=2.2)
@@ -168,10 +168,10 @@ def _matrix(
     limits: tuple[float, float],
     form: str = "{:.2f}",
 ) -> None:
-    """Draw a square of numbers, each written into its field."""
+    """Plot a square matrix as an image, with each value as text."""
     image = axes.imshow(values, cmap="RdBu_r" if limits[0] < 0 else "Blues", vmin=limits[0], vmax=limits[1])
     ticks = range(len(values))
-    size = min(6.5, 45 / len(values))  # points; larger numbers of many exits would run into one another
+    size = min(6.5, 45 / len(values))  # font size in points; larger numbers would overlap for many exits
     axes.set_xticks(ticks, [str(tick + 1) for tick in ticks])
     axes.set_yticks(ticks, [str(tick + 1) for tick in ticks])
     axes.set_xlabel(x)
@@ -191,7 +191,7 @@ def _matrix(
 
 
 def _mean(values: np.ndarray) -> np.ndarray:
-    """Return the mean over pairs of exits of those that both read the stage."""
-    counted = (~np.isnan(values)).sum(1)
-    mean: np.ndarray = np.where(counted > 0, np.nansum(values, 1) / np.maximum(counted, 1), np.nan)
+    """Return the mean [T] over pairs of exits [T, pairs], without NaN (pairs of which an exit does not use the stage)."""
+    count = (~np.isnan(values)).sum(1)
+    mean: np.ndarray = np.where(count > 0, np.nansum(values, 1) / np.maximum(count, 1), np.nan)
     return mean

@@ -1,4 +1,4 @@
-"""What a trained network shows of how its exits get on: pure functions of outputs, or of the network and images."""
+"""Measures of how the exits of a trained network affect each other, from its outputs or from the network and images."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
 
 def rank_consistency(logits: ArrayLike) -> Floats:
-    """Return Spearman's correlation between every two exits' confidences, [K, K], from logits [N, K, C].
+    """Return Spearman's rank correlation of the confidences of each pair of exits, [K, K], from logits [N, K, C].
 
-    Near 1, an image that is easy for one exit is easy for the other (IMTA, figure 7). Ties share their mean rank.
+    A value near 1 means that two exits rank the images by difficulty in the same way (IMTA, figure 7). Ties get their
+    mean rank.
     """
     correlation: Floats = pd.DataFrame(confidence(logits)).corr(method="spearman").to_numpy(dtype=np.float64)
     return correlation
@@ -37,56 +38,56 @@ def pruning_damage(
     labels: Tensor,
     share: float = 0.01,
 ) -> Floats:
-    """Return how much accuracy each exit loses when what matters most to one exit is set to zero (Meta-GF, figure 4).
+    """Return the accuracy that exits lose when the parameters most important to one exit are zero (Meta-GF, figure 4).
 
-    Of the parameters that all exits read, those with the largest |theta dL_e/dtheta| are what matters most to exit e.
+    The importance of a parameter theta to exit e is |theta dL_e/dtheta|. Only parameters that all exits use are pruned.
 
     Args:
-        network: a trained network; it is left as it was.
-        importance_images, importance_labels: [B, C, H, W] and [B], on which importance is measured.
-        images, labels: [N, C, H, W] and [N], on which accuracy is.
-        share: of those parameters, how many are set to zero.
+        network: a trained network; its state is restored.
+        importance_images, importance_labels: [B, C, H, W] and [B], for the importances.
+        images, labels: [N, C, H, W] and [N], for the accuracies.
+        share: fraction of those parameters that is set to zero.
 
     Returns:
-        [K, K] in percentage points: row e, what the exits lose when exit e's parameters are gone.
+        [K, K] in percentage points: entry [e, k] is the loss of exit k when the parameters for exit e are zero.
     """
     training = [module for module in network.modules() if module.training]
-    asked = [parameter.requires_grad for parameter in network.parameters()]
+    requires_grad = [parameter.requires_grad for parameter in network.parameters()]
     network.requires_grad_(True).eval()
     try:
         exits = network.num_exits
         shared = [network.get_parameter(name) for name, readers in owners(network).items() if len(readers) == exits]
-        whole = _accuracies(network, images, labels)
+        unpruned = _accuracies(network, images, labels)
         with torch.enable_grad():
             losses = [
                 F.cross_entropy(at_least_float32(z), importance_labels) for z in network(importance_images).logits
             ]
-            matters = [_importance(loss, shared) for loss in losses]
+            importances = [_importance(loss, shared) for loss in losses]
         originals = [parameter.detach().clone() for parameter in shared]
         damage = []
-        for importance in matters:
+        for importance in importances:
             count = max(round(share * importance.numel()), 1) if importance.numel() else 0
-            gone = torch.zeros_like(importance, dtype=torch.bool)
-            gone[importance.topk(count).indices] = True
-            pieces = gone.split([parameter.numel() for parameter in shared])
+            pruned = torch.zeros_like(importance, dtype=torch.bool)
+            pruned[importance.topk(count).indices] = True
+            masks = pruned.split([parameter.numel() for parameter in shared])
             with torch.no_grad():
-                for parameter, piece in zip(shared, pieces, strict=True):
-                    parameter.masked_fill_(piece.view_as(parameter), 0.0)
-                damage.append(whole - _accuracies(network, images, labels))
+                for parameter, mask in zip(shared, masks, strict=True):
+                    parameter.masked_fill_(mask.view_as(parameter), 0.0)
+                damage.append(unpruned - _accuracies(network, images, labels))
                 for parameter, original in zip(shared, originals, strict=True):
                     parameter.copy_(original)
         return np.stack(damage)
     finally:
         for module in training:
             module.training = True
-        for parameter, wanted in zip(network.parameters(), asked, strict=True):
-            parameter.requires_grad_(wanted)
+        for parameter, required in zip(network.parameters(), requires_grad, strict=True):
+            parameter.requires_grad_(required)
 
 
 def _importance(loss: Tensor, parameters: list[torch.nn.Parameter]) -> Tensor:
     gradients = torch.autograd.grad(loss, parameters, retain_graph=True) if parameters else ()
-    each = [(p * g).abs().flatten().detach() for p, g in zip(parameters, gradients, strict=True)]
-    return torch.cat(each) if each else torch.empty(0)
+    importances = [(p * g).abs().flatten().detach() for p, g in zip(parameters, gradients, strict=True)]
+    return torch.cat(importances) if importances else torch.empty(0)
 
 
 @torch.no_grad()

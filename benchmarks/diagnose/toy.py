@@ -1,6 +1,6 @@
-"""Two exits that want different things of two shared numbers, and every gradient method's path between them.
+"""A toy problem: two exits with conflicting losses of two shared parameters, and the path of each gradient method.
 
-In the spirit of figure 1 of Meta-GF (Sun et al., ECCV 2022), which does not say its two functions; these are ours.
+It is similar to figure 1 of Meta-GF (Sun et al., ECCV 2022). The paper does not give its two functions; these are ours.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ if TYPE_CHECKING:
 START = (-2.0, 0.3)
 STEPS, RATE = 120, 0.03
 ANGLES = (0.35, -0.35)
-"""Directions of the exits' valleys, in radians."""
+"""Direction of the valley of each exit's loss, in radians."""
 SIZES = (1.0, 0.3)
-"""How steep each exit's loss is."""
+"""Scale of each exit's loss."""
 BEST = tuple((1.4 * math.cos(angle), 1.4 * math.sin(angle)) for angle in ANGLES)
-"""Where each exit's loss is lowest, at 0."""
+"""Minimum of each exit's loss, where it is 0."""
 
 
 def losses(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both exits' losses at points w [..., 2]: two narrow valleys that cross at the origin.
+    """Return the losses [...] of both exits at points w [..., 2]: two narrow valleys that cross at the origin.
 
-    f_k = s_k ((a_k - 1.4)^2 / 8 + 2 b_k^2),  with a_k along the valley and b_k across it. Between the valleys
-    the exits' gradients contradict each other: each wants to the other side.
+    f_k = s_k ((a_k - 1.4)^2 / 8 + 2 b_k^2), where a_k is the coordinate along the valley and b_k the one across it.
+    Between the valleys, the gradients of the exits conflict.
     """
-    found = []
+    values = []
     for angle, size in zip(ANGLES, SIZES, strict=True):
         along = w[..., 0] * math.cos(angle) + w[..., 1] * math.sin(angle)
         across = w[..., 1] * math.cos(angle) - w[..., 0] * math.sin(angle)
-        found.append(size * ((along - 1.4) ** 2 / 8 + 2 * across**2))
-    return found[0], found[1]
+        values.append(size * ((along - 1.4) ** 2 / 8 + 2 * across**2))
+    return values[0], values[1]
 
 
 class _Point(nn.Module):
@@ -60,8 +60,8 @@ class _Point(nn.Module):
 
 
 @dataclass(eq=False)
-class _TwoWishes(TrainingStrategy):
-    """Each exit's loss is its function of the point, whatever the images."""
+class _ToyLosses(TrainingStrategy):
+    """The loss of each exit is its toy function; the images are ignored."""
 
     slots: ClassVar[frozenset[str]] = frozenset({OBJECTIVE})
 
@@ -70,17 +70,17 @@ class _TwoWishes(TrainingStrategy):
 
 
 def gradient_methods(names: Iterable[str]) -> list[str]:
-    """Return those of the methods that decide how the exits' gradients become a step, joint training first."""
-    found = ["joint", "ge"]
+    """Return the methods that combine the exits' gradients into one update, after joint and ge."""
+    matches = ["joint", "ge"]
     for name in names:
         strategy = build_strategy(name)
         if strategy.claims() == {UPDATE} and "image" not in (type(strategy).__doc__ or ""):
-            found.append(name)
-    return found
+            matches.append(name)
+    return matches
 
 
 def path(method: str) -> np.ndarray:
-    """Return the points [T, 2] that a method's steps lead through from `START`."""
+    """Return the points [STEPS + 1, 2] of a method's optimisation path from `START`."""
     torch.manual_seed(0)
     point = _Point()
     network = MultiExitNetwork(
@@ -89,7 +89,7 @@ def path(method: str) -> np.ndarray:
         (1, 1, 1),
         2,
     )
-    strategy = Composition({"toy": _TwoWishes(), method: build_strategy(method)})
+    strategy = Composition({"toy": _ToyLosses(), method: build_strategy(method)})
     run = local_run(network, strategy, torch.optim.SGD([point.w], RATE))
     batch = [LocalBatch.make(torch.zeros(2, 1, 1, 1, dtype=torch.float64), torch.zeros(2, dtype=torch.int64))]
     points = [point.w.detach().clone()]

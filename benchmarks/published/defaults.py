@@ -1,4 +1,4 @@
-"""What the fields of a run would be by default: what stands out in a label, and what makes a method the published."""
+"""Default fields of runs, for labels and for the comparison with published results."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ VARIANTS = (None, "paper", "released", "released-channel")
 
 
 def default_fields(identity: Mapping[str, str]) -> Mapping[str, str]:
-    """Return the fields, flat, that a run of these names (and of its method's variant) has if none is set.
+    """Return the default fields of a run's method (in its variant), network and data set, {field: JSON value}.
 
-    Empty where a name is not installed here.
+    The result is empty if one of them is not installed.
     """
     variant = next((json.loads(value) for key, value in identity.items() if key.endswith(".variant")), None)
     names = [json.loads(identity[kind]) for kind in ("method", "backbone", "dataset")]
@@ -22,20 +22,20 @@ def default_fields(identity: Mapping[str, str]) -> Mapping[str, str]:
 
 
 def published_fields(method: str) -> list[Mapping[str, str]]:
-    """Return the fields of a method, flat, in each variant that it has: as its paper says, as its code does."""
-    found = [_resolved(method, None, "digits", variant) for variant in VARIANTS]
-    return [{key: value for key, value in fields.items() if key.startswith("method.")} for fields in found if fields]
+    """Return the fields of a method, {field: JSON value}, in each of its variants: as in its paper or its released code."""
+    resolved = [_resolved(method, None, "digits", variant) for variant in VARIANTS]
+    return [{key: value for key, value in fields.items() if key.startswith("method.")} for fields in resolved if fields]
 
 
 def network_fields(backbone: str) -> Mapping[str, str]:
-    """Return the fields of a network of this name, flat; empty where it is not installed here."""
+    """Return the default fields of a network, {field: JSON value}; empty if it is not installed."""
     fields = _resolved("joint", backbone, "digits", None)
     return {key: value for key, value in fields.items() if key.startswith("backbone.")}
 
 
 @functools.cache
 def _resolved(method: str, backbone: str | None, dataset: str, variant: str | None) -> Mapping[str, str]:
-    # Imported when used: `exitkit watch` reads names without torch.
+    # Imported on use: `exitkit watch` must not load torch.
     from exitkit.runs.job import resolve
     from exitkit.runs.recipe import Recipe, flat_identity
 

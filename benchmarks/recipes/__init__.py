@@ -1,1 +1,1 @@
-"""Recipes of comparisons, one TOML file each: `exitkit compare --recipe NAME`."""
+"""Recipes of comparisons, one TOML file per recipe, for `exitkit compare --recipe NAME`."""

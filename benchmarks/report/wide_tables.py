@@ -168,7 +168,7 @@ def _heads(rows: pd.DataFrame, across: str, comparison: Comparison) -> tuple[lis
     texts = dict(zip(values, written, strict=True))
     heads = []
     for k, low, high in span.itertuples():
-        # A method may add layers to a network (ISC); the exit's cost is then a range.
+        # A method may change the cost of an exit (ISC); the header is then a range.
         amount = texts[low] if low == high else f"{texts[low]}–{texts[high]}"
         heads.append((f"exit {k}" if across == "exit" else "budget", amount))
     return heads, f" {unit}".rstrip()

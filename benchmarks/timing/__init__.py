@@ -1,1 +1,1 @@
-"""Timing: latency and energy of networks that are really run."""
+"""Measured latency and energy of networks."""

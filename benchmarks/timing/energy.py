@@ -1,4 +1,4 @@
-"""What the processor has used, in joules, where Linux tells it (RAPL); many machines and most containers do not."""
+"""Energy of the CPU in joules from Linux's RAPL counters, which many machines and most containers do not provide."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ RAPL = Path("/sys/class/powercap")
 
 
 def energy_meter(device: str, root: Path = RAPL) -> Callable[[], float] | None:
-    """Return what reads the joules used so far by all processor packages; None where nothing tells them.
+    """Return a function that reads the joules used so far by all CPU packages; None if they are not available.
 
-    The counters are the machine's: whatever else runs is counted, too. A GPU's energy is not in them, so that there is
-    no meter for any device but the CPU.
+    The counters are for the whole machine and include other processes. They do not include GPUs, so the result is None
+    for other devices than "cpu".
     """
     packages = sorted(path for path in root.glob("intel-rapl:*") if path.name.count(":") == 1)
     counters = [(path / "energy_uj", path / "max_energy_range_uj") for path in packages]
@@ -29,7 +29,7 @@ def energy_meter(device: str, root: Path = RAPL) -> Callable[[], float] | None:
     def read() -> float:
         nonlocal last, total
         now = [int(counter.read_text()) for counter, _ in counters]
-        # A counter begins anew at its limit.
+        # A counter restarts at 0 after its limit.
         total += sum((new - old) % limit for new, old, limit in zip(now, last, limits, strict=True))
         last = now
         return total / 1e6

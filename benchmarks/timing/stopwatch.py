@@ -1,4 +1,4 @@
-"""Trained networks timed side by side: every round takes the same real images through each of them in turn."""
+"""Latency of trained networks: each round measures all networks on the same test images."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ WARMUPS = 3
 
 
 class Point(NamedTuple):
-    """An operating point of a run, and the exit whose network alone is as accurate on validation.
+    """An operating point of a run, and the first exit that is as accurate on validation.
 
     Attributes:
-        name: what it is called.
-        rule: who leaves where.
-        matched: number of that exit, from 1.
+        name: name of the operating point.
+        rule: exit rule.
+        matched: that exit, from 1.
     """
 
     name: str
@@ -41,20 +41,21 @@ class Point(NamedTuple):
 
 @dataclass
 class Subject:
-    """A run that is timed: its network on the device, its images and its operating points."""
+    """A measured run: its network on the device, its images and its operating points."""
 
     network: MultiExitNetwork
     data: Data
     engine: Engine
     points: Sequence[Point]
     exits: list[list[float]] = field(default_factory=list)
-    """Seconds of a batch until each exit answers, one row a round."""
+    """Seconds per batch until each exit predicts, one row [K] per round."""
     seconds: dict[str, list[float]] = field(default_factory=dict)
-    """Seconds of a batch for each operating point and each network cut at an exit, one a round."""
+    """Seconds per batch of each operating point and each network cut at an exit, one value per round."""
     joules: dict[str, float] = field(default_factory=dict)
+    """Joules over all rounds, with the keys of `seconds`; empty without an energy meter."""
 
     def ways(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        """Return what is timed besides the exits: {name: images -> logits}."""
+        """Return the measured functions besides the exits: {name: images -> logits}."""
         ways: dict[str, Callable[[Tensor], Tensor]] = {}
         for point in self.points:
             ways[point.name] = _adaptive(self.network, point.rule)
@@ -65,7 +66,7 @@ class Subject:
 
 
 def cut_name(exit: int) -> str:
-    """Return what the network cut at an exit is called."""
+    """Return the name of the network cut at an exit."""
     return f"cut at exit {exit}"
 
 
@@ -80,14 +81,14 @@ def _static(network: MultiExitNetwork) -> Callable[[Tensor], Tensor]:
 
 @torch.inference_mode()
 def time_all(subjects: Sequence[Subject], batch_size: int, repeats: int, boundary: Boundary) -> None:
-    """Time every subject `repeats` times, after rounds that do not count; what drifts hits all alike.
+    """Measure every subject `repeats` times, after warm-up rounds; drift of the machine affects all subjects alike.
 
     Args:
-        subjects: of one data set, with the same test images.
-        batch_size: images at once.
-        repeats: rounds that count; each takes the next images.
-        boundary: `model`: images lie on the device, logits stay there; `end-to-end`: reading, normalising and moving
-            them, and the classes back on the CPU, count as well.
+        subjects: runs on one data set, with the same test images.
+        batch_size: images per batch.
+        repeats: measured rounds; each uses the next images.
+        boundary: "model": images are on the device, and logits stay there; "end-to-end": includes reading, normalising
+            and moving the images, and returning the classes to the CPU.
     """
     meter = energy_meter(subjects[0].engine.device.type)
     ways = [subject.ways() for subject in subjects]
@@ -107,9 +108,9 @@ def _round(
 ) -> None:
     positions = (number * batch_size + torch.arange(batch_size)) % len(subject.data.labels("test"))
     images = None if boundary == "end-to-end" else _read(subject, positions)
-    answers = list(_exit_times(subject, positions, images))
+    times = list(_exit_times(subject, positions, images))
     if number >= 0:
-        subject.exits.append(answers)
+        subject.exits.append(times)
     for name, way in ways.items():
         before = meter() if meter else 0.0
         began = _now(subject)
@@ -143,12 +144,12 @@ def _now(subject: Subject) -> float:
 
 
 def summary(seconds: Sequence[float], batch_size: int) -> dict[str, Any]:
-    """Return milliseconds an image (percentiles and mean of the rounds), and images a second by the mean.
+    """Return milliseconds per image (percentiles and mean over rounds), and images per second from the mean.
 
-    Where some images leave early, rounds are not alike, and the median says nothing of how many are done in a second.
+    The throughput is computed from the mean, because with early exit the times of the rounds vary with their images.
     """
     milliseconds = 1000 * np.asarray(seconds) / batch_size
     p50, p95, p99 = np.percentile(milliseconds, [50, 95, 99])
     mean = milliseconds.mean()
-    found = {"p50": p50, "p95": p95, "p99": p99, "mean": mean, "images_per_second": 1000 / mean}
-    return {name: float(value) for name, value in found.items()}
+    values = {"p50": p50, "p95": p95, "p99": p99, "mean": mean, "images_per_second": 1000 / mean}
+    return {name: float(value) for name, value in values.items()}

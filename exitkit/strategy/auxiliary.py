@@ -53,6 +53,7 @@ class Auxiliary:
             loss: a mean over the local batch.
             batch: the batch that it is a mean over; by default that of the current step.
         """
+        optimizer = self.optimizer
         parameters = list(self.module.parameters())
         gradients = self._run.gradients(loss, parameters, batch)
         # The network's loss scale may be too large for this loss: such a step is skipped, as the network's is.
@@ -60,7 +61,7 @@ class Auxiliary:
             return
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
-        self.optimizer.step()
+        optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the states of module and optimiser."""

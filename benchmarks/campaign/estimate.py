@@ -132,10 +132,10 @@ def _timed(recipe: ResolvedRecipe, data: Data) -> Timing:
     job = Job.make(recipe, data=data)
     teacher = make_network(recipe, data.input_shape, data.num_classes)
     engine = Engine(choose_device(recipe.device), recipe.precision)
+    engine.place(teacher.eval())
     size = max(_MIN_IMAGES, min(recipe.batch_size, int(_MAX_MACS / cost(job.network)[-1].macs)))
     images = engine.placement.images(torch.randn(size, *data.input_shape))
     batch = LocalBatch.make(images, engine.placement.labels(torch.arange(size) % data.num_classes))
-    engine.place(teacher.eval())
     phases = PhaseSetup(job, engine, dict.fromkeys(job.strategy.teachers(), teacher))
     seconds = []
     with process_settings(engine.device, threads=recipe.threads), engine.placement.forked_randomness():

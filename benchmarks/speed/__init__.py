@@ -1,1 +1,1 @@
-"""How fast exitkit is, as ratios taken in one run: `python -m exitkit.benchmarks.speed`."""
+"""Speed of exitkit, as ratios measured in one process: `python -m exitkit.benchmarks.speed`."""

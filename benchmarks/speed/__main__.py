@@ -1,4 +1,4 @@
-"""`python -m exitkit.benchmarks.speed`: every target of speed, measured here and now, as ratios taken in one run."""
+"""`python -m exitkit.benchmarks.speed`: measure all speed targets, as ratios, in one process."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ PARTS: dict[str, Callable[[Work], Iterable[Row | Measured]]] = {
 
 @click.command()
 @click.option("--only", metavar="A,B,...", help=f"Parts: {', '.join(PARTS)}.  [default: all, about half an hour]")
-@click.option("--rounds", default=7, show_default=True, help="How often the clock is read for each ratio.")
-@click.option("--network", metavar="NAME", default="msdnet-cifar-lg5", show_default=True, help="What is trained.")
-@click.option("--batch", default=128, show_default=True, help="Images a training step.")
-@click.option("--json", "as_json", is_flag=True, help="Print the targets as JSON, and nothing else.")
+@click.option("--rounds", default=7, show_default=True, help="Measurements per ratio.")
+@click.option("--network", metavar="NAME", default="msdnet-cifar-lg5", show_default=True, help="Backbone.")
+@click.option("--batch", default=128, show_default=True, help="Images per training step.")
+@click.option("--json", "as_json", is_flag=True, help="Print only the targets, as JSON.")
 def speed(only: str | None, rounds: int, network: str, batch: int, as_json: bool) -> None:
-    """Measure the targets of speed and say which are met.
+    """Measure the speed targets and print which of them are met.
 
     \b
     Examples:
@@ -59,17 +59,19 @@ def speed(only: str | None, rounds: int, network: str, batch: int, as_json: bool
     rows: list[Row] = []
     began = time.perf_counter()
     for part in parts:
-        for found in PARTS[part](work):
-            told = found.method if isinstance(found, Measured) else f"{found.target}: {found.verdict}"
-            click.echo(f"{time.perf_counter() - began:6.0f} s  {told}", err=True)
-            facts += [found] if isinstance(found, Measured) else []
-            rows += [found] if isinstance(found, Row) else []
+        for result in PARTS[part](work):
+            line = result.method if isinstance(result, Measured) else f"{result.target}: {result.verdict}"
+            click.echo(f"{time.perf_counter() - began:6.0f} s  {line}", err=True)
+            facts += [result] if isinstance(result, Measured) else []
+            rows += [result] if isinstance(result, Row) else []
     if as_json:
         click.echo(json.dumps([row._asdict() for row in rows], indent=1))
         return
     if facts:
         share = 100 * loading_share(work)
-        print_facts(facts, f"{network}, {batch} images a step, one thread; {share:.1f} % of joint training is loading")
+        print_facts(
+            facts, f"{network}, {batch} images per step, one thread; loading takes {share:.1f} % of joint training"
+        )
     print_rows(rows)
 
 

@@ -1,4 +1,4 @@
-"""How long the papers' evaluation takes, and how long the command line needs to answer; in seconds, not in ratios."""
+"""Seconds of the papers' evaluation, and of the start of the command line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SAMPLES, EXITS = 10_000, 10
 
 
 def evaluation_row(rounds: int) -> Row:
-    """Measure 39 operating points of the budgeted batch over 10,000 samples and 10 exits, thresholds and all."""
+    """Measure the evaluation of 39 budgeted operating points with 10,000 samples and 10 exits, including thresholds."""
     generator = np.random.default_rng(0)
     validation, test = generator.random((2, SAMPLES, EXITS))
     correct, costs = generator.random((SAMPLES, EXITS)) < 0.7, np.arange(1.0, EXITS + 1)
@@ -32,12 +32,12 @@ def evaluation_row(rounds: int) -> Row:
 
 
 def help_row(rounds: int) -> Row:
-    """Measure `exitkit --help`, a process and all."""
+    """Measure `exitkit --help`, including the start of the process."""
 
-    def ask() -> None:
+    def show_help() -> None:
         subprocess.run([sys.executable, "-m", "exitkit", "--help"], check=True, stdout=subprocess.DEVNULL)
 
-    return judged("start-up: seconds of `exitkit --help`, warm", 0.25, _seconds(ask, rounds))
+    return judged("start-up: seconds of `exitkit --help`, warm", 0.25, _seconds(show_help, rounds))
 
 
 def _seconds(call: Callable[[], None], rounds: int) -> Ratio:

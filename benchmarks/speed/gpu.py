@@ -1,4 +1,4 @@
-"""What only a GPU can show, where launches of kernels and not arithmetic cost the time."""
+"""Speed targets on a GPU, where kernel launches rather than arithmetic limit the speed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BATCH, _BATCHES, _WORKERS = 64, 50, 4
 
 
 def gpu_rows(work: Work) -> Iterator[Row]:
-    """Measure both targets of training on a GPU, or say that there is none."""
+    """Measure both targets of training on a GPU; without a GPU, they are not run."""
     small = replace(work, batch=_BATCH, device="cuda")
     exits = work.build().num_exits
     faster = "cuda: images a second, in those of eager training from a worker-fed loader at batch 64"
@@ -39,7 +39,7 @@ def gpu_rows(work: Work) -> Iterator[Row]:
 
 
 def prepared(work: Work) -> Callable[[], None]:
-    """Return an epoch as exitkit trains: images on the device, channels last, bf16, compiled stages and heads."""
+    """Return a function that trains an epoch as exitkit does: images on the device, channels last, bf16, compiled."""
     engine = Engine(torch.device(work.device), precision="bf16")
     run = work.run("joint", precision="bf16")
     engine.place(run.network)
@@ -55,7 +55,7 @@ def prepared(work: Work) -> Callable[[], None]:
 
 
 def eager(work: Work) -> Callable[[], None]:
-    """Return an epoch as the papers' code trains: workers augment image by image, the network runs eagerly in fp32."""
+    """Return a function that trains an epoch as the papers' code: workers augment image by image, eager fp32."""
     dataset = _OneByOne(noise_images(work, work.batch * _BATCHES))
     loader = DataLoader(
         dataset,
@@ -76,7 +76,7 @@ def eager(work: Work) -> Callable[[], None]:
 
 
 class _OneByOne(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Images that are augmented one at a time."""
+    """A data set that augments one image at a time."""
 
     def __init__(self, data: TensorData) -> None:
         self._data = data

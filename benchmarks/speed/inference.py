@@ -1,4 +1,4 @@
-"""How much of the multiply-adds that early exit saves is time saved, and what its bookkeeping costs a single image."""
+"""Time saved by early exit relative to the multiply-adds saved, and its overhead for a single image."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BATCH = 256
 
 
 def inference_rows(work: Work) -> Iterator[Row]:
-    """Measure an operating point that saves half of the multiply-adds, and a single image that goes all the way."""
+    """Measure an operating point that saves half of the multiply-adds, and one image that leaves at the last exit."""
     limits = {"cpu": 0.9, "cuda": 0.75}
     for device, limit in limits.items():
         target = f"{device}: time saved per multiply-adds saved, at batch {_BATCH}, half of them saved"
@@ -36,19 +36,20 @@ def inference_rows(work: Work) -> Iterator[Row]:
 
 
 def halved(network: MultiExitNetwork) -> tuple[np.ndarray, float]:
-    """Return the multiply-adds up to each exit [K], and the papers' q whose operating point saves half of them."""
+    """Return the multiply-adds up to each exit [K], and the q whose operating point saves half of them."""
     costs = np.array([row.macs for row in cost(network)], dtype=np.float64)
     return costs, float(share_for_budget(costs, [costs[-1] / 2])[0])
 
 
 def saved(work: Work) -> Ratio:
-    """Return the share of time saved over the share of multiply-adds saved, where half of these are."""
+    """Return the fraction of time saved / the fraction of multiply-adds saved, at the operating point of `halved`."""
     network, images = work.build().eval(), work.data()[0]
     costs, q = halved(network)
     with torch.inference_mode():
         logits = torch.stack(network(images).logits, 1).float().cpu().numpy()
-    sure = scores(logits, "confidence")
-    rule = ExitRule("confidence", tuple(thresholds(sure, exit_counts(len(sure), len(costs), [q]))[0]))
+    confidences = scores(logits, "confidence")
+    counts = exit_counts(len(confidences), len(costs), [q])
+    rule = ExitRule("confidence", tuple(thresholds(confidences, counts)[0]))
     adaptive = AdaptiveInference(network, rule)
     operations = 1 - costs[adaptive(images).exits.cpu()].mean() / costs[-1]
     ratio = paired_ratios(lambda: adaptive(images), lambda: _full(network, images), work.rounds)
@@ -57,10 +58,10 @@ def saved(work: Work) -> Ratio:
 
 
 def single(work: Work) -> Ratio:
-    """Return how long one image takes that no exit but the last is sure of, in runs of the full network."""
+    """Return the time of one image that leaves at the last exit, relative to the full network."""
     network, images = work.build().eval(), work.data()[0]
-    never = (2.0,) * (network.num_exits - 1)  # no confidence reaches it, but every exit's is computed
-    adaptive = AdaptiveInference(network, ExitRule("confidence", (*never, -np.inf)))
+    unreachable = (2.0,) * (network.num_exits - 1)  # unreachable, but the confidence of every exit is computed
+    adaptive = AdaptiveInference(network, ExitRule("confidence", (*unreachable, -np.inf)))
     return paired_ratios(lambda: adaptive(images), lambda: _full(network, images), work.rounds, warmups=3)
 
 

@@ -1,4 +1,4 @@
-"""How much memory a training step takes at most, each measured in a process of its own."""
+"""Peak memory of a training step, each measured in a new process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from exitkit.strategy.base import TrainingStrategy
 
 
 def step_mib(work: Work, method: str | TrainingStrategy) -> float:
-    """Return the MiB that a step takes at most above what is allocated between two steps."""
+    """Return the peak memory of a training step in MiB, relative to the memory allocated between steps."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_step_mib, work, method).result()
 
@@ -32,7 +32,7 @@ def _step_mib(work: Work, method: str | TrainingStrategy) -> float:
 
 
 def l2w_memory_row(work: Work) -> Row:
-    """Measure L2W's peak memory in forward mode against the backward through the backward."""
+    """Measure the peak memory that L2W saves with forward-mode differentiation against double backward."""
     forward = step_mib(work, "l2w")
     double = step_mib(work, DoubleBackward())
     saved = 1 - forward / double

@@ -1,4 +1,4 @@
-"""Plain forms of methods: the arithmetic of the published code, to compare ours with."""
+"""Reference implementations of methods with the computations of the published code, for comparison."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from exitkit.strategy import Batch, LocalBatch, Run
 
 
 class DoubleBackward(LearnedWeights):
-    """L2W-DEN whose meta-gradient is a backward pass through the backward pass of the pseudo step."""
+    """L2W-DEN with the meta-gradient by double backward through the pseudo step."""
 
     def _meta_gradient(self, run: Run, training: Batch, meta: Batch, number: int) -> tuple[Tensor, Tensor]:
         assert isinstance(training, LocalBatch)

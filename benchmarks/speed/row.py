@@ -1,4 +1,4 @@
-"""A target of speed, what was measured of it, and whether it was met."""
+"""A speed target, its measurement, and the verdict."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from exitkit.benchmarks.speed.timing import Ratio
 
 
 class Row(NamedTuple):
-    """One line of the table: `measured` (with its interval `ci`) is to be at most, or at least, the limit.
+    """A row of the table: the target is met if `measured` (with interval `ci`) is at most, or at least, the limit.
 
-    None where it could not be measured here.
+    Both are None if the target was not measured.
     """
 
     target: str
@@ -21,11 +21,11 @@ class Row(NamedTuple):
 
 
 def judged(target: str, limit: float, ratio: Ratio, *, at_least: bool = False) -> Row:
-    """Return the row of a measured ratio: its median against the limit."""
+    """Return the row of a measured ratio, whose median is compared with the limit."""
     met = ratio.median >= limit if at_least else ratio.median <= limit
     return Row(target, limit, ratio.median, (ratio.low, ratio.high), "met" if met else "missed")
 
 
 def not_run(target: str, limit: float) -> Row:
-    """Return the row of what can't be measured on this machine."""
+    """Return the row of a target that can't be measured on this machine."""
     return Row(target, limit, None, None, "not-run")

@@ -1,4 +1,4 @@
-"""The tables of speed, for people."""
+"""The tables of speed measurements on a terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _STYLES = {"met": "green", "missed": "red", "not-run": "dim"}
 
 
 def print_facts(facts: Sequence[Measured], title: str) -> None:
-    """Print what a step of each method costs."""
+    """Print the time and peak memory of a training step of each method."""
     table = Table(title=title)
     for head in ("method", "joint steps", "interval", "images/s", "peak MiB"):
         table.add_column(head, justify="left" if head == "method" else "right")
@@ -27,14 +27,14 @@ def print_facts(facts: Sequence[Measured], title: str) -> None:
 
 
 def print_rows(rows: Sequence[Row]) -> None:
-    """Print the targets with limit, what was measured, and the verdict."""
+    """Print the targets with limit, measured value, interval and verdict."""
     table = Table(title="targets")
     for head in ("target", "limit", "measured", "interval", "verdict"):
         table.add_column(head, justify="left" if head in ("target", "verdict") else "right")
     for target, limit, measured, ci, verdict in rows:
-        known = "–" if measured is None else f"{measured:.3f}"
+        value = "–" if measured is None else f"{measured:.3f}"
         verdict_text = f"[{_STYLES[verdict]}]{verdict}[/]"
-        table.add_row(target, f"{limit:g}", known, "" if ci is None else _interval(*ci), verdict_text)
+        table.add_row(target, f"{limit:g}", value, "" if ci is None else _interval(*ci), verdict_text)
     Console().print(table)
 
 

@@ -1,4 +1,4 @@
-"""How long something takes in units of something else, measured in turns: whatever else the machine does hits both."""
+"""Ratios of the times of two functions, measured alternately, so that other load on the machine affects both."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from scipy.stats import binom
 
 
 class Ratio(NamedTuple):
-    """How many times as long as the base something takes: the median of the paired ratios, with its interval.
+    """Time of a function relative to a base function: median of the paired ratios, with its interval.
 
-    The interval holds the median of the ratios with at least 95 % confidence (order statistics; with fewer than six
-    pairs it is the whole range, which can't be that sure).
+    The interval contains the median with at least 95 % confidence (order statistics). With fewer than six pairs it is
+    the whole range, whose confidence is lower.
     """
 
     median: float
@@ -26,12 +26,12 @@ class Ratio(NamedTuple):
 
 
 def paired_ratios(ours: Callable[[], object], base: Callable[[], object], rounds: int, warmups: int = 1) -> Ratio:
-    """Time `ours` and `base` in turns, the order changing from round to round.
+    """Measure `ours` and `base` alternately; their order is reversed after each round.
 
     Args:
-        ours, base: what is timed, each call whole.
-        rounds: pairs that count, at least 1.
-        warmups: pairs before them that do not.
+        ours, base: functions; each call is measured.
+        rounds: measured pairs, at least 1.
+        warmups: unmeasured pairs before them.
     """
     ratios, times = [], []
     for number in range(-warmups, rounds):
@@ -47,21 +47,21 @@ def paired_ratios(ours: Callable[[], object], base: Callable[[], object], rounds
 
 
 def median_interval(values: list[float]) -> tuple[float, float]:
-    """Return the narrowest pair of order statistics, equally far from both ends, that holds the median at 95 %."""
+    """Return the narrowest symmetric pair of order statistics that contains the median with 95 % confidence."""
     ordered, n = sorted(values), len(values)
     outside = max((cut for cut in range(n // 2) if 2 * binom.cdf(cut, n, 0.5) <= 0.05), default=0)
     return ordered[outside], ordered[n - 1 - outside]
 
 
 def _seconds(call: Callable[[], object]) -> float:
-    _settle()
+    _synchronize()
     began = time.perf_counter()
     call()
-    _settle()
+    _synchronize()
     return time.perf_counter() - began
 
 
-def _settle() -> None:
-    """Wait for the GPU, if there is one: its work is only begun when a call returns."""
+def _synchronize() -> None:
+    """Wait for the GPU, if any: CUDA calls return before their work is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

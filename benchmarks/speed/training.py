@@ -1,7 +1,7 @@
-"""What a training step of each method costs, in steps of plain joint training of the same network.
+"""Time of a training step of each method, relative to a step of joint training of the same network.
 
-Every ratio is of one network, one batch and one process: a step of the method and one of joint training take turns,
-and the median of the paired ratios counts.
+Every ratio is measured with one network, one batch and one process: steps of the method and of joint training
+alternate, and the result is the median of the paired ratios.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from exitkit.plugins import registered
 from exitkit.strategy.composition import build_strategy
 
 LIMITS = dict.fromkeys(("ge", "boostnet", "ofa", "isc"), 1.08)
-"""Methods that change how gradients flow or what is asked: one forward and one backward, as joint training."""
+"""Methods that change the gradient flow or the objective: one forward and one backward, as in joint training."""
 AGGREGATED = 2.3
-"""Methods that want every exit's own gradient, at 5 exits: K backwards, each through the stages below its exit only."""
+"""Limit of methods that need one gradient per exit, for 5 exits: K backwards, each through the stages of its exit."""
 AGGREGATORS = ("pcgrad", "cagrad", "mgda", "imtlg", "aligned", "graddrop", "upgrad", "dualproj", "config", "nashmtl")
 
 
 class Measured(NamedTuple):
-    """A method's step: its ratio to a joint step, images a second, and the MiB that it takes at most while it lasts."""
+    """A training step of a method: time relative to a joint step, images per second, and peak memory in MiB."""
 
     method: str
     ratio: Ratio
@@ -36,17 +36,17 @@ class Measured(NamedTuple):
 
 
 def methods(work: Work) -> list[str]:
-    """Return the methods whose epoch is a row of steps on the whole network, ours and anyone else's."""
-    found, exits = [], work.build().num_exits
+    """Return all registered methods with one phase, one pass over the data per epoch, and no teacher."""
+    matches, exits = [], work.build().num_exits
     for name in usable(list(registered("method"))):
         strategy = build_strategy(name)
         if len(strategy.phases(exits, exits)) == 1 and strategy.passes(exits) == 1 and not strategy.teachers():
-            found.append(name)
-    return found
+            matches.append(name)
+    return matches
 
 
 def step_rows(work: Work) -> Iterator[Measured | Row]:
-    """Measure each method's step against joint training; those with a limit give a row, too."""
+    """Measure a step of each method against joint training; methods with a limit also yield a row."""
     joint = work.step("joint")
     yield _measured("bare forward and backward", bare(work), joint, work, math.nan)
     for name in methods(work):
@@ -62,7 +62,7 @@ def _measured(name: str, ours: Step, joint: Step, work: Work, peak_mib: float) -
 
 
 def l2w_rows(work: Work, large: int = 256, small: int = 32) -> Iterator[Row]:
-    """Measure L2W with a meta step at every iteration at large and small half batches, and at interval 100."""
+    """Measure L2W with a meta step per iteration, with large and small half batches, and with interval 100."""
     for half, limit in ((large, 3.7), (small, 5.0)):
         sized = replace(work, batch=2 * half)
         ratio = paired_ratios(sized.step("l2w"), sized.step("joint"), work.rounds)
@@ -75,7 +75,7 @@ def l2w_rows(work: Work, large: int = 256, small: int = 32) -> Iterator[Row]:
 
 
 def metagf_rows(work: Work, batches: int = 2) -> Iterator[Row]:
-    """Measure an epoch of Meta-GF, K branches and the fusion, against K + 1 of joint training."""
+    """Measure an epoch of Meta-GF (K branches and the fusion, K + 1 passes) against an epoch of joint training."""
     passes = work.build().num_exits + 1
     ratio = paired_ratios(work.epoch("metagf", batches), work.epoch("joint", batches), work.rounds)
     yield judged(f"metagf: an epoch, in joint epochs ({passes} passes)", 1.05 * passes, ratio)

@@ -1,4 +1,4 @@
-"""What is timed: steps and epochs of any method on one network and one batch, in one process."""
+"""The measured work: steps and epochs of any method on one network and one batch, in one process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Step = Callable[[], None]
 
 @dataclass(frozen=True)
 class Work:
-    """What is trained, and how often the clock is read."""
+    """The network and data of a measurement, and the number of measurements, `rounds`."""
 
     network: str = "msdnet-cifar-lg5"
     batch: int = 128
@@ -33,7 +33,7 @@ class Work:
     rounds: int = 7
 
     def build(self) -> MultiExitNetwork:
-        """Return the network, the same at every call."""
+        """Return the network with the same initial weights at every call."""
         torch.manual_seed(0)
         network = build_network(self.network, num_classes=self.classes, input_shape=self.shape)
         return network.to(self.device).train()
@@ -46,28 +46,28 @@ class Work:
         return Batch(images.to(self.device), labels.to(self.device))
 
     def run(self, method: str | TrainingStrategy, *, precision: Precision = "fp32", **settings: Any) -> LocalRun:
-        """Return a run of a method in memory."""
+        """Return a local run of a method."""
         network = self.build()
-        # So small a rate that nothing becomes infinite on noise, however many steps are timed.
+        # The learning rate is small, so that training on noise does not diverge in any number of steps.
         optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
         strategy = build_strategy(method, **settings) if isinstance(method, str) else method
         return local_run(network, strategy, optimizer, precision=precision)
 
     def step(self, method: str | TrainingStrategy, *, at: int = 0, **settings: Any) -> Step:
-        """Return what makes one step of a method, as number `at` of an epoch."""
+        """Return a function that runs one training step of a method, as step `at` of an epoch."""
         run, batch = self.run(method, **settings), self.data()
         run.position.steps, run.position.step = 1000, at
         return lambda: run.train_step(batch)
 
     def epoch(self, method: str, batches: int, **settings: Any) -> Step:
-        """Return what trains one epoch of a few batches."""
+        """Return a function that trains one epoch of `batches` batches."""
         run, batch = self.run(method, **settings), self.data()
-        run.position.epochs = 10**9  # however many are timed
+        run.position.epochs = 10**9  # more than are ever measured
         return lambda: run.train_epoch([batch] * batches)
 
 
 def bare(work: Work) -> Step:
-    """Return one forward and one backward, without optimiser, meter or strategy: the floor."""
+    """Return a function that runs one forward and one backward only, without optimiser, meter and strategy."""
     network, (images, labels) = work.build(), work.data()
 
     def step() -> None:

@@ -71,8 +71,8 @@ _OPTIONS = [
     click.option(
         "--precision",
         metavar="NAME",
-        shell_complete=one_of("fp32", "tf32", "bf16", "fp16"),
-        help="fp32, tf32, bf16 or fp16.  [default: fp32]",
+        shell_complete=one_of("auto", "fp32", "tf32", "bf16", "fp16"),
+        help="auto (bf16 where it is native), fp32, tf32, bf16 or fp16.  [default: fp32]",
     ),
     click.option("--threads", type=int, help="CPU threads per process.  [default: 1]"),
     click.option("--compile", is_flag=True, default=None, help="Compile the network with torch.compile, for GPUs."),

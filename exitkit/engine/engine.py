@@ -46,7 +46,12 @@ class Engine:
         return self.placement.device
 
     def place(self, network: nn.Module) -> None:
-        """Move a network to the device; with several ranks its batch norm uses the global batch."""
+        """Move a network to the device; with several ranks its batch norm uses the global batch.
+
+        On the CPU, 16-bit training uses the channels-last layout, unless the network is slower in it.
+        """
+        if self.arithmetic.is_reduced and self.device.type == "cpu":
+            self.placement = Placement(self.device, channels_last=getattr(network, "channels_last", True))
         if self.ranks.world > 1:
             synchronise_batchnorm(network)
         self.placement.network(network)

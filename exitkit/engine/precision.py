@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +14,24 @@ from exitkit.errors import UserError
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 """fp32; tf32 (fp32 with TensorFloat-32 products, CUDA); bf16 and fp16 autocast, the latter with loss scaling."""
 
+AUTO = "auto"
+"""bf16 if the device computes in it natively, otherwise fp32; see `choose_precision`."""
+
+_BF16_UNITS = ("avx512_bf16", "amx_bf16", "bf16")
+"""Names of instructions in `torch.cpu.get_capabilities`; the last is that of ARM."""
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_precision(name: str, device: torch.device) -> Precision:
+    """Return the precision called `name`; `auto` is bf16 on a device with bf16 instructions, otherwise fp32."""
+    if name != AUTO:
+        return cast("Precision", name)
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if device.type == "cpu":
+        has = torch.cpu.get_capabilities()
+        return "bf16" if any(has.get(unit) for unit in _BF16_UNITS) else "fp32"
+    return "fp32"
 
 
 class Arithmetic:
@@ -62,6 +79,11 @@ class Arithmetic:
         """Step the optimiser with the scaled gradients in `grad`; in fp16 it is skipped if a gradient overflowed."""
         self._scaler.step(optimizer)
         self._scaler.update()
+
+    @property
+    def is_reduced(self) -> bool:
+        """Whether forward passes compute in 16 bits."""
+        return self.precision in _AUTOCAST
 
     @property
     def may_overflow(self) -> bool:

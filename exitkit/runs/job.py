@@ -1,4 +1,4 @@
-"""A job: a recipe made real, once. Nothing else builds a data set, a network or a strategy from a recipe."""
+"""Jobs: data, network, strategy and phases of a recipe. No other module builds these from a recipe."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from exitkit import plugins
 from exitkit.data.base import Data, DataSet, build_dataset
 from exitkit.data.split import Split
 from exitkit.data.thinning import thin
+from exitkit.engine.devices import choose_device
+from exitkit.engine.precision import AUTO, choose_precision
 from exitkit.engine.randomness import derive
 from exitkit.errors import UserError
 from exitkit.files import load_tensors
@@ -35,8 +37,8 @@ class Job:
         data: the images, split.
         network: built from the recipe's seed; phases adapt it.
         strategy: the method.
-        phases: what is trained when; at least one.
-        first: the number of the phase that training begins with: the second where `init_from` replaces the first.
+        phases: the phases of training; at least one.
+        first: index of the first phase to train: 1 if `init_from` replaces phase 0, else 0.
     """
 
     recipe: ResolvedRecipe
@@ -51,11 +53,11 @@ class Job:
 
         Args:
             recipe: the resolved recipe.
-            split: a stored split, for a run that has begun; by default the data set's own.
-            data: the images, where they are loaded already.
+            split: file of a stored split, for a run that has begun; by default the data set's own split is used.
+            data: the images, if they are loaded already.
 
         Raises:
-            UserError: images are missing, or any value is impossible.
+            UserError: images are missing, or a value is impossible.
         """
         data = load_data(recipe, split) if data is None else data
         network = make_network(recipe, data.input_shape, data.num_classes)
@@ -64,15 +66,15 @@ class Job:
 
     @property
     def first(self) -> int:
-        """See the class."""
+        """Index of the first phase to train: 1 if `init_from` replaces phase 0, else 0."""
         return first_phase(self.recipe, len(self.phases))
 
 
 def resolve(recipe: Recipe) -> ResolvedRecipe:
-    """Return a recipe in which every value is set: by the data set's house recipe, and every plugin's defaults.
+    """Return a recipe in which every value is set, from the data set's house recipe and the plugins' defaults.
 
     Raises:
-        UserError: unknown names or fields, values that are impossible, or an ingredient that is not there.
+        UserError: a name or field is unknown, a value is impossible, or an ingredient does not exist.
     """
     dataset = make_dataset(recipe)
     house = {key: value for key, value in dataset.house.items() if getattr(recipe, key) is None}
@@ -85,6 +87,8 @@ def resolve(recipe: Recipe) -> ResolvedRecipe:
         "dataset_settings": _plain({name: getattr(dataset, name) for name in plugins.fields(type(dataset))}),
         "ingredients": _digests(recipe, strategy),
     }
+    if filled.precision == AUTO:
+        values["precision"] = choose_precision(AUTO, choose_device(filled.device))
     if filled.schedule != "step":
         values["milestones"] = ()
     if recipe.init_from and not recipe.init_weights:
@@ -93,9 +97,9 @@ def resolve(recipe: Recipe) -> ResolvedRecipe:
 
 
 def _digests(recipe: Recipe, strategy: TrainingStrategy) -> dict[str, str]:
-    """Return {folder: digest} of the runs that a method reads; digests that the recipe holds already are kept.
+    """Return {folder: digest} of the runs that a method reads; digests that the recipe already has are kept.
 
-    A teacher named by a method has none: its run follows from the recipe itself.
+    A teacher that is a method has no digest, since the recipe determines its run.
     """
     sources = {name: run_weights_digest for name in strategy.teachers() if is_folder(name)}
     sources |= dict.fromkeys(strategy.ingredients(), side_networks_digest)
@@ -103,18 +107,18 @@ def _digests(recipe: Recipe, strategy: TrainingStrategy) -> dict[str, str]:
 
 
 def is_folder(name: str) -> bool:
-    """Whether the name of a teacher means the folder of a run, not a method."""
+    """Whether the name of a teacher is the folder of a run instead of a method."""
     return (Path(name) / "recipe.json").is_file() or len(Path(name).parts) > 1
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as JSON holds them, so that a recipe read back is equal to the one written."""
+    """Return settings as JSON stores them, so that a recipe read from a file equals the one that was written."""
     plain: dict[str, Any] = json.loads(json.dumps(dict(settings)))
     return plain
 
 
 def make_dataset(recipe: Recipe) -> DataSet:
-    """Return the description of a recipe's data set."""
+    """Return a recipe's data set; its images are not loaded."""
     return build_dataset(recipe.dataset, recipe.dataset_settings)
 
 
@@ -127,7 +131,7 @@ def make_phases(strategy: TrainingStrategy, epochs: int, exits: int) -> list[Pha
     """Return a strategy's phases.
 
     Raises:
-        UserError: what the method returned are no phases.
+        UserError: the method did not return a list of phases.
     """
     phases = strategy.phases(epochs, exits)
     name = type(strategy).__name__
@@ -137,15 +141,15 @@ def make_phases(strategy: TrainingStrategy, epochs: int, exits: int) -> list[Pha
 
 
 def first_phase(recipe: Recipe, phases: int) -> int:
-    """Return the number of the phase that training begins with: the second where the first is another run's."""
+    """Return the index of the first phase to train: 1 if another run's weights replace phase 0, else 0."""
     return 1 if recipe.init_from and phases > 1 else 0
 
 
 def load_data(recipe: Recipe, split: Path | None = None) -> Data:
-    """Load a recipe's images, with the split stored at `split` or else the data set's own.
+    """Load a recipe's images, with the split of the file `split`, or by default the data set's own.
 
     Raises:
-        UserError: images are missing or damaged, or the split is of others.
+        UserError: images are missing or damaged, or the split is of other images.
     """
     dataset = make_dataset(recipe)
     loaded = dataset.load(Path(recipe.data_dir) if recipe.data_dir is not None else None, recipe.download)
@@ -159,20 +163,20 @@ def load_data(recipe: Recipe, split: Path | None = None) -> Data:
 
 
 def images_digest(recipe: Recipe) -> str | None:
-    """Return a digest of a recipe's images, for data sets that are whatever their folder holds; else None."""
+    """Return a digest of a recipe's images for data sets that are defined by the files in a folder, else None."""
     return None if recipe.data_dir is None else make_dataset(recipe).digest(Path(recipe.data_dir))
 
 
 def check_images(run: RunFolder, recipe: Recipe) -> None:
-    """Check that the images of a run's results are those in the recipe's folder now.
+    """Check that a run was evaluated on the images that are now in the recipe's folder.
 
     Raises:
-        UserError: they are others.
+        UserError: it was evaluated on other images.
     """
     try:
         evaluated = run.results().get("images")
     except UserError:
-        return  # there are none, or damaged ones, which a new evaluation replaces
+        return  # a new evaluation will replace missing or damaged results
     if evaluated is not None and images_digest(recipe) not in (None, evaluated):
         raise UserError(
             f"run {run.path} was evaluated on other images than those in {recipe.data_dir} now; "
@@ -185,10 +189,10 @@ def load_run_data(run: RunFolder | str | Path, data_dir: str | None = None) -> D
 
     Args:
         run: the run, or its folder.
-        data_dir: the folder of the images now, if it is not the one that the run was trained from.
+        data_dir: folder of the images; by default that of the recipe.
 
     Raises:
-        UserError: they are missing, or others than those of the run's results.
+        UserError: the images are missing, or differ from those of the run's results.
     """
     run = RunFolder.of(run)
     recipe = run.recipe if data_dir is None else run.recipe.with_values(data_dir=data_dir)
@@ -197,7 +201,7 @@ def load_run_data(run: RunFolder | str | Path, data_dir: str | None = None) -> D
 
 
 def make_network(recipe: ResolvedRecipe, input_shape: tuple[int, int, int], num_classes: int) -> MultiExitNetwork:
-    """Build a recipe's network with the weights that its seed gives, not yet adapted."""
+    """Build a recipe's network with the initial weights of its seed, not yet adapted."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(recipe.seed, "weights"))
         settings = recipe.backbone_settings
@@ -205,7 +209,7 @@ def make_network(recipe: ResolvedRecipe, input_shape: tuple[int, int, int], num_
 
 
 def count_exits(recipe: ResolvedRecipe) -> int:
-    """Return the number of exits of a recipe's network; neither images nor memory for the weights are needed."""
+    """Return the number of exits of a recipe's network, without loading images or allocating weights."""
     with torch.device("meta"):
         return build_network(recipe.backbone, **recipe.backbone_settings).num_exits
 
@@ -215,10 +219,10 @@ def load_network(run: RunFolder | str | Path, data: Data | None = None) -> Multi
 
     Args:
         run: the run, or its folder.
-        data: the run's images, if they are loaded; only runs of earlier releases need them, and load them then.
+        data: the run's images, if they are loaded; needed, and loaded by default, only for runs of earlier releases.
 
     Raises:
-        UserError: weights that are missing, damaged or of another network.
+        UserError: the weights are missing, damaged or of another network.
     """
     run = RunFolder.of(run)
     recipe, about = run.recipe, run.environment()
@@ -235,7 +239,7 @@ def load_network(run: RunFolder | str | Path, data: Data | None = None) -> Multi
         network.load_state_dict(tensors)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"{path} holds another network than its recipe: {reason}") from None
+        raise UserError(f"{path} is of another network than the recipe: {reason}") from None
     for name, tensor in network.state_dict().items():
         if tensors[name].dtype != tensor.dtype or not tensor.isfinite().all():
             raise UserError(f"{path} is damaged: {name} is not finite, or of another type")

@@ -1,7 +1,7 @@
-"""A recipe: the values that a run is made from, and its identity.
+"""Recipes: the values that define a run, and the identity of the run.
 
-Two runs of one resolved recipe, on one machine, are the same to the bit. `exitkit.runs.job` resolves recipes, and makes
-the data set, the network and the strategy of one.
+Two runs of the same resolved recipe, on the same machine, are identical bit for bit. `exitkit.runs.job` resolves
+recipes, and builds their data sets, networks and strategies.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from exitkit import plugins
 from exitkit.errors import UserError, unknown
 
-# Where a run happens is not part of what it is: it can be resumed on another device, from another data folder.
+# Keys that are not part of the identity: a run can be resumed on another device, or from another data folder.
 EXECUTION = frozenset({"device", "threads", "data_dir", "download", "init_from", "tensorboard", "compile"})
-_TRUTHS = ("download", "tensorboard", "compile")
+_BOOLEANS = ("download", "tensorboard", "compile")
 _KINDS = ("method", "backbone", "dataset")
 
 
 class Recipe(BaseModel):
-    """What to train, on what, and how. Values left out come from the data set's house recipe (see `resolve`)."""
+    """What to train, on what, and how; values of None come from the data set's house recipe (see `resolve`)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -37,24 +37,24 @@ class Recipe(BaseModel):
     backbone_settings: dict[str, Any] = Field({}, description="fields of the backbone")
     dataset_settings: dict[str, Any] = Field({}, description="fields of the data set")
     init_from: str | None = Field(None, description="a finished run, or a weights file, to start from")
-    init_weights: str | None = Field(None, description="digest of those weights; filled in")
-    ingredients: dict[str, str] = Field({}, description="digests of other runs that the method reads; filled in")
+    init_weights: str | None = Field(None, description="digest of those weights; set by exitkit")
+    ingredients: dict[str, str] = Field({}, description="digests of other runs that the method reads; set by exitkit")
     seed: int = Field(0, ge=0, description="seed of weights, order and augmentation (not of the split)")
     epochs: int | None = Field(None, ge=1, description="epochs of the first phase")
-    batch_size: int | None = Field(None, ge=2, description="images a step, over all ranks")
-    lr: float | None = Field(None, gt=0, description="learning rate at the start (SGD)")
-    schedule: Literal["cosine", "step", "constant"] | None = Field(None, description="how the rate falls")
-    milestones: tuple[float, ...] | None = Field(None, description="shares of the schedule at which `step` drops")
-    decay: float = Field(0.1, gt=0, lt=1, description="factor of each such drop")
+    batch_size: int | None = Field(None, ge=2, description="images per step, over all ranks")
+    lr: float | None = Field(None, gt=0, description="initial learning rate (SGD)")
+    schedule: Literal["cosine", "step", "constant"] | None = Field(None, description="schedule of the learning rate")
+    milestones: tuple[float, ...] | None = Field(None, description="where `step` lowers the rate, as shares of it")
+    decay: float = Field(0.1, gt=0, lt=1, description="factor of each reduction")
     momentum: float = Field(0.9, ge=0, lt=1, description="SGD momentum")
     weight_decay: float | None = Field(None, ge=0, description="SGD weight decay, of every parameter")
-    probe_every: int | None = Field(None, ge=1, description="epochs between two looks at a fixed batch, for diagnose")
-    precision: Literal["fp32", "tf32", "bf16", "fp16"] = Field("fp32", description="arithmetic of training")
+    probe_every: int | None = Field(None, ge=1, description="epochs between two probes of a fixed batch, for diagnose")
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = Field("fp32", description="arithmetic of training")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
-    threads: int = Field(1, ge=1, le=1024, description="CPU threads a process")
+    threads: int = Field(1, ge=1, le=1024, description="CPU threads per process")
     compile: bool = Field(False, description="compile the network's stages and heads (torch.compile)")
-    data_dir: str | None = Field(None, min_length=1, description="where the images lie")
-    download: bool = Field(True, description="fetch images that are not there, where torchvision can")
+    data_dir: str | None = Field(None, min_length=1, description="folder of the images")
+    download: bool = Field(True, description="download missing images, if torchvision can")
     tensorboard: bool = Field(False, description="also write a TensorBoard log into the run's folder")
 
     @model_validator(mode="before")
@@ -63,25 +63,25 @@ class Recipe(BaseModel):
         bad = [key for key in values if key not in cls.model_fields] if isinstance(values, Mapping) else []
         if bad:
             raise UserError("; ".join(str(unknown("key of a recipe", key, cls.model_fields)) for key in bad))
-        numbers = {key: value for key, value in values.items() if key not in _TRUTHS}
-        truths = [f"{key} is {value}" for key, value in numbers.items() if isinstance(value, bool)]
-        if truths:
-            raise UserError(f"{'; '.join(truths)}; expected a number or a name")
+        numbers = {key: value for key, value in values.items() if key not in _BOOLEANS}
+        booleans = [f"{key} is {value}" for key, value in numbers.items() if isinstance(value, bool)]
+        if booleans:
+            raise UserError(f"{'; '.join(booleans)}; expected a number or a name")
         return values
 
     @model_validator(mode="after")
     def _milestones_ascend(self) -> Self:
         marks = self.milestones or ()
         if any(not 0 < mark < 1 for mark in marks) or list(marks) != sorted(set(marks)):
-            raise ValueError("milestones have to be ascending shares of the schedule, between 0 and 1")
+            raise ValueError("milestones must be ascending shares of the schedule, between 0 and 1")
         return self
 
     @classmethod
     def make(cls, **values: Any) -> Self:
-        """Make a recipe from values, with one clear line about all that are wrong.
+        """Make a recipe from values; one error message describes all wrong values.
 
         Raises:
-            UserError: unknown keys (the nearest are given) or impossible values.
+            UserError: a key is unknown (the message gives the nearest ones), or a value is impossible.
         """
         try:
             return cls(**values)
@@ -90,10 +90,10 @@ class Recipe(BaseModel):
 
     @classmethod
     def read(cls, path: str | Path) -> dict[str, Any]:
-        """Read the values of a recipe file, TOML or JSON (a run's own `recipe.json` is one).
+        """Read the values of a recipe file, TOML or JSON (such as the `recipe.json` of a run).
 
         Raises:
-            UserError: no such file, or one that is not TOML or JSON.
+            UserError: the file does not exist, or is neither TOML nor JSON.
         """
         path = Path(path)
         try:
@@ -104,14 +104,14 @@ class Recipe(BaseModel):
         except (ValueError, RecursionError) as error:
             raise UserError(f"recipe {path} is not valid {path.suffix.lstrip('.') or 'TOML'}: {error}") from None
         if not isinstance(values, dict):
-            raise UserError(f"recipe {path} holds a {type(values).__name__}; expected a table of keys")
+            raise UserError(f"recipe {path} contains a {type(values).__name__}; expected a table of keys")
         return values
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Recipe) and self.model_dump() == other.model_dump()
 
     def with_values(self, **values: Any) -> Self:
-        """Return this recipe with some values replaced, checked again."""
+        """Return this recipe with some values replaced, validated again."""
         return self.make(**(self.model_dump() | values))
 
     def with_settings(self, pairs: Mapping[str, Any]) -> Self:
@@ -122,7 +122,7 @@ class Recipe(BaseModel):
                 `dataset.field`.
 
         Raises:
-            UserError: a field that none of them has (the nearest are given), or several.
+            UserError: none of them has the field (the message gives the nearest ones), or several have.
         """
         known = self._fields()
         changed: dict[str, dict[str, Any]] = {kind: dict(getattr(self, f"{kind}_settings")) for kind in _KINDS}
@@ -132,19 +132,19 @@ class Recipe(BaseModel):
             field = rest if kinds == [prefix] else key
             if not kinds:
                 where = f"the {prefix}" if prefix in _KINDS else f"{self.method}, {self._backbone()} or {self.dataset}"
-                there = known[prefix] if prefix in _KINDS else set().union(*known.values())
+                fields = known[prefix] if prefix in _KINDS else set().union(*known.values())
                 if key in type(self).model_fields:
-                    raise UserError(f"{key} is a key of a recipe, no field; put {key} = ... into a file for --recipe")
-                raise unknown(f"field of {where}", rest if prefix in _KINDS else key, there)
+                    raise UserError(f"{key} is a key of a recipe, not a field; set {key} = ... in a file for --recipe")
+                raise unknown(f"field of {where}", rest if prefix in _KINDS else key, fields)
             if len(kinds) > 1:
                 raise UserError(
-                    f"{' and '.join(kinds)} have a field {key!r}; say {' or '.join(f'{k}.{key}' for k in kinds)}"
+                    f"{' and '.join(kinds)} have a field {key!r}; use {' or '.join(f'{k}.{key}' for k in kinds)}"
                 )
             changed[kinds[0]][field] = value
         return self.with_values(**{f"{kind}_settings": changed[kind] for kind in _KINDS})
 
     def settable(self) -> set[str]:
-        """Return every name that `with_settings` takes."""
+        """Return all names that `with_settings` accepts."""
         known = self._fields()
         return set().union(*known.values()) | {f"{kind}.{field}" for kind in _KINDS for field in known[kind]}
 
@@ -166,13 +166,13 @@ class Recipe(BaseModel):
         }
 
     def identity(self) -> dict[str, Any]:
-        """Return what makes this run this run: all but where and how it is carried out. Meant for a resolved recipe.
+        """Return the values that identify the run: all except those of execution; meant for a resolved recipe.
 
-        A plugin that is not installed counts as one whose settings all matter.
+        All settings of a plugin that is not installed are part of the identity.
         """
         identity = {key: value for key, value in self.model_dump(mode="json").items() if key not in EXECUTION}
         if not self.ingredients:
-            del identity["ingredients"]  # most runs read no other, and those made before had no such key
+            del identity["ingredients"]  # most runs read no other run, and earlier releases had no such key
         for kind, name in (("backbone", self._backbone()), ("dataset", self.dataset)):
             identity[f"{kind}_settings"] = plugins.identifying(kind, name, identity[f"{kind}_settings"])
         identity["method_settings"] = self._identifying_method(identity["method_settings"])
@@ -194,14 +194,14 @@ class Recipe(BaseModel):
 
     @property
     def id(self) -> str:
-        """A folder name: readable, and different for every difference in `identity`."""
+        """Name of the run's folder; it is readable, and contains a digest of `identity`."""
         digest = hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:8]
         name = "-".join([self.method, self.backbone or "", self.dataset, f"s{self.seed}", digest])
         return re.sub(r"[^A-Za-z0-9.+_-]", "-", name)
 
 
 class ResolvedRecipe(Recipe):
-    """A recipe in which every value is set: what a run's `recipe.json` holds."""
+    """A recipe in which every value is set, as a run's `recipe.json` stores it."""
 
     backbone: str
     epochs: int = Field(ge=1)
@@ -210,10 +210,11 @@ class ResolvedRecipe(Recipe):
     schedule: Literal["cosine", "step", "constant"]
     milestones: tuple[float, ...] = ()
     weight_decay: float = Field(ge=0)
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
 
 
 def flat_identity(recipe: Recipe) -> dict[str, str]:
-    """Return the identity of a resolved recipe, flat; see `RunFolder.identity`."""
+    """Return the identity of a resolved recipe as a flat dictionary; see `RunFolder.identity`."""
     flat: dict[str, str] = {}
     for key, value in recipe.identity().items():
         if isinstance(value, Mapping):

@@ -1,5 +1,6 @@
 """The benchmark of speed: what it makes of times, and that every part of it runs. No test here looks at the clock."""
 
+import inspect
 import json
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from exitkit.benchmarks.speed.gpu import eager, prepared
 from exitkit.benchmarks.speed.inference import saved, single
 from exitkit.benchmarks.speed.loading import loading_share, noise_images
 from exitkit.benchmarks.speed.row import judged, not_run
+from exitkit.benchmarks.speed.layouts import FORMS, layouts, plain
 from exitkit.benchmarks.speed.stages import stage_shares, stages
 from exitkit.benchmarks.speed.timing import Ratio, median_interval, paired_ratios
 from exitkit.benchmarks.speed.training import AGGREGATORS, LIMITS, l2w_rows, metagf_rows, methods, step_rows
@@ -104,13 +106,30 @@ def test_stages_share_the_work_and_half_of_it_is_saved(capsys):
     assert shares.operations.sum() == pytest.approx(1) and shares.time.sum() == pytest.approx(1)
     assert shares.reach[0] == 1 and (shares.reach[:-1] >= shares.reach[1:]).all()
     assert shares.reach @ shares.operations == pytest.approx(0.5, abs=0.1)  # 16 images: shares are rounded
-    even = shares._replace(time=shares.operations, left=shares.reach)
-    assert even.best == even.found == pytest.approx(1)
+    even = shares._replace(time=shares.operations, reach_time=shares.reach)
+    assert even.best == even.measured == pytest.approx(1)
     with pytest.raises(SystemExit, match="0"):
         main(["--network", "msdnet-tiny", "--batch", "8", "--rounds", "1"], command=stages)
     assert "time saved per multiply-adds saved" in capsys.readouterr().out
-    with pytest.raises(UserError, match="of 1 images none leaves early"):
+    with pytest.raises(UserError, match="none of 1 images leaves early"):
         stage_shares(replace(TINY, batch=1))
+
+
+def test_every_form_of_the_plain_loop_takes_the_same_steps(capsys):
+    losses = {}
+    for form in FORMS:
+        torch.manual_seed(0)
+        step = plain(TINY, form)
+        for _ in range(2):
+            step()
+        network = inspect.getclosurevars(step).nonlocals["network"]
+        losses[form] = torch.cat([p.detach().flatten() for p in network.parameters()])
+    for form, weights in losses.items():
+        close = 1e-3 if "bf16" in form else 1e-5
+        torch.testing.assert_close(weights, losses["fp32"], rtol=close, atol=close)
+    with pytest.raises(SystemExit, match="0"):
+        main(["--networks", "msdnet-tiny", "--batch", "4", "--rounds", "1"], command=layouts)
+    assert capsys.readouterr().out.splitlines()[-1].startswith("| msdnet-tiny | ")
 
 
 def test_json_is_a_list_of_targets_and_nothing_else(capsys):

@@ -1,1 +1,1 @@
-"""The training methods, one file each; every one is found by its entry point, as anyone else's method is."""
+"""Training methods, one per file; each is found through its entry point, like the methods of other packages."""

@@ -1,21 +1,21 @@
 """Gradient aggregators: combine the exits' gradients into one update.
 
-Papers: each method names its own, with a link. All read the matrix G [K, D] whose row k is the gradient of exit k's
-loss over all parameters, zero where exit k reads none, and return one direction [D] for the optimiser. The exits'
-gradients come from a plain loop, in which each backward pass covers only the stages below its exit; the aggregators are
-torchjd's.
+Papers: see each method. The input is the matrix G [K, D], whose row k is the gradient of exit k's loss with respect to
+all parameters, zero for parameters that exit k does not read; the result is one direction [D] for the optimiser. The
+exits are differentiated in a loop, in which each backward pass covers only the stages before the exit; the aggregators
+are torchjd's.
 
-Sizes differ, so that a learning rate which suits joint training need not suit an aggregator. For K equal gradients g
-the direction is, as measured by the tests,
+The length of the direction depends on the method, so that the learning rate of joint training may not suit an
+aggregator. For K equal gradients g the direction is, as measured by the tests,
 
     g            pcgrad, mgda, imtlg, aligned, upgrad, dualproj     (a mean)
     (1 + c) g    cagrad
     K g          graddrop, config, and joint training               (a sum)
 
-and nashmtl's is as long as `max_norm` allows. `size = "sum"` multiplies the means by K.
+and the length of nashmtl's is `max_norm`. `size = "sum"` multiplies the means by K.
 
-What differs from the published code: PCGrad here is the mean over the exits that read a parameter; nothing else differs
-beyond what torchjd documents. `variant = "released"` of PCGrad and CAGrad is Meta-GF's form of them
+What differs from the published code: PCGrad takes the mean over the exits that read a parameter; all other differences
+are documented by torchjd. `variant = "released"` of PCGrad and CAGrad is Meta-GF's implementation of them
 (`released/aggregators.py`).
 """
 
@@ -37,10 +37,10 @@ from exitkit.strategy import UPDATE, Batch, Run, TrainingStrategy, UserError, Va
 
 @dataclass(eq=False)
 class Aggregated(TrainingStrategy):
-    """A step along the direction that an aggregator makes of the exits' gradients.
+    """Base class of the aggregators: a step along the direction that combines the exits' gradients.
 
     Class attributes:
-        is_mean: whether the direction is as long as a mean of the gradients; False: as a sum.
+        is_mean: whether the direction has the length of a mean of the gradients; False: of a sum.
         make: returns torchjd's aggregator.
     """
 
@@ -50,7 +50,7 @@ class Aggregated(TrainingStrategy):
 
     size: Literal["default", "sum"] = setting(
         "default",
-        "length of the direction: the method's own (see its page), or that of a sum over the exits",
+        "length of the direction: that of the method (see its page), or that of a sum over the exits",
         kw_only=True,
         added=True,
     )
@@ -64,7 +64,7 @@ class Aggregated(TrainingStrategy):
         pairs = zip(run.losses(batch), run.weights(), strict=True)
         rows = run.exit_gradients([weight * loss for loss, weight in pairs if weight != 0])
         if not rows:
-            raise UserError("every exit's weight is zero, so that there is nothing to train on")
+            raise UserError("the weights of all exits are zero; expected at least one above zero")
         sizes = [parameter.numel() for parameter in run.parameters]
         matrix = torch.stack([torch.cat(list(map(_flat, row, run.parameters))) for row in rows])
         # A solver can't use a gradient that overflowed (fp16); the engine skips such a step.
@@ -79,7 +79,7 @@ class Aggregated(TrainingStrategy):
         )
 
     def combine(self, run: Run, matrix: Tensor) -> Tensor:
-        """Return the direction [D] for the exits' gradients [K, D]; the same on all ranks."""
+        """Return the direction [D] for the exits' gradients [K, D]; it is the same on all ranks."""
         with run.seeded("aggregate"):
             direction: Tensor = self.aggregator(len(matrix))(matrix)
         return direction
@@ -95,7 +95,7 @@ def _flat(gradient: Tensor | None, parameter: Tensor) -> Tensor:
 
 @dataclass(eq=False)
 class PCGrad(Aggregated):
-    """PCGrad: remove from each exit's gradient what conflicts with another's.
+    """PCGrad: project each exit's gradient so that it does not conflict with another's.
 
     Yu et al., Gradient Surgery for Multi-Task Learning, NeurIPS 2020, https://arxiv.org/abs/2001.06782
 
@@ -110,7 +110,9 @@ class PCGrad(Aggregated):
     paper: ClassVar[str] = "Yu et al., Gradient Surgery for Multi-Task Learning, NeurIPS 2020"
     make: ClassVar[Callable[[], aggregation.Aggregator]] = aggregation.PCGrad
 
-    variant: Variant = setting("paper", "mean over the exits that read a parameter, or Meta-GF's compiled rival")
+    variant: Variant = setting(
+        "paper", "mean over the exits that read a parameter, or the released code of Meta-GF's comparison"
+    )
 
     def combine(self, run: Run, matrix: Tensor) -> Tensor:
         """Return the sum of the projected gradients."""
@@ -119,7 +121,7 @@ class PCGrad(Aggregated):
         return projection_weights(matrix @ matrix.t(), run.rng("aggregate")) @ matrix
 
     def scale(self, readers: int, exits: int) -> float:
-        """Return 1 over the readers; released: only where all exits read it."""
+        """Return 1 / `readers`; for the released variant only if all exits read the parameter, else 1."""
         if self.size == "sum":
             return 1.0
         return 1 / readers if self.variant == "paper" or readers == exits else 1.0
@@ -127,7 +129,7 @@ class PCGrad(Aggregated):
 
 @dataclass(eq=False)
 class CAGrad(Aggregated):
-    """CAGrad: near the mean gradient, the direction that helps the worst-off exit most.
+    """CAGrad: the direction near the mean gradient that improves the worst exit most.
 
     Liu et al., Conflict-Averse Gradient Descent for Multi-task Learning, NeurIPS 2021, https://arxiv.org/abs/2110.14048
 
@@ -140,7 +142,7 @@ class CAGrad(Aggregated):
 
     paper: ClassVar[str] = "Liu et al., Conflict-Averse Gradient Descent for Multi-task Learning, NeurIPS 2021"
 
-    variant: Variant = setting("paper", "convex solver, or the 21 steps of Meta-GF's compiled rival")
+    variant: Variant = setting("paper", "convex solver, or gradient descent as in the code of Meta-GF's comparison")
     c: float = setting(0.5, "largest distance from the mean gradient, as a multiple of its length")
 
     def __post_init__(self) -> None:
@@ -153,14 +155,14 @@ class CAGrad(Aggregated):
         return aggregation.CAGrad(self.c)
 
     def combine(self, run: Run, matrix: Tensor) -> Tensor:
-        """Return the mean gradient, moved towards the worst-off exit."""
+        """Return the direction of CAGrad."""
         if self.variant == "paper":
             return super().combine(run, matrix)
         return descent_weights(matrix @ matrix.t(), self.c) @ matrix
 
 
 def wrapped(name: str, make: Callable[[], aggregation.Aggregator], paper: str, doc: str, *, is_mean: bool) -> Any:
-    """Return a method that hands the exits' gradients to one of torchjd's aggregators.
+    """Return a method that combines the exits' gradients by one of torchjd's aggregators.
 
     Args:
         name: the class's name.
@@ -227,7 +229,7 @@ GradDrop = wrapped(
     "GradDrop",
     aggregation.GradDrop,
     "Chen et al., Just Pick a Sign: Gradient Sign Dropout, NeurIPS 2020",
-    """GradDrop: where the signs of the exits' gradients differ, draw one, and drop the gradients of the other.
+    """GradDrop: for each component, keep the exits' gradients of one randomly drawn sign.
 
     Chen et al., Just Pick a Sign: Optimizing Deep Multitask Models with Gradient Sign Dropout, NeurIPS 2020,
     https://arxiv.org/abs/2010.06808
@@ -245,7 +247,7 @@ UPGrad = wrapped(
     "UPGrad",
     aggregation.UPGrad,
     "Quinton and Rey, Jacobian Descent for Multi-Objective Optimization, 2024",
-    """UPGrad: the mean of the exits' gradients, each projected to where it conflicts with none.
+    """UPGrad: the mean of the exits' gradients, each projected so that it conflicts with none of them.
 
     Quinton and Rey, Jacobian Descent for Multi-Objective Optimization, 2024, https://arxiv.org/abs/2406.16232
 
@@ -261,7 +263,7 @@ DualProj = wrapped(
     "DualProj",
     aggregation.DualProj,
     "Lopez-Paz and Ranzato, Gradient Episodic Memory, NeurIPS 2017",
-    """DualProj: the mean gradient, projected to where it conflicts with no exit's.
+    """DualProj: the mean gradient, projected so that it conflicts with no exit's gradient.
 
     Lopez-Paz and Ranzato, Gradient Episodic Memory for Continual Learning, NeurIPS 2017,
     https://arxiv.org/abs/1706.08840
@@ -295,7 +297,7 @@ ConFIG = wrapped(
 
 @dataclass(eq=False)
 class NashMTL(Aggregated):
-    """Nash-MTL: the exits bargain about the direction; each step begins at the bargain of the one before.
+    """Nash-MTL: the direction of the exits' Nash bargaining solution; each step starts from the last solution.
 
     Navon et al., Multi-Task Learning as a Bargaining Game, ICML 2022, https://arxiv.org/abs/2202.01017
 
@@ -309,7 +311,7 @@ class NashMTL(Aggregated):
     paper: ClassVar[str] = "Navon et al., Multi-Task Learning as a Bargaining Game, ICML 2022"
     is_mean: ClassVar[bool] = False
 
-    max_norm: float = setting(1.0, "longest direction; 0: no limit")
+    max_norm: float = setting(1.0, "largest length of the direction; 0: no limit")
 
     _bargain: aggregation.NashMTL | None = field(init=False, repr=False, default=None)
 
@@ -323,27 +325,27 @@ class NashMTL(Aggregated):
             raise UserError("nashmtl needs a solver that is not installed; pip install 'exitkit[nashmtl]'") from None
 
     def prepare(self, run: Run) -> None:
-        """Begin without a bargain."""
+        """Discard the last solution."""
         self._bargain = None
 
     def aggregator(self, exits: int) -> aggregation.Aggregator:
-        """Return torchjd's Nash-MTL, which remembers its last bargain."""
+        """Return torchjd's Nash-MTL, which keeps its last solution."""
         if self._bargain is None:
             self._bargain = aggregation.NashMTL(exits, self.max_norm)
         return self._bargain
 
     def combine(self, run: Run, matrix: Tensor) -> Tensor:
-        """Return the bargain's direction."""
-        with warnings.catch_warnings():  # its solver's, about speed
+        """Return the direction of the bargaining solution."""
+        with warnings.catch_warnings():  # the solver warns about its speed
             warnings.simplefilter("ignore", UserWarning)
             return super().combine(run, matrix)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the last bargain."""
+        """Return the last solution."""
         return {} if self._bargain is None else {"bargain": torch.as_tensor(self._bargain.weighting.prvs_alpha)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from it."""
+        """Restore the last solution."""
         self._bargain = None
         if state:
             bargain = self.aggregator(len(state["bargain"]))

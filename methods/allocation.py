@@ -1,4 +1,4 @@
-"""Allocation: a batch's images shared out among the exits as budgeted-batch inference shares out a data set."""
+"""Allocation of a batch's images to the exits, as in budgeted-batch inference."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def confidences(outputs: Outputs) -> Tensor:
 
 
 def allocate(confidence: Tensor, q: float) -> Tensor:
-    """Share images out among the exits (L2W-DEN, section 3.2): exit k takes the most confident of those still there.
+    """Allocate images to the exits (L2W-DEN, section 3.2): exit k takes the most confident of the remaining images.
 
     Args:
-        confidence: [N, K], each exit's confidence in each image.
-        q: ratio between the shares of neighbouring exits; exit k = 1..K-1 takes floor(N p_k), p_k ~ q^k, the last one
-            all that are left.
+        confidence: confidence of each exit in each image, [N, K].
+        q: ratio between the shares of neighbouring exits; exit k = 1..K-1 takes floor(N p_k) images, p_k ~ q^k, and
+            the last exit takes the rest.
 
     Returns:
-        the partition as weights [N, K] that average 1 over the images for each exit: N / n_k where exit k took an image
-        (n_k of them), 0 elsewhere; all 0 for an exit that gets none.
+        the allocation as weights [N, K] that average 1 over the images for each exit: N / n_k for the n_k images of
+        exit k, 0 elsewhere; all 0 for an exit without images.
     """
     samples, exits = confidence.shape
     free = torch.ones_like(confidence[:, 0], dtype=torch.bool)

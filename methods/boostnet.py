@@ -2,13 +2,13 @@
 
 Paper: Yu et al., Boosted Dynamic Neural Networks, AAAI 2023, https://arxiv.org/abs/2211.16726
 
-Exit n's output is the weakened sum of all exits so far, F_n = z_n + t_n F_{n-1} (equation 8), trained by the
-cross-entropy of every F_n with F_{n-1} held fixed (its gradient stopped), and with gradient rescaling as in Gradient
-Equilibrium (section "gradient rescaling").
+The output of exit n is the sum of its head's logits and the scaled output of the exit before, F_n = z_n + t_n F_{n-1}
+(equation 8). Training minimises the cross-entropy of every F_n, with the gradient of F_{n-1} stopped, and rescales
+gradients as Gradient Equilibrium does (section "gradient rescaling").
 
-What differs from the published code: it rescales on MSDNet only, and there only the coarsest scale; and in training it
-weakens F_{n-1} by t_{n-1}, at inference by t_n (the same for a constant temperature). `variant = "released"` follows
-it in both. A network trained at one temperature must be used at that temperature: ours comes back with the run.
+What differs from the published code: it rescales on MSDNet only, and there only the coarsest scale; and it multiplies
+F_{n-1} by t_{n-1} in training and by t_n at inference (equal for a constant temperature). `variant = "released"` does
+both. A network must be used at the temperature that it was trained with; loading a run restores it.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from exitkit.strategy import (
 
 
 class BoostedLink(LogitLink):
-    """F_n = z_n + t_n F_{n-1}, with F_{-1} = 0; carries F_n on.
+    """F_n = z_n + t_n F_{n-1}, with F_{-1} = 0; the carry is F_n.
 
     Args:
         temperatures: t_0 .. t_{K-1}, one per exit (t_0 is not used).
-        stop_gradient: whether F_{n-1} is held fixed in exit n's loss.
-        shifted: use t_{n-1} while training, as the released code does.
+        stop_gradient: whether the gradient of F_{n-1} is stopped in exit n's loss.
+        shifted: whether to use t_{n-1} in training, as the released code does.
     """
 
     def __init__(self, temperatures: tuple[float, ...], stop_gradient: bool, shifted: bool) -> None:
@@ -60,7 +60,7 @@ class BoostedLink(LogitLink):
 
 @dataclass(eq=False)
 class BoostNet(TrainingStrategy):
-    """BoostNet: every exit corrects the weakened sum of the exits before it, with rescaled gradients.
+    """BoostNet: every exit corrects the scaled output of the exit before it; gradients are rescaled.
 
     Yu et al., AAAI 2023, https://arxiv.org/abs/2211.16726
 
@@ -79,12 +79,12 @@ class BoostNet(TrainingStrategy):
     variant: Variant = setting("paper", "follow the paper's equations or the released code")
     temperature: float | tuple[float, ...] = setting(
         0.5,
-        "t, the weight of the earlier exits' sum: one number, or one per exit (0: plain exits, 1: plain boosting)",
+        "t, factor of the output of the exit before: one number, or one per exit (0: independent exits, 1: boosting)",
     )
-    stop_gradient: bool = setting(True, "hold the earlier exits' sum fixed in each exit's loss")
+    stop_gradient: bool = setting(True, "stop the gradient of the output of the exit before")
     rescale: bool = setting(True, "rescale gradients as Gradient Equilibrium does")
     ge_scope: Scope | None = setting(
-        None, "which onward tensors are rescaled", variant={"paper": "all", "released": "coarsest"}
+        None, "scales of MSDNet that are rescaled", variant={"paper": "all", "released": "coarsest"}
     )
 
     def __post_init__(self) -> None:
@@ -95,16 +95,16 @@ class BoostNet(TrainingStrategy):
             raise UserError(f"temperature is {self.temperature}; expected numbers of at least 0 (the paper's is 0.5)")
 
     def claims(self) -> frozenset[str]:
-        """Claim the tap only where gradients are rescaled."""
+        """Claim the gradient tap only if gradients are rescaled."""
         return self.slots if self.rescale else frozenset({LOGIT_LINK})
 
     def adapt(self, network: MultiExitNetwork) -> None:
-        """Set the boosted link and, unless it is off, the rescalings."""
+        """Set the boosted link and, if gradients are rescaled, the gradient tap."""
         exits = network.num_exits
-        given = self.temperature if isinstance(self.temperature, tuple) else (self.temperature,) * exits
-        if len(given) != exits:
-            raise UserError(f"temperature has {len(given)} values; expected one, or {exits} (one per exit)")
-        network.set_link(BoostedLink(given, self.stop_gradient, shifted=self.variant == "released"))
+        temperatures = self.temperature if isinstance(self.temperature, tuple) else (self.temperature,) * exits
+        if len(temperatures) != exits:
+            raise UserError(f"temperature has {len(temperatures)} values; expected one, or {exits} (one per exit)")
+        network.set_link(BoostedLink(temperatures, self.stop_gradient, shifted=self.variant == "released"))
         if self.rescale:
             assert self.ge_scope is not None  # set by the variant
             add_equilibrium(network, self.ge_scope, self.variant)

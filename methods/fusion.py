@@ -1,4 +1,4 @@
-"""Parameters fused over branches: a weighted mean of end points, tensor by tensor or channel by channel.
+"""Fusion of parameters over branches: a weighted mean of end points, per tensor or per channel.
 
 A learned parameter p has rows (one, or one per output channel); row r of it is  sum_e w[r, e] W_e[p]_r  with weights
 w [R, K] that sum to 1 over the exits that own p.
@@ -23,9 +23,9 @@ class FusionWeights(nn.Module):
     Args:
         owned_by: the exits that own each of the R rows.
         exits: K.
-        weighting: `softmax` of temperature * eta over the owners, or `sigmoid` of it normalised over them.
-        temperature: see above.
-        last: what the last exit's eta starts at; the others start at 1.
+        weighting: `softmax` of temperature * eta over the owners, or `sigmoid` of it, normalised over them.
+        temperature: factor of eta.
+        last: initial eta of the last exit; that of the others is 1.
     """
 
     def __init__(
@@ -38,8 +38,8 @@ class FusionWeights(nn.Module):
     ) -> None:
         super().__init__()
         owns = torch.zeros(len(owned_by), exits, dtype=torch.bool)
-        for row, owning in enumerate(owned_by):
-            owns[row, list(owning)] = True
+        for row, owners in enumerate(owned_by):
+            owns[row, list(owners)] = True
         eta = torch.ones(len(owned_by), exits)
         eta[:, -1] = last
         self.weighting, self.temperature = weighting, temperature
@@ -57,12 +57,12 @@ class FusionWeights(nn.Module):
 
 
 class Fusion:
-    """How the end points of K branches become one set of parameters.
+    """Fuses the end points of K branches into one set of parameters.
 
     Args:
         exits: K.
         owners: the exits whose output reads each parameter.
-        rows: the learned parameters, each with its number of rows; all others are fused with equal weights.
+        rows: number of rows of each learned parameter; all others are fused with equal weights.
     """
 
     def __init__(self, exits: int, owners: Mapping[str, Sequence[int]], rows: Mapping[str, int]) -> None:
@@ -74,10 +74,10 @@ class Fusion:
         return FusionWeights(owned_by, self._exits, weighting, temperature, last)
 
     def stack(self, endpoints: Sequence[Mapping[str, Tensor]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the end points [K, *shape] of each learned parameter, and all other parameters, fused.
+        """Return the stacked end points [K, *shape] of each learned parameter, and the fused values of all others.
 
-        Those are owned by a single exit (its own end point), by none (unmoved, so equal in all branches), or are not to
-        be learned: their mean over the owners.
+        The latter are means of the end points over the owners: over one exit, over all branches if no exit owns the
+        parameter (it is not trained, and equal in all), or over several exits if the fusion is not learned.
         """
         stacks = {name: torch.stack([end[name] for end in endpoints]) for name in self._rows}
         fixed = {

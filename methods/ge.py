@@ -3,13 +3,14 @@
 Paper: Li et al., Improved Techniques for Training Adaptive Deep Networks, ICCV 2019, section 3.2, equations 4 and 5,
 https://arxiv.org/abs/1908.06294
 
-With exits k = 0..K-1: on the branch into head k the gradient is multiplied by 1/(K-k), on the branch onward by
-(K-k-1)/(K-k). Every exit's gradient then reaches stage k with the factor 1/(K-k), and heads keep their own gradient.
+At exit k = 0..K-1, the gradient from head k is multiplied by 1/(K-k), and the gradient from stage k + 1 by
+(K-k-1)/(K-k). The gradients of all exits from k on then reach stage k with the factor 1/(K-k); the gradients inside
+the heads do not change.
 
 What differs from the published code. On MSDNet it rescales only the coarsest scale, which gives the factors of
 equation 5 only along paths that never leave that scale; `ge_scope = "coarsest"` (`variant = "released"`) does the same.
-`ge_scope = "all"`, the default, rescales every tensor handed on, and equation 5 then holds for every parameter. On VGG
-and ResNet with internal classifiers, `variant = "released"` is the placement of `released/ge.py`.
+`ge_scope = "all"`, the default, rescales every tensor of the state, and equation 5 then holds for every parameter. On
+VGG and ResNet with internal classifiers, `variant = "released"` is the placement of `released/ge.py`.
 """
 
 from __future__ import annotations
@@ -30,17 +31,17 @@ Scope = Literal["all", "coarsest"]
 class EquilibriumTap(GradientTap):
     """The two rescalings of equation 4 at every boundary.
 
-    `scope` says which onward tensors are rescaled: `all`, or only the `coarsest` (the one that the head reads).
+    `scope` selects the rescaled tensors of the state: `all`, or only the `coarsest` (the one that the head reads).
     """
 
     scope: Scope = "all"
 
     def to_head(self, network: MultiExitNetwork, index: int, view: Tensor) -> Tensor:
-        """Multiply what flows back from head `index` by 1/(K-k)."""
+        """Multiply the gradient from head `index` by 1/(K-k)."""
         return rescale(view, 1 / (network.num_exits - index))
 
     def onward(self, network: MultiExitNetwork, index: int, state: State) -> State:
-        """Multiply what flows back from the later stages by (K-k-1)/(K-k)."""
+        """Multiply the gradient from the later stages by (K-k-1)/(K-k)."""
         remaining = network.num_exits - index
         factor = (remaining - 1) / remaining
         if self.scope == "coarsest":
@@ -49,10 +50,10 @@ class EquilibriumTap(GradientTap):
 
 
 def add_equilibrium(network: MultiExitNetwork, scope: Scope, variant: Variant) -> None:
-    """Add the tap, after checking that a released variant exists for this network and that the scope means anything.
+    """Add the gradient tap, after checking that the variant and the scope exist for this network.
 
     Raises:
-        UserError: there is no released code for this family, or no coarsest scale.
+        UserError: there is no released code for this family, or the network has no coarsest scale.
     """
     if variant == "released" and network.family in CHAINS:
         network.add_tap(ReleasedChainTap())
@@ -63,9 +64,7 @@ def add_equilibrium(network: MultiExitNetwork, scope: Scope, variant: Variant) -
             f"{', '.join(('msdnet', *CHAINS))}; use variant=paper"
         )
     if scope == "coarsest" and network.family != "msdnet":
-        raise UserError(
-            f"ge_scope=coarsest is about MSDNet's scales, and this network is {network.family}; use ge_scope=all"
-        )
+        raise UserError(f"ge_scope=coarsest is for MSDNet only, and this network is {network.family}; use ge_scope=all")
     network.add_tap(EquilibriumTap(scope))
 
 
@@ -75,7 +74,7 @@ class GradientEquilibrium(TrainingStrategy):
 
     Li et al., ICCV 2019, https://arxiv.org/abs/1908.06294
 
-    At boundary k = 0..K-1, with v_k what head k reads and s_k what stage k + 1 reads (tensors [B, C, H, W]):
+    At boundary k = 0..K-1, with the inputs v_k of head k and s_k of stage k + 1 (tensors [B, C, H, W]):
     dL/dv_k is multiplied by 1/(K-k), dL/ds_k by (K-k-1)/(K-k).
 
     Example:
@@ -91,7 +90,7 @@ class GradientEquilibrium(TrainingStrategy):
 
     variant: Variant = setting("paper", "follow the paper's equation or the released code")
     ge_scope: Scope | None = setting(
-        None, "which of MSDNet's onward tensors are rescaled", variant={"paper": "all", "released": "coarsest"}
+        None, "scales of MSDNet that are rescaled", variant={"paper": "all", "released": "coarsest"}
     )
 
     def __post_init__(self) -> None:
@@ -99,6 +98,6 @@ class GradientEquilibrium(TrainingStrategy):
         resolve_variant(self)
 
     def adapt(self, network: MultiExitNetwork) -> None:
-        """Put the rescalings at every boundary."""
+        """Add the gradient tap."""
         assert self.ge_scope is not None  # set by the variant
         add_equilibrium(network, self.ge_scope, self.variant)

@@ -1,22 +1,22 @@
-"""IMTA: knowledge from the exits before (ISC), knowledge from the last exit (OFA), and two phases of training.
+"""IMTA: collaboration with the exit before (ISC), distillation from the last exit (OFA), and two phases of training.
 
 Paper: Li et al., Improved Techniques for Training Adaptive Deep Networks, ICCV 2019, https://arxiv.org/abs/1908.06294
 
-The first phase trains the network with Gradient Equilibrium (section 3.2, our ge.py). The second freezes it and trains
-new classifiers in the place of the old ones, on the features p_k that those read:
+The first phase trains the network with Gradient Equilibrium (section 3.2, see ge.py). The second freezes it and trains
+new classifiers in place of the old ones, on the same features p_k:
 
-- Inline Subnetwork Collaboration (section 3.3): exit k also gets h_k, what a small path makes of the logits o_{k-1} of
-  the exit before: h_k = ReLU(BN(Linear(o_{k-1}))), as wide as p_k, and o_k = Linear([p_k, h_k]). With the identity
-  path that the paper offers beside it, o_k = Linear(p_k) + o_{k-1}. No gradient passes the path backwards.
+- Inline Subnetwork Collaboration (section 3.3): exit k also reads h_k = ReLU(BN(Linear(o_{k-1}))), as wide as p_k,
+  computed from the logits o_{k-1} of the exit before: o_k = Linear([p_k, h_k]). With the identity path, the paper's
+  alternative, o_k = Linear(p_k) + o_{k-1}. No gradient passes to the exit before.
 - One-for-all distillation (section 3.4): L_k = (1 - g) CE(o_k) + g T^2 KL(softmax(z_K / T) || softmax(o_k / T)) for
   k < K, and L_K = CE(o_K); the teacher's logits z_K are those of the *old* last classifier.
 
-What differs from the published code, all to be had by `variant = "released"`: it lets the gradient pass the paths
-(`isc_detach`), divides the KL term by the number of classes (`kd_reduction`: PyTorch's mean over elements), lets the
-frozen network's batch norm normalise by batch statistics and move its running ones (`batchnorm`), and rescales only
-MSDNet's coarsest scale in the first phase (`ge_scope`). g = 0.1 and T = 1 are its script's for ImageNet; neither paper
-nor code says them for CIFAR. The second phase lasts 0.6 times the first, as the paper has it on CIFAR (180 and 300
-epochs; on ImageNet both are 90: `ratio=1`).
+What differs from the published code, which `variant = "released"` follows: gradients pass to the exit before
+(`isc_detach`), the KL term is divided by the number of classes (`kd_reduction`: PyTorch's mean over elements), batch
+norm of the frozen network normalises by batch statistics and updates its running ones (`batchnorm`), and the first
+phase rescales only MSDNet's coarsest scale (`ge_scope`). g = 0.1 and T = 1 are the values of its script for ImageNet;
+neither paper nor code gives those for CIFAR. The second phase lasts 0.6 times as long as the first, as in the paper on
+CIFAR (180 and 300 epochs; on ImageNet both have 90: `ratio=1`).
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ PAPER = "Li et al., Improved Techniques for Training Adaptive Deep Networks, ICC
 
 
 class KnowledgeLink(LogitLink):
-    """o_k from the feature p_k and the logits o_{k-1} of the exit before; the heads' own classifiers are not used.
+    """Computes o_k from the feature p_k and the logits o_{k-1}; the heads' own classifiers are not used.
 
     Args:
         widths: d_k, the width of each exit's feature.
         classes: C.
-        path: see the module's text; `none`: new classifiers alone.
-        detach: whether no gradient passes from exit k to exit k - 1.
+        path: see the module; `none`: new classifiers without paths.
+        detach: whether the gradient from exit k to exit k - 1 is stopped.
     """
 
     def __init__(self, widths: Sequence[int], classes: int, path: str, detach: bool) -> None:
@@ -80,14 +80,14 @@ class KnowledgeLink(LogitLink):
         """Return o_k [B, C] twice: as the exit's output, and as the carry for the next exit."""
         feature = embedding.flatten(1)
         if index == 0 or self.path == "none":
-            answer = self.answers[index](feature)
-            return answer, answer
-        before = carry.detach() if self.detach else carry
+            logits = self.answers[index](feature)
+            return logits, logits
+        previous = carry.detach() if self.detach else carry
         if self.path == "identity":
-            answer = self.answers[index](feature) + before
+            logits = self.answers[index](feature) + previous
         else:
-            answer = self.answers[index](torch.cat([feature, self.paths[index - 1](before)], 1))
-        return answer, answer
+            logits = self.answers[index](torch.cat([feature, self.paths[index - 1](previous)], 1))
+        return logits, logits
 
 
 @dataclass(eq=False)
@@ -110,10 +110,10 @@ class InlineCollaboration(TrainingStrategy):
 
     variant: Variant = setting("paper", "follow the paper's equations or the released code")
     path: Literal["learned", "identity", "none"] = setting(
-        "learned", "how the logits of the exit before come in; none: new classifiers alone"
+        "learned", "how an exit uses the logits of the exit before; none: not at all"
     )
     isc_detach: bool | None = setting(
-        None, "no gradient passes to the exit before", variant={"paper": True, "released": False}
+        None, "stop the gradient to the exit before", variant={"paper": True, "released": False}
     )
 
     def __post_init__(self) -> None:
@@ -121,13 +121,13 @@ class InlineCollaboration(TrainingStrategy):
         resolve_variant(self)
 
     def adapt(self, network: MultiExitNetwork) -> None:
-        """Put new classifiers and the paths between them into the network."""
+        """Set the link: new classifiers, and the paths between them."""
         assert self.isc_detach is not None  # set by the variant
         link = KnowledgeLink(network.embedding_widths(), network.num_classes, self.path, self.isc_detach)
         network.set_link(link.to(next(network.parameters())))
 
     def released_names(self) -> Mapping[str, str]:
-        """Return how the authors' files name the new classifiers, the paths and the frozen network."""
+        """Return the names of the new classifiers, the paths and the frozen network in the authors' files."""
         return {r"link\.answers\.": "classifier.", r"link\.paths\.(\d+)\.": r"isc_modules.\1.", "": "net."}
 
 
@@ -148,15 +148,15 @@ class OneForAll(TrainingStrategy):
     paper: ClassVar[str] = PAPER
 
     variant: Variant = setting("paper", "follow the paper's equations or the released code")
-    gamma: float = setting(0.1, "share of the teacher in what an exit learns from; the rest is the label's")
-    temperature: float = setting(1.0, "T, how much both are softened before they are compared")
+    gamma: float = setting(0.1, "weight of the distillation loss; that of the label loss is 1 - gamma")
+    temperature: float = setting(1.0, "T, temperature of both softmaxes")
     kd_reduction: Literal["batchmean", "mean"] | None = setting(
         None,
-        "true divergence, or that divided by the number of classes",
+        "KL divergence, or KL divergence divided by the number of classes",
         variant={"paper": "batchmean", "released": "mean"},
     )
     teacher: Literal["exit", "head"] = setting(
-        "exit", "the last exit's output, or its head's own classifier (another one where a link replaces it)"
+        "exit", "the last exit's output, or the logits of its own head (which a link may replace)"
     )
 
     def __post_init__(self) -> None:
@@ -172,11 +172,11 @@ class OneForAll(TrainingStrategy):
         *early, last = super().exit_losses(run, outputs, batch)
         teacher = outputs.raw[-1] if self.teacher == "head" else outputs.logits[-1]
         share = self.gamma / (teacher.shape[1] if self.kd_reduction == "mean" else 1)
-        taught = [distillation_losses(logits, teacher, self.temperature) for logits in outputs.logits[:-1]]
+        teacher_losses = [distillation_losses(logits, teacher, self.temperature) for logits in outputs.logits[:-1]]
         return [
             *(
                 (1 - self.gamma) * label_loss + share * teacher_loss
-                for label_loss, teacher_loss in zip(early, taught, strict=True)
+                for label_loss, teacher_loss in zip(early, teacher_losses, strict=True)
             ),
             last,
         ]
@@ -190,7 +190,7 @@ class IMTA(TrainingStrategy):
     Li et al., ICCV 2019, https://arxiv.org/abs/1908.06294
 
     Phase 1 trains the network by `first`; phase 2 trains the link's parameters alone, by `second`. The settings of GE,
-    ISC and OFA are forwarded to the phase that uses them; the formulas stand there.
+    ISC and OFA are forwarded to the phase that uses them; see these methods for the formulas.
 
     Example:
         >>> [(phase.name, phase.epochs) for phase in exitkit.build_strategy("imta").phases(epochs=300, exits=5)]
@@ -201,8 +201,8 @@ class IMTA(TrainingStrategy):
     paper: ClassVar[str] = PAPER
 
     variant: Variant = setting("paper", "follow the paper's equations or the released code")
-    first: str = setting("ge", "the method, or several as a+b, of the first phase")
-    second: str = setting("isc+ofa", "the same of the second phase, on new classifiers; none: no second phase")
+    first: str = setting("ge", "method of the first phase, or several as a+b")
+    second: str = setting("isc+ofa", "method of the second phase, on new classifiers; none: no second phase")
     ratio: float = setting(0.6, "length of the second phase, as a multiple of the first")
     batchnorm: Literal["frozen", "train"] | None = setting(
         None, "batch norm of the frozen network", variant={"paper": "frozen", "released": "train"}
@@ -213,7 +213,7 @@ class IMTA(TrainingStrategy):
         resolve_variant(self)
         if not (self.ratio > 0 and math.isfinite(self.ratio)):
             raise UserError(f"ratio is {self.ratio}; expected above 0 (the paper's is 0.6 on CIFAR)")
-        self.phases(1, 1)  # refuses whatever is wrong with the settings of the phases
+        self.phases(1, 1)  # checks the settings of the phases
 
     def claims(self) -> frozenset[str]:
         """Return the slots that the methods of the two phases claim, and the phases."""
@@ -244,9 +244,9 @@ class IMTA(TrainingStrategy):
             for part in parts:
                 values = forwarded(self, sources[part]) if part in sources else {}
                 values |= {"teacher": "head"} if part == "ofa" and phase == "second" else {}
-                own = {name: value for name, value in (values | (changed or {})).items() if name in values}
+                used = {name: value for name, value in (values | (changed or {})).items() if name in values}
                 prefix = f"{part}." if len(parts) > 1 else ""
-                settings |= {f"{prefix}{name}": value for name, value in own.items() if name != "label_smoothing"}
+                settings |= {f"{prefix}{name}": value for name, value in used.items() if name != "label_smoothing"}
             strategy = build_strategy(method, **settings)
         except UserError as error:
             raise UserError(f"{phase} phase of imta: {error}") from None

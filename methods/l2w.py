@@ -3,27 +3,28 @@
 Paper: Han et al., Learning to Weight Samples for Dynamic Early-exiting Networks, ECCV 2022,
 https://arxiv.org/abs/2209.08310. For B images and K exits:
 
-- The weight prediction network g reads an image's K losses (its `inputs`) and gives K numbers in (-1, 1). The weights
-  are w = 1 + epsilon (g - mean g), the mean taken over an image's exits, over the batch, or over both: they average 1.
-- Training minimises sum_k mean_i w_ik l_ik. The two halves of every batch take turns: one trains, the other is the meta
-  half, and then the other way round, which makes two steps a batch.
-- The meta half is shared out among the exits as at inference with a budget: exit k = 1..K takes its p_k ~ q^k most
-  confident images among those not yet taken, the last one all that are left. L_meta = sum_k mean_{i in M_k} l_ik.
-- A pseudo step of the optimiser (momentum, weight decay and all) leads from theta to theta^(w); g is moved by Adam down
-  the gradient of L_meta(theta^). Then the real step is made with the weights that the new g predicts.
+- The weight prediction network g reads the K losses of an image (its `inputs`) and outputs K numbers in (-1, 1). The
+  weights are w = 1 + epsilon (g - mean g), with the mean over an image's exits, over the batch, or over both, so that
+  they average 1.
+- Training minimises sum_k mean_i w_ik l_ik. Each half of every batch is the training half once and the meta half once,
+  which gives two steps per batch.
+- The meta half is allocated to the exits as in budgeted inference: exit k = 1..K takes the most confident of the
+  remaining images, a share p_k ~ q^k of all, and the last exit takes the rest. L_meta = sum_k mean_{i in M_k} l_ik.
+- A pseudo step of the optimiser (with momentum and weight decay) leads from theta to theta^(w); Adam updates g by the
+  gradient of L_meta(theta^). Then the actual step is made with the weights that the updated g predicts.
 
 The pseudo step is linear in the weights, so that with v = dL_meta/dtheta^ the meta-gradient is exactly
 
     dL_meta/dw_ik = -(lr / N) <dl_ik/dtheta, v>
 
-for all i and k at once by one forward-mode product; the tests hold it equal to the backward pass through the backward
-pass that the published code does. The training half runs forward once for the pseudo step and once for the real one,
-which begin at the same parameters: to keep the graph of the first meanwhile would save a tenth of the time and cost as
-much memory as joint training takes (docs/performance.md).
+for all i and k at once, by one forward-mode product; the tests check that it equals the double backward pass of the
+published code. The training half runs forward once for the pseudo step and once for the actual step, from the same
+parameters: keeping the first graph would save a tenth of the time, and need as much memory as joint training
+(docs/performance.md).
 
-What differs from the published code: its halves are the first and the second of the (shuffled) batch, ours the even and
-the odd images, so that several machines can share both; it seeds nothing between the pseudo step and the real one, ours
-draw the same dropout; and a last batch of fewer than four images makes one step without a meta half.
+What differs from the published code: its halves are the first and the second half of the (shuffled) batch, here they
+are the even and the odd images, so that ranks can share both; its pseudo step and actual step draw different dropout,
+here they draw the same; and here a batch of fewer than four images makes one step without a meta half.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from exitkit.strategy import UPDATE, Batch, Run, TrainingStrategy, UserError, se
 
 @dataclass(eq=False)
 class LearnedWeights(TrainingStrategy):
-    """L2W-DEN: a meta-learned network weighs every image at every exit.
+    """L2W-DEN: a meta-learned network predicts the weight of every image at every exit.
 
     Han et al., ECCV 2022, https://arxiv.org/abs/2209.08310
 
@@ -61,19 +62,19 @@ class LearnedWeights(TrainingStrategy):
 
     weights: Literal["predicted", "frozen", "fixed", "allocated"] = setting(
         "predicted",
-        "by the meta-learned network, by that network frozen, all 1, or 1 only where an image would exit",
+        "predicted by the meta-learned network, by that network frozen, all 1, or only where an image would exit",
     )
     frozen_from: str | None = setting(
-        None, "folder of a finished l2w run whose network weighs the images (with weights=frozen)"
+        None, "folder of a finished l2w run whose network predicts the weights (with weights=frozen)"
     )
-    inputs: Literal["loss", "confidence", "both"] = setting("loss", "what of each exit the network sees")
+    inputs: Literal["loss", "confidence", "both"] = setting("loss", "inputs of the network, for each exit")
     normalise: Literal["exits", "samples", "all"] = setting(
-        "exits", "over what the weights average 1: an image's exits (CIFAR), an exit's batch, or both (ImageNet)"
+        "exits", "the weights average 1 over an image's exits (CIFAR), an exit's batch, or both (ImageNet)"
     )
-    epsilon: float = setting(0.8, "reach of the weights around 1 (CIFAR 0.8, ImageNet 0.3)")
+    epsilon: float = setting(0.8, "range of the weights around 1 (CIFAR 0.8, ImageNet 0.3)")
     q: float = setting(0.75, "ratio of the shares of neighbouring exits in the meta half")
     objective: Literal["allocated", "vanilla"] = setting(
-        "allocated", "each exit judged by the images that would leave there, or by all"
+        "allocated", "meta loss of each exit: on the images that would leave there, or on all images"
     )
     interval: int = setting(1, "batches between two updates of the network (CIFAR 1, ImageNet 100)")
     hidden: int = setting(500, "width of the network's hidden layer")
@@ -94,7 +95,7 @@ class LearnedWeights(TrainingStrategy):
             raise UserError(f"meta_weight_decay is {self.meta_weight_decay}; expected at least 0")
 
     def prepare(self, run: Run) -> None:
-        """Make the weight prediction network."""
+        """Make the weight prediction network, if it is used."""
         if self.weights not in ("predicted", "frozen"):
             return
         exits = run.network.num_exits
@@ -109,7 +110,7 @@ class LearnedWeights(TrainingStrategy):
             run.load_auxiliary("weights", self.frozen_from)
 
     def ingredients(self) -> tuple[str, ...]:
-        """Return the run whose network weighs the images, if there is one."""
+        """Return the run whose network predicts the weights, if there is one."""
         return () if self.frozen_from is None else (self.frozen_from,)
 
     def train_step(self, run: Run, batch: Batch) -> None:
@@ -133,25 +134,25 @@ class LearnedWeights(TrainingStrategy):
         run.step(weighted_losses(run, losses, weights), batch)
 
     def _meta_step(self, run: Run, training: Batch, meta: Batch, number: int) -> None:
-        """Move the weight prediction network down the gradient of L_meta at the pseudo step."""
+        """Update the weight prediction network by the gradient of L_meta after the pseudo step."""
         side = run.auxiliaries["weights"]
         for group in side.optimizer.param_groups:
             group["lr"] = self.meta_lr * 0.5 * (1 + math.cos(math.pi * run.position.fraction))
         predicted, rates = self._meta_gradient(run, training, meta, number)
-        # dL/dg = epsilon (I - mean) dL/dw, and the projection that takes the mean away is its own transpose.
-        pull = self.epsilon * (rates - self._mean(run, rates, training))
-        side.step((pull.to(predicted.dtype) * predicted).sum(1).mean(), training)
+        # dL/dg = epsilon (I - mean) dL/dw, since the projection that subtracts the mean is symmetric.
+        gradient = self.epsilon * (rates - self._mean(run, rates, training))
+        side.step((gradient.to(predicted.dtype) * predicted).sum(1).mean(), training)
 
     def _meta_gradient(self, run: Run, training: Batch, meta: Batch, number: int) -> tuple[Tensor, Tensor]:
         """Return the predictions g [B, K] for the training half, and N dL_meta/dw [B, K]."""
-        # theta^ = where a step on  sum_k mean_i w_ik l_ik  would lead
+        # theta^, the result of a step on  sum_k mean_i w_ik l_ik
         with run.seeded(f"half {number}", alike=False):
             outputs = run.functional({}, training[0], batchnorm="kept")
         losses = run.objective(outputs, training)
         predicted = self._predicted(run, losses, outputs)
         loss = weighted_losses(run, losses, self._normalised(run, predicted.detach(), training))
         pseudo = run.pseudo_step(run.gradients(loss, run.parameters, training))
-        del outputs, losses, loss  # and the graph, before another is made of the meta half
+        del outputs, losses, loss  # frees the graph before that of the meta half is made
         # v = dL_meta/dtheta^
         slope = self._meta_slope(run, meta, pseudo.parameters, number)
         # dL_meta/dw_ik = -(lr / N) <dl_ik/dtheta, v>
@@ -183,7 +184,7 @@ class LearnedWeights(TrainingStrategy):
         return self._normalised(run, self._predicted(run, losses, outputs), batch)
 
     def _allocation(self, run: Run, outputs: Outputs) -> Tensor:
-        """Return 1, normalised, where an image of the global batch would leave, and 0 elsewhere, [B, K]."""
+        """Return normalised weights [B, K], which are 0 except at the exit where the image would leave."""
         local = confidences(outputs)
         return run.local_rows(allocate(run.gather(local), self.q), local)
 
@@ -199,7 +200,7 @@ class LearnedWeights(TrainingStrategy):
         return 1 + self.epsilon * (predicted - self._mean(run, predicted, batch))
 
     def _mean(self, run: Run, values: Tensor, batch: Batch | None) -> Tensor:
-        """Return the mean of [B, K] over what the weights are normalised over, to be subtracted from it."""
+        """Return the mean of values [B, K] over an image's exits, an exit's batch, or both; see `normalise`."""
         if self.normalise == "exits":
             return values.mean(1, keepdim=True)
         return run.mean(values.mean(0, keepdim=True) if self.normalise == "samples" else values.mean(), batch)

@@ -8,18 +8,18 @@ Every epoch starts from W and has K + 1 passes over the data:
 1. for each exit e, a branch: W_e = W trained for one pass on  CE_e + 0.1 sum_{j != e} CE_j  (W_e - W is the exit's
    *expected gradient*);
 2. one pass that learns the fusion weights eta by Adam on  F(eta) = sum_j CE_j(W(eta)),  where every parameter tensor
-   p is fused over the exits that own it (whose output reads it):
+   p is fused over the exits that own it (whose output depends on it):
    W(eta)[p] = sum_e softmax(eta_p)_e W_e[p];
 3. W = W(eta), the fused end points themselves (a step of size 1 along the fused expected gradients).
 
-Where the paper leaves something open, this file decides: momentum is cleared and batch-norm statistics are set back to
-W's before every branch and before the fusion pass; all K + 1 passes of an epoch use the same images, augmented alike;
-eta starts at 1, and its learning rate falls to a tenth at half and at three quarters of the schedule; batch norm's
-scales and shifts are fused with equal weights (the paper's last section leaves batch norm out) unless `fuse_batchnorm`
-is set. The paper prints the update with a minus sign although it defines the gradient as end point minus start; the sum
-above is what it means.
+The paper does not specify the following. Momentum is cleared, and batch-norm statistics are reset to those of W, before
+every branch and before the fusion pass; all K + 1 passes of an epoch use the same images, augmented alike; eta starts
+at 1, and its learning rate falls to a tenth at half and at three quarters of the schedule; batch norm's scales and
+shifts are fused with equal weights (the paper's last section excludes batch norm) unless `fuse_batchnorm` is set. The
+paper writes the update with a minus sign, although it defines the gradient as end point minus start; the sum above is
+meant.
 
-What differs from the published code: see `released/metagf.py`; `variant` follows either of its two drivers.
+What differs from the published code: see `released/metagf.py`; `variant` selects one of its two drivers.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _of_driver(name: str) -> dict[str, Any]:
 
 @dataclass(eq=False)
 class MetaGF(TrainingStrategy):
-    """Meta-GF: one training branch per exit, fused by learned weights, every epoch.
+    """Meta-GF: in every epoch one training branch per exit, fused by learned weights.
 
     Sun et al., ECCV 2022, https://www.ecva.net/papers/eccv_2022/papers_ECCV/html/6337_ECCV_2022_paper.php
 
@@ -76,24 +76,24 @@ class MetaGF(TrainingStrategy):
     auxiliary_weight: float = setting(0.1, "weight of the other exits' losses in a branch")
     fusion_lr: float = setting(0.1, "learning rate of the fusion weights (Adam)")
     fuse_batchnorm: bool | None = setting(
-        None, "learn the fusion of batch norm's scales and shifts too", variant=_of_driver("fuse_batchnorm")
+        None, "also learn the fusion of batch norm's scales and shifts", variant=_of_driver("fuse_batchnorm")
     )
     weighting: Weighting | None = setting(
-        None, "how eta becomes weights that sum to 1", variant=_of_driver("weighting")
+        None, "function from eta to weights that sum to 1", variant=_of_driver("weighting")
     )
     fusion_temperature: float | None = setting(None, "factor of eta", variant=_of_driver("fusion_temperature"))
     granularity: Literal["tensor", "channel"] | None = setting(
         None, "one weight per parameter tensor, or one per output channel", variant=_of_driver("granularity")
     )
-    ema: float | None = setting(None, "share of the old eta kept after an epoch", variant=_of_driver("ema"))
+    ema: float | None = setting(None, "weight of the previous eta after an epoch", variant=_of_driver("ema"))
     learn: Literal["always", "first"] | None = setting(
-        None, "learn eta in every epoch or in the first alone", variant=_of_driver("learn")
+        None, "learn eta in every epoch, or in the first epoch only", variant=_of_driver("learn")
     )
     clean: bool | None = setting(
-        None, "no momentum and statistics from one branch in the next", variant=_of_driver("clean")
+        None, "reset momentum and batch-norm statistics before every branch", variant=_of_driver("clean")
     )
     branches: Literal["one-by-one", "side-by-side"] = setting(
-        "one-by-one", "train the branches in turn, or at once in K times the memory; same results", execution=True
+        "one-by-one", "train the branches in turn, or at once with K times the memory; same results", execution=True
     )
 
     _driver: Driver = field(init=False, repr=False)
@@ -115,13 +115,13 @@ class MetaGF(TrainingStrategy):
             raise UserError(f"fusion_temperature is {self.fusion_temperature}; expected above 0")
         if self.branches == "side-by-side" and not self.clean:
             raise UserError(
-                f"variant={self.variant} hands momentum and statistics from branch to branch, which can't be done "
-                "side-by-side; expected branches=one-by-one, or clean=true"
+                f"variant={self.variant} keeps momentum and statistics from branch to branch, which is not possible "
+                "side by side; expected branches=one-by-one, or clean=true"
             )
         self._branches = Branches(self.branches == "side-by-side", bool(self.clean))
 
     def adapt(self, network: MultiExitNetwork) -> None:
-        """Check that the released drivers' lists are long enough; the network stays as it is."""
+        """Check that the released drivers support the number of exits; the network does not change."""
         if self.variant != "paper" and network.num_exits > len(SDN_SHARES) + 1:
             raise UserError(f"variant={self.variant} is for up to 7 exits; the network has {network.num_exits}")
 
@@ -130,7 +130,7 @@ class MetaGF(TrainingStrategy):
         return exits + 1
 
     def prepare(self, run: Run) -> None:
-        """Find out which exits own which parameter, and make the fusion weights."""
+        """Determine the owners of each parameter, and make the fusion weights."""
         owned_by = owners(run.network)
         equal = set() if self.fuse_batchnorm else batchnorm_parameters(run.network)
         learned = [name for name, exits in owned_by.items() if len(exits) > 1 and name not in equal]
@@ -145,7 +145,7 @@ class MetaGF(TrainingStrategy):
         self._branches.rehearse(run, self._emphasis(run))
 
     def train_epoch(self, run: Run, batches: Iterable[Batch]) -> None:
-        """Train the branches (those that are not done yet), learn the fusion, and take the fused parameters."""
+        """Train the remaining branches, learn the fusion, and load the fused parameters."""
         endpoints = self._branches.train(run, batches, self._emphasis(run))
         fused = self._learn_fusion(run, batches, endpoints)
         with torch.no_grad():
@@ -154,7 +154,7 @@ class MetaGF(TrainingStrategy):
         self._branches.end_epoch()
 
     def _emphasis(self, run: Run) -> list[list[float]]:
-        """Return a [K, K]: how much exit j counts in branch e."""
+        """Return a [K, K]: the weight of exit j in branch e."""
         exits = range(run.network.num_exits)
         factors = self._driver.others or (1.0,) * len(exits)
         emphasis = [[1.0 if j == e else self.auxiliary_weight * factors[j] for j in exits] for e in exits]
@@ -174,7 +174,7 @@ class MetaGF(TrainingStrategy):
         for group in fusion.optimizer.param_groups:
             group["lr"] = self.fusion_lr * 0.1 ** sum(done >= drop for drop in self._driver.drops)
         stacks, fixed = self._fusion.stack(endpoints)
-        # With a single exit there is nothing to weigh, and the pass only settles batch norm.
+        # With one exit there is nothing to learn, and the pass only updates batch-norm statistics.
         learns = bool(stacks) and (self.learn == "always" or run.position.epoch == 0)
         applied: dict[str, Tensor] = {}
         for batch in batches:
@@ -190,7 +190,7 @@ class MetaGF(TrainingStrategy):
         return applied
 
     def _fusion_weights(self, run: Run) -> list[float]:
-        """Return how much each exit counts in the fusion pass."""
+        """Return the weights of the exits in the fusion pass."""
         if not self._driver.ramp:
             return list(run.weights())
         ramp = sdn_ramp(run.position.epoch, run.position.epochs, run.network.num_exits)
@@ -202,9 +202,9 @@ class MetaGF(TrainingStrategy):
             return self._fusion.tables(run.auxiliaries["fusion"].module())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the end points of the branches that this epoch has trained so far."""
+        """Return the end points of the branches that are finished in this epoch."""
         return self._branches.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume after those branches."""
+        """Restore these end points, so that training resumes after them."""
         self._branches.load_state_dict(state)

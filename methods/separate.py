@@ -1,15 +1,15 @@
-"""Separate training: every parameter is trained by one objective alone; two simple alternatives to joint training.
+"""Separate training: every parameter is trained on one exit's loss only; two simple alternatives to joint training.
 
 Paper: none of its own; Scardapane et al., Why Should We Add Early Exits to Neural Networks?, Cognitive Computation
-2020, https://arxiv.org/abs/2004.12814, reviews both beside joint training.
+2020, https://arxiv.org/abs/2004.12814, reviews both besides joint training.
 
 - `classifier`: the trunk and the last head are trained as an ordinary network; then the trunk is frozen, and all other
   heads are trained on it.
-- `branch`: for k = 1..K, stage k and head k are trained on exit k's loss, with all before them frozen.
+- `branch`: for k = 1..K, stage k and head k are trained on exit k's loss, with all earlier parts frozen.
 
-There is no published code, and so nothing differs. What the sources leave open is decided here: the epochs are split
-equally among the phases (`shares` splits them otherwise), every phase has a fresh optimiser and its own schedule, and
-frozen parts are frozen with their batch-norm statistics.
+There is no published code, so that nothing is known to differ. The sources do not specify the following: here the
+epochs are split equally among the phases (or by `shares`), every phase has a new optimiser and its own schedule, and
+the batch-norm statistics of frozen parts are frozen.
 """
 
 from __future__ import annotations
@@ -19,25 +19,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from exitkit.methods.phases import Chosen, split_epochs
 from exitkit.strategy import EXIT_WEIGHTS, PHASES, Phase, Run, TrainingStrategy, UserError, setting
 
 
 @dataclass(eq=False)
-class Chosen(TrainingStrategy):
-    """Joint training of some of the exits."""
-
-    slots: ClassVar[frozenset[str]] = frozenset({EXIT_WEIGHTS})
-
-    exits: tuple[int, ...] = setting((), "exits that are trained, from 0")
-
-    def exit_weights(self, run: Run) -> Sequence[float]:
-        """Return 1 for the chosen exits and 0 for the others."""
-        return [float(index in self.exits) for index in range(run.network.num_exits)]
-
-
-@dataclass(eq=False)
 class Separate(TrainingStrategy):
-    """Separate training: the trunk for the last exit, then the heads; or branch by branch.
+    """Separate training: the trunk on the last exit's loss, then the other heads; or one branch after the other.
 
     Reviewed in Scardapane et al., Cognitive Computation 2020, https://arxiv.org/abs/2004.12814
 
@@ -63,7 +51,7 @@ class Separate(TrainingStrategy):
             raise UserError(f"shares is {self.shares}; expected numbers above 0")
 
     def phases(self, epochs: int, exits: int) -> list[Phase]:
-        """Return the phases; together they last `epochs`, so that separate training costs no more than joint."""
+        """Return the phases; their total length is `epochs`, so that the cost is at most that of joint training."""
         last = exits - 1
         plans: list[tuple[str, tuple[int, ...], tuple[str, ...]]]
         if self.order == "branch":
@@ -80,23 +68,16 @@ class Separate(TrainingStrategy):
         ]
 
     def exit_weights(self, run: Run) -> Sequence[float]:
-        """Return all ones: where a single step is driven by hand, that of joint training."""
+        """Return 1 for all exits: outside its phases (in a custom loop), the method is joint training."""
         return [1.0] * run.network.num_exits
 
     def _only(self, exits: tuple[int, ...]) -> Chosen:
-        """Return joint training of these exits, with this method's labels."""
+        """Return joint training of these exits, with this method's label smoothing."""
         return Chosen(exits=exits, label_smoothing=self.label_smoothing)
 
     def _lengths(self, epochs: int, count: int) -> list[int]:
-        """Split the epochs by the shares, whole ones, at least one per phase."""
+        """Return the number of epochs of each phase."""
         shares = self.shares or (1.0,) * count
         if len(shares) != count:
             raise UserError(f"shares has {len(shares)} values; expected {count}, one per phase")
-        if epochs < count:
-            raise UserError(f"separate training has {count} phases here, and {epochs} epochs can't be split among them")
-        bounds = [round(epochs * sum(shares[: index + 1]) / sum(shares)) for index in range(count)]
-        lengths = [after - before for before, after in zip([0, *bounds], bounds, strict=False)]
-        while 0 in lengths:
-            lengths[lengths.index(max(lengths))] -= 1
-            lengths[lengths.index(0)] += 1
-        return lengths
+        return split_epochs(epochs, shares, "separate training")

@@ -75,7 +75,10 @@ def trained(method, mode, settings):
 cases = [(method, {}) for method in registered("method")]
 cases += [("l2w", {"normalise": "samples", "meta_lr": 0.1}), ("double", {"normalise": "all"})]
 cases += [("l2w", {"weights": "allocated"}), ("imta", {"variant": "released", "first": "joint"})]
+cases += [("byot", {"variant": "released"}), ("beed", {"mode": "eed"})]
+cases += [("kd", {"teachers": "later", "form": "cross-entropy"})]
 cases += [("boostnet+l2w", {}), ("pcgrad+ofa", {}), ("metagf", {"branches": "side-by-side"})]
+cases += [("adaloss", {"period": 1}), ("cgt", {"gate": "soft", "sharpness": 10.0})]
 results = {
     (method, mode, str(settings)): trained(method, mode, settings)
     for method, settings in cases

@@ -15,6 +15,7 @@ ROOMS = (
     "exitkit.benchmarks.speed",
     "exitkit.benchmarks.campaign",
     "exitkit.benchmarks.diagnose",
+    "exitkit.benchmarks.policies",
     "exitkit.benchmarks.report",
     "exitkit.benchmarks.timing",
     "exitkit.benchmarks.published",

@@ -24,7 +24,7 @@ TABLE = {
     "slot": ("train --method metagf+metagf", "names a part twice"),
     "backbone": ("train --backbone msdnet-tinny", "did you mean msdnet-tiny"),
     "data set": ("train --dataset cifar11", "did you mean cifar10"),
-    "recipe name": ("train --recipe digts", "unknown recipe 'digts'; did you mean digits?"),
+    "recipe name": ("train --recipe digts", "unknown recipe 'digts'; did you mean digits"),
     "recipe of a comparison": ("train --recipe digits", "use it with: exitkit compare --recipe digits"),
     "field": ("train --method boostnet --set temprature=1", "did you mean temperature"),
     "field of no method": ("compare --methods ge --set temperature=1", "unknown field"),
@@ -33,7 +33,7 @@ TABLE = {
     "field out of range": ("train --method boostnet --set temperature=-1", "at least 0"),
     "network too large": ("cost --set channels=10000000000000", "msdnet-tiny does not fit into memory"),
     "number too large": ("cost --num-classes 1" + 30 * "0", "msdnet-tiny does not fit into memory"),
-    "recipe that is no text": ("recipes copy /bin/sh mine.toml", "recipe /bin/sh is no text; expected TOML"),
+    "recipe that is no text": ("recipes copy /bin/sh mine.toml", "recipe /bin/sh is not a text file; expected TOML"),
     "field of a wrong type": (
         "train --method boostnet --set temperature=warm",
         "temperature is 'warm'; expected number | number, ...",
@@ -59,7 +59,7 @@ TABLE = {
     "seeds": ("compare --seeds 0", "seeds is 0; expected at least 1"),
     "jobs": ("compare --jobs 0", "--jobs is 0; expected at least 1"),
     "no methods": ("compare --methods ,", "methods is empty"),
-    "precision": ("train --precision fp8", "precision is 'fp8'; expected 'fp32'"),
+    "precision": ("train --precision fp8", "precision is 'fp8'; expected 'auto', 'fp32'"),
     "device": ("train --device gpu", "device is 'gpu'; expected auto, cpu, cuda"),
     "precision of another device": ("train --precision tf32 --device cpu", "tf32 needs a CUDA device"),
     "data folder missing": ("train --dataset cifar100 --data-dir nowhere --recipe here.toml", "CIFAR-100 "),
@@ -70,7 +70,7 @@ TABLE = {
     "classes differ": ("train --dataset folder --data-dir uneven", "not in both: bird"),
     "recipe file missing": ("train --recipe nowhere.toml", "can't be read"),
     "recipe file of bytes": ("train --recipe bytes.toml", "is not valid toml"),
-    "recipe file of a list": ("train --recipe list.json", "holds a list; expected a table of keys"),
+    "recipe file of a list": ("train --recipe list.json", "contains a list; expected a table of keys"),
     "recipe file with a field of no such name": (
         "train --recipe fields.toml",
         "'temprature'; did you mean temperature",
@@ -91,7 +91,7 @@ TABLE = {
     "comparison with a name too long": (f"compare --epochs 1 --out {'x' * 300}", "can't be accessed"),
     "key of a recipe": (
         "train --set weight_decay=0.1",
-        "weight_decay is a key of a recipe, no field; put weight_decay",
+        "weight_decay is a key of a recipe, not a field; set weight_decay",
     ),
     "run of a name too long": (f"show {'x' * 300}", "can't be accessed"),
     "no images at all": ("train --data-dir=", "data_dir"),
@@ -175,13 +175,13 @@ def unfinished(cli, monkeypatch, tmp_path):
 def test_an_unfinished_run_is_not_overwritten_and_not_mixed_with_other_settings(cli, unfinished, tmp_path):
     before = everything(tmp_path)
     cli(*TRAIN).refused("exists and is unfinished; resume it by --resume")
-    cli(*TRAIN, "--resume", "--lr", "0.2").refused("of other settings", "lr=0.1 there, 0.2 here")
+    cli(*TRAIN, "--resume", "--lr", "0.2").refused("has other settings", "lr=0.1 instead of 0.2")
     cli("evaluate", unfinished).refused("weights.safetensors is missing")
     cli("report", "runs").refused("no finished run")
     assert everything(tmp_path) == before
     recipe = unfinished / "recipe.json"
     recipe.write_text(json.dumps(json.loads(recipe.read_text()) | {"lr": 0.3}))
-    cli(*TRAIN, "--resume").refused("was made by other settings than its name says")
+    cli(*TRAIN, "--resume").refused("do not match its name; choose another --out")
 
 
 class Malicious:

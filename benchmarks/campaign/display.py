@@ -127,7 +127,7 @@ def announce(recipes: Sequence[ResolvedRecipe], seconds: Mapping[str, float], jo
             cells = [str(seeds[0].epochs), ",".join(str(r.seed) for r in seeds), str(len(seeds) - len(remaining))]
             table.add_row(*map(escape, names_of_group), *cells, in_words(sum(remaining)) if remaining else "–")
         console.print(table)
-    parallel = f", {min(jobs, len(seconds))} in parallel" if len(seconds) > 1 else ""
+    parallel = f", {min(jobs, len(seconds))} at a time" if len(seconds) > 1 else ""
     console.print(f"plan: {len(recipes)} runs{finished}; {about}{parallel}", soft_wrap=True)
 
 

@@ -136,7 +136,7 @@ def _timed(recipe: ResolvedRecipe, data: Data) -> Timing:
     size = max(_MIN_IMAGES, min(recipe.batch_size, int(_MAX_MACS / cost(job.network)[-1].macs)))
     images = engine.placement.images(torch.randn(size, *data.input_shape))
     batch = LocalBatch.make(images, engine.placement.labels(torch.arange(size) % data.num_classes))
-    phases = PhaseSetup(job, engine, dict.fromkeys(job.strategy.teachers(), teacher))
+    phases = PhaseSetup(job, engine, dict.fromkeys(job.strategy.teacher_runs(), teacher))
     seconds = []
     with process_settings(engine.device, threads=recipe.threads), engine.placement.forked_randomness():
         for number in range(len(job.phases)):

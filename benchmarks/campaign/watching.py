@@ -65,7 +65,7 @@ def look(folder: Path) -> list[Watched]:
             recipes[run["run"]] = run.get("recipe") or {}
     for path in sorted(folder.glob("[!.]*/recipe.json")):
         recipes.setdefault(path.parent.name, _read(path))
-    return [_look(folder, name, recipe) for name, recipe in recipes.items()]
+    return [_watched(folder, name, recipe) for name, recipe in recipes.items()]
 
 
 def seconds_left(runs: Sequence[Watched]) -> float | None:
@@ -120,7 +120,7 @@ def _plain(value: Any) -> Any:
     return ",".join(map(str, value)) if isinstance(value, list) else value
 
 
-def _look(folder: Path, name: str, recipe: Mapping[str, Any]) -> Watched:
+def _watched(folder: Path, name: str, recipe: Mapping[str, Any]) -> Watched:
     path = folder / name
     watched = Watched(name, recipe, epochs=recipe.get("epochs"))
     progress = _read(path / PROGRESS)

@@ -83,13 +83,13 @@ def bench(
     for name, value in (("--batch-size", batch_size), ("--repeats", repeats), ("--threads", threads)):
         if value < 1:
             raise UserError(f"{name} is {value}; expected at least 1")
-    folders = [RunFolder(name) for name in _only_runs(list(dict.fromkeys(runs)))]
+    folders = [RunFolder(name) for name in only_runs(list(dict.fromkeys(runs)))]
     for folder in folders:
         folder.results()  # raises for an unfinished run
     try:
         with interruptible():
-            asked = {"batch_size": batch_size, "repeats": repeats, "threads": threads, "boundary": boundary}
-            measured = _measure(folders, budgets, device, data_dir, asked)
+            settings = {"batch_size": batch_size, "repeats": repeats, "threads": threads, "boundary": boundary}
+            measured = _measure(folders, budgets, device, data_dir, settings)
     except KeyboardInterrupt:
         raise Interrupted("stopped; nothing was written") from None
     for folder, facts in measured.items():
@@ -100,7 +100,7 @@ def bench(
         _print(measured, batch_size, boundary)
 
 
-def _only_runs(names: list[str]) -> list[str]:
+def only_runs(names: list[str]) -> list[str]:
     """Drop paths that are not runs (`runs/*` also matches `report`, `comparison.json`), unless no run remains."""
     from exitkit.benchmarks.campaign.record import FAILURES, PLAN
     from exitkit.files import exists
@@ -124,7 +124,7 @@ def _check(mode: str, boundary: str, batch_size: int | None) -> int:
 
 
 def _measure(
-    folders: Sequence[RunFolder], budgets: Sequence[str], device: str, data_dir: str | None, asked: Mapping[str, Any]
+    folders: Sequence[RunFolder], budgets: Sequence[str], device: str, data_dir: str | None, settings: Mapping[str, Any]
 ) -> dict[RunFolder, dict[str, Any]]:
     import torch
 
@@ -141,15 +141,15 @@ def _measure(
         ):
             raise UserError(f"{first.path} and {folder.path} have different test images; expected runs on one data set")
     before = torch.get_num_threads()
-    torch.set_num_threads(asked["threads"])
+    torch.set_num_threads(settings["threads"])
     try:
-        boundary = cast("Boundary", asked["boundary"])
-        time_all(list(subjects.values()), asked["batch_size"], asked["repeats"], boundary)
+        boundary = cast("Boundary", settings["boundary"])
+        time_all(list(subjects.values()), settings["batch_size"], settings["repeats"], boundary)
     finally:
         torch.set_num_threads(before)
     gpu = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else None
     where = {"device": str(engine.device), "gpu": gpu, "torch": torch.__version__}
-    return {folder: _facts(subject, asked) | dict(asked) | where for folder, subject in subjects.items()}
+    return {folder: _facts(subject, settings) | dict(settings) | where for folder, subject in subjects.items()}
 
 
 def _subject(run: RunFolder, budgets: Sequence[str], data_dir: str | None, engine: Any) -> Subject:
@@ -184,12 +184,12 @@ def _points(run: RunFolder, budgets: Sequence[str]) -> list[Point]:
     return points
 
 
-def _facts(subject: Subject, asked: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(subject: Subject, settings: Mapping[str, Any]) -> dict[str, Any]:
     import numpy as np
 
     from exitkit.benchmarks.timing.stopwatch import cut_name, summary
 
-    size, repeats = asked["batch_size"], asked["repeats"]
+    size, repeats = settings["batch_size"], settings["repeats"]
 
     def timing(name: str) -> dict[str, Any]:
         used = subject.joules.get(name)
@@ -211,19 +211,16 @@ def _print(measured: Mapping[RunFolder, Mapping[str, Any]], batch_size: int, bou
     from rich.markup import escape
     from rich.table import Table
 
-    from exitkit.benchmarks.timing.stopwatch import cut_name
-
     console = Console(highlight=False)
     for folder, facts in measured.items():
         table = Table(title=f"{escape(folder.path.name)}: milliseconds per image, batch size {batch_size}, {boundary}")
-        for name in ("", "p50", "p95", "p99", "mean", "images/s", "J/image", "static network", "its mean"):
+        for name in ("", "p50", "p95", "p99", "mean", "images/s", "J/image", "static, cut at", "static mean"):
             table.add_column(name, justify="left" if not name else "right")
         for number, row in enumerate(facts["exits"], start=1):
             table.add_row(f"exit {number}", *_numbers(row))
         for point in facts["points"]:
             static = point["static"]
-            cut = cut_name(static["exit"])
-            table.add_row(escape(point["name"]), *_numbers(point), cut, f"{static['mean']:.3g}")
+            table.add_row(escape(point["name"]), *_numbers(point), f"exit {static['exit']}", f"{static['mean']:.3g}")
         console.print(table)
     if all(point["joules_per_image"] is None for facts in measured.values() for point in facts["points"]):
         console.print("energy: not available on this machine")

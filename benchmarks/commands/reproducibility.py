@@ -31,7 +31,7 @@ Results of exitkit beside the published results. Accuracies are top-1 on the tes
 exits, and the last exit, ± standard deviation over n seeds (n - 1).
 
 *Against the paper*: "as published" if the paper's mean over the exits is in the {CONFIDENCE:.0%} prediction interval of
-one further run of ours (Student's t over our seeds); "above" or "below" if ours is above or below that range; "one
+one further run of ours (Student's t over our seeds), otherwise "above" or "below" (our mean against the paper's); "one
 seed" if there is no interval. "not comparable" lists what differs from the paper's experiment; no verdict is given
 then.
 

@@ -19,7 +19,7 @@ Probes = Mapping[str, np.ndarray]
 
 
 def conflict_figure(probes: Probes) -> Figure:
-    """Plot the cosine of the exits' gradients: mean per stage during training, and per pair of exits at the last probe."""
+    """Plot the cosine of the exits' gradients: mean per stage and epoch, and per pair of exits at the last probe."""
     cosine, epochs = probes["cosine"], probes["epoch"]
     exits = cosine.shape[-1]
     pairs = np.triu_indices(exits, 1)
@@ -52,7 +52,7 @@ def magnitude_figure(probes: Probes) -> Figure:
 
 
 def validity_figure(probes: Probes) -> Figure:
-    """Plot the fraction of valid images of each exit (those with a gradient), and its loss."""
+    """Plot the fraction of valid images of each exit (probability of their class below 0.9), and its loss."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(2 * WIDTH, HEIGHT), layout="constrained")
         panels = figure.subplots(1, 2)
@@ -191,7 +191,7 @@ def _matrix(
 
 
 def _mean(values: np.ndarray) -> np.ndarray:
-    """Return the mean [T] over pairs of exits [T, pairs], without NaN (pairs of which an exit does not use the stage)."""
+    """Return the mean over pairs of exits, [T, pairs] -> [T], without NaN: pairs with an exit that skips the stage."""
     count = (~np.isnan(values)).sum(1)
     mean: np.ndarray = np.where(count > 0, np.nansum(values, 1) / np.maximum(count, 1), np.nan)
     return mean

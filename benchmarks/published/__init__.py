@@ -15,7 +15,7 @@ import pandas as pd
 
 from exitkit.benchmarks.published.defaults import network_fields, published_fields
 
-PAPERS = ("boostnet", "imta", "metagf", "l2w")
+PAPERS = ("boostnet", "imta", "metagf", "l2w", "dfs")
 _PLAIN = {"dataset.per_class": "null", "dataset.imbalance": "1.0"}
 
 
@@ -64,7 +64,7 @@ def published_for(
 
 
 def unlike(identity: Mapping[str, str], published: Mapping[str, object], recipe: object) -> str:
-    """Return what differs between a run and the experiment of a published row: some of "network, data, schedule", or "".
+    """Return what differs between a run and a published experiment: some of "network, data, schedule", or "".
 
     Args:
         identity: identity of the run, {field: JSON value}.

@@ -22,7 +22,7 @@ def default_fields(identity: Mapping[str, str]) -> Mapping[str, str]:
 
 
 def published_fields(method: str) -> list[Mapping[str, str]]:
-    """Return the fields of a method, {field: JSON value}, in each of its variants: as in its paper or its released code."""
+    """Return the fields of a method, {field: JSON value}, per variant: as in its paper or its released code."""
     resolved = [_resolved(method, None, "digits", variant) for variant in VARIANTS]
     return [{key: value for key, value in fields.items() if key.startswith("method.")} for fields in resolved if fields]
 

@@ -87,16 +87,16 @@ def _verdicts(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
         cells = [plain(where), Cell(best, "", best=True), plain(number(row["accuracy"], 2))]
         table.append([*cells, plain(second), lead, plain(row["verdict"])])
     caption = (
-        "The best method at each exit and budget, and its lead over the second best: mean difference paired by seed "
-        "± half width of the 95 % interval; significant: p < 0.05 after Holm's correction for the comparisons with all "
-        "other methods"
+        "The best method at each exit and budget, and its lead over the second best: mean difference paired by seed, "
+        "with the half width of its 95 % interval; more than noise: p < 0.05 after Holm's correction for the "
+        "comparisons with all other methods"
     )
     if "not known" in set(rows["verdict"]):
         caption += (
             "; not known: no interval can be computed, because there is one seed or the difference is the same for all "
             "seeds"
         )
-    heads = ["where", "best", "accuracy", "second", "lead", "significant"]
+    heads = ["where", "best", "accuracy", "second", "lead", "more than noise?"]
     return Sheet("verdicts", "Best methods", group_name(rows), caption, heads, table)
 
 
@@ -134,9 +134,9 @@ def _differences(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
             cells.append(Cell(starred, "" if pd.isna(high) else f"{(high - low) / 2:.2f}", best=bool(p < SIGNIFICANCE)))
         table.append([plain(method), *cells, plain(int(group["n"].max()))])
     caption = (
-        f"Difference to {rows['baseline'].iloc[0]} in percentage points of accuracy, paired by seed, ± half width of "
-        "the 95 % interval; *: significant at 0.05 after Holm's correction for the methods of a column; area: mean "
-        "height of the budgeted curve"
+        f"Difference to {rows['baseline'].iloc[0]} in percentage points of accuracy, paired by seed, with the half "
+        "width of its 95 % interval; *: significant at 0.05 after Holm's correction for the methods of a column; area: "
+        "mean height of the budgeted curve"
     )
     return Sheet("differences", "Differences", group_name(rows), caption, ["method", *measures, "n"], table)
 

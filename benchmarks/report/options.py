@@ -61,7 +61,7 @@ class ReportOptions:
         for budget in self.budgets:
             if not read_budget(budget) >= least * (1 - 1e-9):
                 amount = f"{least:.6g}{'ms' * (self.cost == 'latency')}"
-                raise UserError(f"budget {budget} is below the lowest cost of a first exit, {amount}; expected more")
+                raise UserError(f"budget {budget} is below the lowest cost of a first exit; expected at least {amount}")
 
     @classmethod
     def make(cls, values: Mapping[str, Any]) -> ReportOptions:

@@ -42,7 +42,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """A line (`joined`) or a set of markers; `index` is the method's index, which determines colour, dash and marker."""
+    """A line (`joined`) or a set of markers; `index`, that of the method, determines colour, dash and marker."""
 
     name: str
     points: list[Point]

@@ -28,13 +28,14 @@ def plain(work: Work, form: str = "fp32") -> Step:
         form: one of `FORMS`; the default is that of released code.
     """
     reduced, layout = FORMS[form]
-    network, (images, labels) = work.build().to(memory_format=layout), work.data()
+    network, (images, labels) = work.build(), work.data()
+    network.to(memory_format=layout)  # type: ignore[call-overload]
     images = images.contiguous(memory_format=layout)
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
 
     def step() -> None:
         with torch.autocast(work.device, torch.bfloat16, enabled=reduced):
-            loss = sum(F.cross_entropy(logits, labels) for logits in network(images).logits)
+            loss = torch.stack([F.cross_entropy(logits, labels) for logits in network(images).logits]).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -40,7 +40,7 @@ def methods(work: Work) -> list[str]:
     matches, exits = [], work.build().num_exits
     for name in usable(list(registered("method"))):
         strategy = build_strategy(name)
-        if len(strategy.phases(exits, exits)) == 1 and strategy.passes(exits) == 1 and not strategy.teachers():
+        if len(strategy.phases(exits, exits)) == 1 and strategy.passes(exits) == 1 and not strategy.teacher_runs():
             matches.append(name)
     return matches
 

@@ -31,7 +31,7 @@ HOOKS = (
     "train_step",
     "train_epoch",
     "phases",
-    "teachers",
+    "teacher_runs",
     "learned",
     "sample_weights",
 )

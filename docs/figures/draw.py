@@ -16,8 +16,10 @@ from overview import overview
 FIGURES: dict[str, Callable[[], Figure]] = {
     "overview": overview,
     **{f"method-{draw.__name__}": draw for draw in (
-        methods.joint, methods.separate, methods.ge, methods.boostnet, methods.imta, methods.distill, methods.metagf,
-        methods.l2w, methods.aggregators)},
+        methods.joint, methods.separate, methods.mixed, methods.ge, methods.dfs, methods.bdl, methods.boostnet,
+        methods.imta, methods.distill,
+        methods.byot, methods.beed, methods.hdkd, methods.metagf,
+        methods.l2w, methods.cgt, methods.adaloss, methods.ztw, methods.gpf, methods.aggregators)},
     **{f"backbone-{draw.__name__}": draw for draw in (
         backbones.msdnet, backbones.ranet, backbones.sdn, backbones.attach)},
 }  # fmt: skip

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -26,11 +27,28 @@ Entry = dict[str, Any]
 CATALOGUES = ("methods", "backbones", "datasets", "recipes")
 
 
+GROUPS = {
+    "phases": "phases",
+    "logit link": "heads",
+    "objective": "objectives",
+    "exit weights": "weights",
+    "gradient tap": "gradients",
+    "update": "updates",
+}
+"""{slot: group of the methods that change it}; a method of several slots is in the first group."""
+
+
+def venue(entry: Entry) -> str:
+    """Return venue and year of a method's paper, such as "AAAI 2023"; "" if it names none."""
+    found = re.search(r", ([^,;]+ \d{4})$", entry["paper"])
+    return found[1] if found else ""
+
+
 def entries(kind: str) -> list[Entry]:
     """Return the entries of one of `CATALOGUES`, one dictionary each, with at least `name` and `summary`.
 
     Methods, backbones and data sets also have `fields` (name, type, default, meaning), and presets their `family`;
-    methods have their `paper` and `slots`; data sets have `house`, their default recipe.
+    methods have their `paper`, `slots` and `group`; data sets have `house`, their default recipe.
     """
     if kind == "recipes":
         return [_recipe_entry(name, path) for name, path in sorted(recipe_files().items())]
@@ -97,7 +115,7 @@ def _entry(kind: str, name: str) -> Entry:
             entry["family"] = _family(kind, plugins.underlying(plugin))
         if kind == "method":
             blank = plugins.configure(kind, name, {})
-            entry |= {"paper": blank.paper, "slots": sorted(blank.claims())}
+            entry |= {"paper": blank.paper, "slots": sorted(blank.claims()), "group": _group(type(blank).slots)}
         if kind == "dataset":
             entry["house"] = dict(plugins.underlying(plugin).house)
         plain: Entry = json.loads(json.dumps(entry))
@@ -109,9 +127,14 @@ def _entry(kind: str, name: str) -> Entry:
             "fields": [],
             "paper": "",
             "slots": [],
+            "group": GROUPS["update"],
             "house": {},
         }
     return plain
+
+
+def _group(slots: frozenset[str]) -> str:
+    return next((group for slot, group in GROUPS.items() if slot in slots), GROUPS["update"])
 
 
 def _family(kind: str, plugin: type) -> str:

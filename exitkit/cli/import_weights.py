@@ -1,4 +1,4 @@
-"""`exitkit import-weights`: converts weights that authors released to exitkit's names."""
+"""`exitkit import-weights`: converts weights released by a paper's authors to exitkit's names."""
 
 from __future__ import annotations
 

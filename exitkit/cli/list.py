@@ -97,9 +97,12 @@ def _print_names() -> None:
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
         table.add_column(style="bold cyan", no_wrap=True)
         table.add_column()
+        console.print(f"[bold]{kind}[/bold]")
+        if kind == "methods":
+            _print_groups(console)
+            continue
         for entry in entries(kind):
             table.add_row(escape(entry["name"]), escape(entry["summary"]))
-        console.print(f"[bold]{kind}[/bold]")
         console.print(table)
     console.print(
         "`exitkit list methods` (or backbones, datasets) lists all fields for --set, `exitkit list methods NAME` those "
@@ -109,16 +112,42 @@ def _print_names() -> None:
     )
 
 
+def _print_groups(console: Console) -> None:
+    """Print the methods by what they change, with venue and year of their papers."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from exitkit.cli.catalogue import GROUPS, entries, venue
+
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
+    table.add_column(style="bold cyan", no_wrap=True)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column()
+    for group in GROUPS.values():
+        table.add_row(f"[bold default]{group}[/]", "", "")
+        for entry in entries("methods"):
+            if entry["group"] == group:
+                table.add_row(escape(entry["name"]), escape(venue(entry)), escape(entry["summary"]))
+    console.print(table)
+
+
 def _print_entries(kind: str) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.padding import Padding
 
-    from exitkit.cli.catalogue import entries, settings_of
+    from exitkit.cli.catalogue import GROUPS, entries, settings_of
 
     console = Console(highlight=False)
     listed = entries(kind)
+    if kind == "methods":
+        order = list(GROUPS.values())
+        listed = sorted(listed, key=lambda entry: (order.index(entry["group"]), entry["name"]))
+    group = ""
     for entry in listed:
+        if entry.get("group", "") != group:
+            group = entry["group"]
+            console.rule(f"[bold]{group}", align="left")
         if entry.get("family"):
             continue  # presets are printed below their family
         _print_entry(console, kind, entry)

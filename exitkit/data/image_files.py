@@ -57,14 +57,14 @@ def list_images(folder: Path) -> Listing:
 
 def _images_below(folder: Path) -> Iterator[str]:
     # os.walk, not rglob: it makes no system call per file, and ImageNet has 1.3 million files.
-    for place, folders, files in os.walk(folder, onerror=_raise_unreadable_folder, followlinks=True):
+    for place, folders, files in os.walk(folder, onerror=_raise_unreadable, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):
                 yield f"{place}{os.sep}{name}"
 
 
-def _raise_unreadable_folder(error: OSError) -> None:
+def _raise_unreadable(error: OSError) -> None:
     # By default os.walk skips a folder that can't be read, and training would use the remaining images.
     raise UserError(f"{error.filename} can't be read: {error.strerror}") from None
 
@@ -80,7 +80,7 @@ def digest_of(folder: Path, paths: Sequence[str]) -> str:
             with Path(path).open("rb") as file:
                 digest.update(file.read(_SAMPLE_BYTES))
     except OSError as error:
-        _raise_unreadable_folder(error)
+        _raise_unreadable(error)
     return digest.hexdigest()[:16]
 
 

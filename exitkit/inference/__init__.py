@@ -1,1 +1,1 @@
-"""Early exit: scores, thresholds and rules, from stored outputs; the executor that drops what has left; export."""
+"""Early exit: scores, thresholds and exit rules, calibration, adaptive inference, and export."""

@@ -1,7 +1,7 @@
-"""Running a network so that what is answered is computed no further: real early exit, for any backbone and method.
+"""Adaptive inference: early exit that saves computation, for any backbone and method.
 
-One chain serves all (`MultiExitNetwork.step`): after each exit the samples that leave are answered, their rows are
-dropped from the state, from what the logit link carries on and from what the rule remembers, and the rest goes on.
+The network runs step by step (`MultiExitNetwork.step`): at each exit the samples that leave get their predictions,
+their rows are dropped from the state, from the logit link's carry and from the rule's memory, and the others continue.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from exitkit.errors import UserError
-from exitkit.inference.rule import ExitRule
+from exitkit.inference.rule import PointRule
 from exitkit.networks.cascade import MultiExitNetwork, map_tensors
 
 
 class Answers(NamedTuple):
-    """What a batch of N images was answered.
+    """Predictions for a batch of N images.
 
     Attributes:
-        logits: [N, C], of the exit where each image left, in the images' precision.
+        logits: [N, C], of the exit where each image leaves, in the images' dtype.
         exits: [N], that exit, from 0.
     """
 
@@ -37,57 +37,55 @@ class Answers(NamedTuple):
 
 
 class _Waiting(NamedTuple):
-    """Samples before a stage: which they are [n], and their rows of the state, the link's carry, the rule's memory."""
+    """Samples before a stage: their numbers [n], and their rows of the state, the carry and the rule's memory."""
 
     rows: Tensor
     tensors: Any
 
     def at(self, chosen: slice) -> _Waiting:
-        """Return some of them."""
+        """Return a slice of the samples."""
         return _Waiting(self.rows[chosen], map_tensors(lambda tensor: tensor[chosen], self.tensors))
 
 
 @dataclass
 class _Pending:
-    """A batch of a stream, of which some samples are still to be answered."""
+    """A batch of a stream, and the number of its samples without a prediction."""
 
     answers: Answers
     missing: int
 
     def fill(self, places: Tensor, logits: Tensor, index: int) -> None:
-        """Write down what the samples at some places were answered at an exit."""
-        self.answers.logits[places] = logits.to(self.answers.logits.dtype)  # autocast's are of another
+        """Store the predictions of the samples that leave at an exit."""
+        self.answers.logits[places] = logits.to(self.answers.logits.dtype)  # autocast's have another dtype
         self.answers.exits[places] = index
         self.missing -= len(places)
 
 
-def _whole(pending: dict[int, _Pending]) -> Iterator[Answers]:
-    """Take out and give the batches that are answered, up to the first that is not."""
+def _pop_complete(pending: dict[int, _Pending]) -> Iterator[Answers]:
+    """Remove and yield the batches that are complete, up to the first that is not."""
     while pending and not next(iter(pending.values())).missing:
         yield pending.pop(next(iter(pending))).answers
 
 
 class AdaptiveInference:
-    """Answers images by a network that stops early where its rule says so.
+    """Predicts images by a network with early exit, according to an exit rule.
 
-    The answers are those of the decide-afterwards evaluation (`exitkit.inference.thresholds.leave_at` on all exits' outputs), as
-    far as the arithmetic of a layer does not depend on how many images it is given.
+    The predictions are those of `exitkit.inference.thresholds.leave_at` on the outputs of all exits, as far as the
+    arithmetic of a layer does not depend on the batch size.
 
     Args:
         network: any cascade, adapted and trained; it is put into evaluation mode.
-        rule: who leaves where.
-        buckets: sizes to which the images that go on are filled up (by repeating one), so that stages see few shapes:
-            for compiled stages (`exitkit.networks.compile_parts`); none: nothing is filled up.
+        rule: the exit rule: an `ExitRule`, or a rule of `exitkit.inference.rules` at one operating point.
+        buckets: batch sizes to which the remaining images are padded (by repeating the last one), so that stages run
+            on few shapes, as compiled stages need it (`exitkit.networks.compile_parts`); empty: no padding.
 
     Raises:
-        UserError: a rule for another number of exits, or buckets that are no positive sizes.
+        UserError: the rule is for another number of exits, or a bucket is below 1.
     """
 
-    def __init__(self, network: MultiExitNetwork, rule: ExitRule, *, buckets: Sequence[int] = ()) -> None:
-        if len(rule.thresholds) != network.num_exits:
-            raise UserError(
-                f"the rule has {len(rule.thresholds)} thresholds; expected {network.num_exits}, one an exit"
-            )
+    def __init__(self, network: MultiExitNetwork, rule: PointRule, *, buckets: Sequence[int] = ()) -> None:
+        if rule.exits != network.num_exits:
+            raise UserError(f"the rule is for {rule.exits} exits; expected {network.num_exits}, those of the network")
         if any(size < 1 for size in buckets):
             raise UserError(f"buckets are {list(buckets)}; expected sizes of at least 1")
         self.network = network.eval()
@@ -96,26 +94,26 @@ class AdaptiveInference:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Answers:
-        """Answer images [N, *input_shape]; nothing is computed for a stage that no image reaches."""
+        """Predict images [N, *input_shape]; a stage that no image reaches is not computed."""
         answers = self._blank(images)
         waiting: _Waiting | None = _Waiting(torch.arange(len(images), device=images.device), (images, None, None))
         for index in range(self.network.num_exits if len(images) else 0):
             if waiting is None:
                 break
-            left, waiting = self._step(index, waiting)
-            if left is not None and len(left.rows) == len(images):  # so that a single image pays for no bookkeeping
-                return Answers(left.tensors.to(images.dtype), answers.exits.fill_(index))
-            if left is not None:
-                answers.logits[left.rows], answers.exits[left.rows] = left.tensors.to(images.dtype), index
+            leaving, waiting = self._step(index, waiting)
+            if leaving is not None and len(leaving.rows) == len(images):  # a single image needs no bookkeeping
+                return Answers(leaving.tensors.to(images.dtype), answers.exits.fill_(index))
+            if leaving is not None:
+                answers.logits[leaving.rows], answers.exits[leaving.rows] = leaving.tensors.to(images.dtype), index
         return answers
 
     @torch.inference_mode()
     def stream(self, batches: Iterable[Tensor], size: int) -> Iterator[Answers]:
-        """Answer batches of images, every stage on `size` samples at once wherever so many wait before it.
+        """Predict batches of images, with every stage running on `size` samples at once if that many wait before it.
 
-        Samples that go on wait before the next stage until enough have come together from several batches, so that the
-        deep stages run as full as the first. Answers come in the order of the batches, each as soon as it is whole;
-        with the last batch all that still wait are answered.
+        Samples that do not leave wait before the next stage until `size` samples of several batches have come
+        together, so that the late stages run on full batches as well. Predictions are yielded in the order of the
+        batches, each as soon as it is complete; after the last batch all waiting samples are predicted.
 
         Raises:
             UserError: a size below 1.
@@ -130,58 +128,58 @@ class AdaptiveInference:
             rows = torch.stack([torch.full_like(places, number), places], 1)
             queues[0] += [_Waiting(rows, (images, None, None))] if len(images) else []
             self._drain(queues, pending, size)
-            yield from _whole(pending)
+            yield from _pop_complete(pending)
         self._drain(queues, pending, size, all_of_them=True)
-        yield from _whole(pending)
+        yield from _pop_complete(pending)
 
     def _drain(
         self, queues: list[list[_Waiting]], pending: dict[int, _Pending], size: int, *, all_of_them: bool = False
     ) -> None:
-        """Run each stage, the first one first, on `size` samples as long as so many wait before it (or any do)."""
+        """Run each stage in order on `size` samples, as long as that many wait before it (with `all_of_them`, any)."""
         for index, queue in enumerate(queues):
             while queue and (all_of_them or sum(len(waiting.rows) for waiting in queue) >= size):
-                together = _together(queue)
-                queue[:] = [together.at(slice(size, None))] if len(together.rows) > size else []
-                left, rest = self._step(index, together.at(slice(size)))
-                if left is not None:
-                    for number in left.rows[:, 0].unique().tolist():
-                        mine = left.rows[:, 0] == number
-                        pending[number].fill(left.rows[mine, 1], left.tensors[mine], index)
-                if rest is not None:
-                    queues[index + 1].append(rest)
+                merged = _merge(queue)
+                queue[:] = [merged.at(slice(size, None))] if len(merged.rows) > size else []
+                leaving, remaining = self._step(index, merged.at(slice(size)))
+                if leaving is not None:
+                    for number in leaving.rows[:, 0].unique().tolist():
+                        selected = leaving.rows[:, 0] == number
+                        pending[number].fill(leaving.rows[selected, 1], leaving.tensors[selected], index)
+                if remaining is not None:
+                    queues[index + 1].append(remaining)
 
     def _blank(self, images: Tensor) -> Answers:
         logits = images.new_empty(len(images), self.network.num_classes)
         return Answers(logits, torch.zeros(len(images), dtype=torch.int64, device=images.device))
 
     def _step(self, index: int, waiting: _Waiting) -> tuple[_Waiting | None, _Waiting | None]:
-        """Return who leaves at an exit, with their logits, and who goes on; None for nobody."""
+        """Return the samples that leave at an exit, with their logits, and those that continue; None for no samples."""
         count = len(waiting.rows)
         state, carry, memory = waiting.tensors
         if self._buckets:
-            state, carry = self._filled((state, carry), count)
+            state, carry = self._padded((state, carry), count)
         output, state, carry = self.network.step(index, state, carry)
         logits = output.logits[:count] if self._buckets else output.logits
         leaves, memory = self.rule.leaving(index, logits, memory)
-        leaving = int(leaves.sum())
-        if leaving == count:
+        leave_count = int(leaves.sum())
+        if leave_count == count:
             return _Waiting(waiting.rows, logits), None
-        if len(output.logits) == count and not leaving:  # nothing has to be copied
+        if len(output.logits) == count and not leave_count:  # nothing has to be copied
             return None, _Waiting(waiting.rows, (state, carry, memory))
-        gone, stay = (mask.nonzero().squeeze(1).to(logits.device) for mask in (leaves, ~leaves))
-        on = map_tensors(lambda tensor: tensor.index_select(0, stay), (state, carry, memory))
-        return _Waiting(waiting.rows[gone], logits[gone]), _Waiting(waiting.rows[stay], on)
+        leaving, remaining = (mask.nonzero().squeeze(1).to(logits.device) for mask in (leaves, ~leaves))
+        tensors = map_tensors(lambda tensor: tensor.index_select(0, remaining), (state, carry, memory))
+        return _Waiting(waiting.rows[leaving], logits[leaving]), _Waiting(waiting.rows[remaining], tensors)
 
-    def _filled(self, tensors: Any, count: int) -> Any:
-        """Return the tensors with their last row repeated up to the next bucket."""
+    def _padded(self, tensors: Any, count: int) -> Any:
+        """Return the tensors, padded to the next bucket by repeating their last row."""
         size = next((bucket for bucket in self._buckets if bucket >= count), count)
         if size == count:
             return tensors
         return map_tensors(lambda t: torch.cat([t, t[-1:].expand(size - count, *t.shape[1:])]), tensors)
 
 
-def _together(queue: Sequence[_Waiting]) -> _Waiting:
-    """Return those who wait in several groups as one group."""
+def _merge(queue: Sequence[_Waiting]) -> _Waiting:
+    """Return several groups of waiting samples as one group."""
     if len(queue) == 1:
         return queue[0]
     tensors = pytree.tree_map(

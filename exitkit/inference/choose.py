@@ -1,4 +1,4 @@
-"""Choosing an exit rule: operating points of validation outputs, and the one that is asked for."""
+"""Choice of an exit rule among the operating points of validation outputs."""
 
 from __future__ import annotations
 
@@ -37,22 +37,23 @@ def rule_of_run(
     score: str = "confidence",
     calibrated: bool = False,
 ) -> ExitRule:
-    """Find the thresholds of a finished run, on its stored validation outputs alone (`exitkit.ExitRule.from_run`).
+    """Choose the exit rule of a finished run, on its stored validation outputs only (`exitkit.ExitRule.from_run`).
 
     Args:
         run: the run, or its folder.
-        budget: average cost per image: multiply-adds (`40e6`, `"40M"`), or milliseconds that `exitkit bench` has
-            measured (`"1.5ms"`); the shares of the exits come from BoostNet's equation 9.
-        share: instead, the ratio q between the shares of neighbouring exits. With neither: the lowest-cost of the
-            papers' operating points that is as accurate as the last exit.
+        budget: mean cost per image: multiply-adds (`40e6`, `"40M"`), or milliseconds as measured by `exitkit bench`
+            (`"1.5ms"`); the shares of the exits follow from BoostNet's equation 9.
+        share: instead of a budget, the ratio q between the shares of neighbouring exits. Without both: the lowest-cost
+            of the papers' operating points that is at least as accurate as the last exit.
         score: one of `scores.SCORES`.
-        calibrated: divide each exit's logits by a temperature fitted on the validation samples first.
+        calibrated: whether to divide the logits of each exit by a temperature fitted on the validation samples.
 
     Raises:
-        UserError: no such run, an unfinished one, a budget below the first exit's cost, or both budget and share.
+        UserError: the run does not exist or is unfinished, the budget is below the first exit's cost, or both budget
+            and share are given.
     """
     run = RunFolder.of(run)
-    run.results()  # tells how to resume one that is not finished
+    run.results()  # the error for an unfinished run explains how to resume it
     outputs = run.outputs("validation")
     in_time = isinstance(budget, str) and budget.endswith("ms")
     costs = exit_costs(run, "latency" if in_time else "macs")
@@ -69,32 +70,32 @@ def rule_of_outputs(
     score: str = "confidence",
     calibrated: bool = False,
 ) -> ExitRule:
-    """Find the thresholds of a network that was trained in a loop of one's own (`exitkit.ExitRule.from_outputs`).
+    """Choose the exit rule of a network that was trained in a custom loop (`exitkit.ExitRule.from_outputs`).
 
     Args:
-        logits: the outputs of all exits for each validation image, [N, K, C]; of images that did not train it.
-        labels: their classes, [N].
-        costs: of an image up to each exit, [K]: multiply-adds, or milliseconds, as the budget.
+        logits: outputs of all exits for validation images, [N, K, C]; the network must not be trained on these images.
+        labels: classes of the images, [N].
+        costs: cumulative cost of an image up to each exit, [K], in the unit of the budget.
         budget, share, score, calibrated: see `rule_of_run`.
 
     Raises:
-        UserError: shapes that do not fit, or what `rule_of_run` refuses.
+        UserError: shapes or costs are wrong, or see `rule_of_run`.
     """
     try:
-        known = np.asarray(costs, dtype=np.float64)
+        cumulative = np.asarray(costs, dtype=np.float64)
     except (TypeError, ValueError):
         raise UserError(f"costs are {costs}; expected one number per exit") from None
     if logits.dim() != 3 or not logits.numel() or labels.shape != logits.shape[:1]:
         raise UserError(
-            f"logits are of shape {list(logits.shape)}, and labels of {list(labels.shape)}; "
+            f"logits have the shape {list(logits.shape)}, and labels {list(labels.shape)}; "
             "expected [N, K, C] and [N], none of them 0"
         )
-    if known.shape != logits.shape[1:2]:
-        raise UserError(f"costs are {known.tolist()}; expected {logits.shape[1]}, one per exit")
-    if not (np.isfinite(known).all() and known[0] > 0 and (np.diff(known) >= 0).all()):
-        raise UserError(f"costs are {known.tolist()}; expected positive ones that do not fall from exit to exit")
+    if cumulative.shape != logits.shape[1:2]:
+        raise UserError(f"costs are {cumulative.tolist()}; expected {logits.shape[1]}, one per exit")
+    if not (np.isfinite(cumulative).all() and cumulative[0] > 0 and (np.diff(cumulative) >= 0).all()):
+        raise UserError(f"costs are {cumulative.tolist()}; expected positive numbers that do not decrease")
     arrays = logits.detach().cpu().float().numpy(), labels.cpu().numpy()
-    return _choose(*arrays, known, budget, share, score, calibrated)
+    return _choose(*arrays, cumulative, budget, share, score, calibrated)
 
 
 def _choose(
@@ -113,26 +114,26 @@ def _choose(
     temperatures = fit_temperatures(logits, labels) if calibrated else None
     values = scores(logits, score, temperatures)
     hits = correct(logits, labels)
-    wanted = read_budget(budget) if isinstance(budget, str) else budget
-    if wanted is not None and not wanted >= costs[0]:
-        raise UserError(f"budget {budget} is below what the first exit costs, {costs[0]:.6g}; expected more")
-    if wanted is not None and wanted >= costs[-1]:
-        enough = f"budget {budget} is enough for the last exit always ({costs[-1]:.6g}): no image leaves early"
-        warnings.warn(Note(enough), stacklevel=3)
-    limits = _limits(values, costs, score, wanted, share)
+    target = read_budget(budget) if isinstance(budget, str) else budget
+    if target is not None and not target >= costs[0]:
+        raise UserError(f"budget {budget} is below the first exit's cost; expected at least {costs[0]:.6g}")
+    if target is not None and target >= costs[-1]:
+        message = f"budget {budget} is at least the last exit's cost ({costs[-1]:.6g}); no image leaves early"
+        warnings.warn(Note(message), stacklevel=3)
+    limits = _limits(values, costs, score, target, share)
     points = realised(leave_at(values, limits), hits, costs)
     chosen = 0
-    if score == "patience" and wanted is not None:
-        (chosen,) = most_accurate_within(points.cost, points.accuracy, np.array([wanted]))
-    elif share is None and wanted is None:
+    if score == "patience" and target is not None:
+        (chosen,) = most_accurate_within(points.cost, points.accuracy, np.array([target]))
+    elif share is None and target is None:
         accurate = points.accuracy >= hits[:, -1].mean()
         chosen = int(np.where(accurate, points.cost, np.inf).argmin())
-    given = None if temperatures is None else tuple(temperatures.tolist())
-    return ExitRule(score, tuple(limits[chosen].tolist()), given)
+    divisors = None if temperatures is None else tuple(temperatures.tolist())
+    return ExitRule(score, tuple(limits[chosen].tolist()), divisors)
 
 
 def _limits(values: Floats, costs: Floats, score: str, budget: float | None, share: Share | None) -> Floats:
-    """Return the thresholds of every operating point that may be chosen, [P, K]."""
+    """Return the thresholds of all operating points to choose from, [P, K]."""
     samples, exits = values.shape
     if score == "patience":
         return patience_thresholds(exits)

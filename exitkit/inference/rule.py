@@ -1,4 +1,4 @@
-"""An exit rule: when a sample leaves. Together with the network it is all that a deployment needs."""
+"""The exit rule, which decides at which exit a sample leaves. A deployment needs it and the network."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf, isfinite, isnan, log
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +15,21 @@ from exitkit.errors import UserError, unknown
 from exitkit.inference.scores import SCORES, Agreement, checked_temperatures, exit_scores
 
 _CLOSE = 1e-9
-"""A score this close to its threshold is computed as the evaluation computes it: torch's last digits differ."""
+"""Scores this close to the threshold are computed by `exit_scores`, as in evaluation: torch's last digit may differ."""
+
+
+class PointRule(Protocol):
+    """A rule at one operating point, as `AdaptiveInference` applies it: an `ExitRule`, or another of `rules`."""
+
+    @property
+    def exits(self) -> int:
+        """The number of exits, K."""
+
+    def leaving(self, index: int, logits: Tensor, memory: Any = None) -> tuple[Tensor, Any]:
+        """Return which samples leave at exit `index`, and the memory for the next exit; see `ExitRule.leaving`."""
+
+    def to_json(self) -> str:
+        """Return the rule as JSON, for `rules.rule_from_json`."""
 
 
 @dataclass(frozen=True)
@@ -24,18 +38,19 @@ class ExitRule:
 
     Args:
         score: one of `scores.SCORES`.
-        thresholds: [K], one per exit; infinity closes an exit, and the last is -infinity: all remaining samples leave.
-        temperatures: [K], divide each exit's logits first; None: 1 everywhere.
+        thresholds: [K], one per exit; no sample leaves at an exit of threshold infinity, and the last threshold is
+            -infinity, so that all remaining samples leave.
+        temperatures: [K], by which the logits of each exit are divided; None: 1 for all exits.
 
     Raises:
-        UserError: no such score, thresholds that end otherwise or hold a NaN; temperatures that are not positive, or
-            such for patience, which they can't change.
+        UserError: the score is unknown, a threshold is NaN, the last one is not -infinity, a temperature is not
+            positive, or temperatures are given for patience, which does not depend on them.
     """
 
     from_run: ClassVar[Callable[..., ExitRule]]
-    """Find the thresholds of a finished run; see `exitkit.inference.choose.rule_of_run`."""
+    """Choose the rule of a finished run; see `exitkit.inference.choose.rule_of_run`."""
     from_outputs: ClassVar[Callable[..., ExitRule]]
-    """Find the thresholds for given outputs; see `exitkit.inference.choose.rule_of_outputs`."""
+    """Choose the rule for given outputs; see `exitkit.inference.choose.rule_of_outputs`."""
 
     score: str
     thresholds: tuple[float, ...]
@@ -48,42 +63,47 @@ class ExitRule:
         if any(map(isnan, limits)):
             raise UserError(f"thresholds are {list(limits)}; expected one number per exit")
         if not limits or limits[-1] != -inf:
-            raise UserError(f"thresholds are {list(limits)}; expected -infinity for the last exit, which takes all")
+            raise UserError(f"thresholds are {list(limits)}; expected -infinity for the last exit")
         object.__setattr__(self, "thresholds", limits)
         if self.temperatures is None:
             return
         if self.score == "patience":
-            raise UserError("patience counts predictions, which no temperature changes; leave temperatures out")
+            raise UserError("temperatures do not change the score patience; leave them out")
         values = checked_temperatures(self.temperatures, len(limits))
         object.__setattr__(self, "temperatures", tuple(values.tolist()))
+
+    @property
+    def exits(self) -> int:
+        """The number of exits, K."""
+        return len(self.thresholds)
 
     def leaving(self, index: int, logits: Tensor, memory: Any = None) -> tuple[Tensor, Any]:
         """Return which samples leave at exit `index` (from 0), and the rule's memory of each sample.
 
-        On the CPU the decisions are those of `scores.exit_scores`, to the last bit; elsewhere the same scores in
-        float64, whose last digit may differ.
+        On the CPU the decisions are those of `scores.exit_scores`, bit for bit; on other devices the scores are
+        computed in float64, and their last digit may differ.
 
         Args:
             index: the exit.
-            logits: of the samples that have not left, [N, C].
-            memory: what this method returned for the exit before, without the samples that left; None at the first.
+            logits: logits of the samples that have not left, [N, C].
+            memory: the memory returned for the exit before, without the rows of samples that left; None at the first.
 
         Returns:
-            whether each sample leaves [N], on the CPU, and the memory: a pytree of tensors [N] or None.
+            whether each sample leaves, bool [N] on the CPU, and the memory: a pytree of tensors [N], or None.
 
         Raises:
-            UserError: logits that are not finite.
+            UserError: a logit is not finite.
         """
         temperature = 1.0 if self.temperatures is None else self.temperatures[index]
-        # Half precision is widened before numpy sees it, which does not know all of torch's formats.
+        # Half precision is converted to float32, since numpy does not support all of torch's dtypes.
         outputs = logits.detach() if logits.requires_grad else logits
         outputs = outputs if outputs.dtype in (torch.float32, torch.float64) else outputs.float()
-        if index == len(self.thresholds) - 1:  # all leave, whatever their score
+        if index == len(self.thresholds) - 1:  # all remaining samples leave
             if not outputs.amax(1).isfinite().all():
                 raise self._not_finite(index)
             return torch.ones(len(outputs), dtype=torch.bool), None
         if outputs.is_cpu and self.score != "patience":
-            # A few calls of torch take less time for a single image than numpy's, and decide most samples.
+            # torch is faster than numpy for one image, and decides all samples that are not close to the threshold.
             values, limit = _score_on_device(outputs, self.score, temperature), self.thresholds[index]
             margin = _CLOSE * max(1.0, abs(limit)) if isfinite(limit) else 0.0
             leaves = values >= limit + margin
@@ -104,7 +124,7 @@ class ExitRule:
             values = _score_on_device(outputs, self.score, temperature)
         leaves = values >= self.thresholds[index]
         if not leaves.is_cpu:
-            # The one wait for the device: who leaves, and whether a logit is not finite.
+            # One synchronisation with the device, for the decisions and for logits that are not finite.
             states = torch.where(outputs.amax(1).isfinite(), leaves, 2).cpu()
             if (states == 2).any():
                 raise self._not_finite(index)
@@ -116,28 +136,28 @@ class ExitRule:
         return UserError(f"the logits of exit {index + 1} are not finite; an exit rule needs finite outputs")
 
     def to_json(self) -> str:
-        """Return the rule as JSON; infinities are words, since JSON has no such numbers."""
+        """Return the rule as JSON; infinities are written as strings, since JSON has no such numbers."""
         words = {inf: "inf", -inf: "-inf"}
         limits = [words.get(value, value) for value in self.thresholds]
         return json.dumps({"score": self.score, "thresholds": limits, "temperatures": self.temperatures})
 
     @classmethod
     def from_json(cls, text: str) -> ExitRule:
-        """Read what `to_json` returned; other keys are ignored (an exported `policy.json` has more).
+        """Return the rule of a text that `to_json` returned; other keys are ignored (`policy.json` has more).
 
         Raises:
-            UserError: it is no such text.
+            UserError: the text is not a rule.
         """
         try:
             values = json.loads(text)
             temperatures = values["temperatures"]
-            given = None if temperatures is None else _numbers(temperatures)
-            return cls(values["score"], _numbers(values["thresholds"]), given)
+            divisors = None if temperatures is None else _numbers(temperatures)
+            return cls(values["score"], _numbers(values["thresholds"]), divisors)
         except UserError:
             raise
         except (TypeError, ValueError, LookupError) as error:
             raise UserError(
-                f"{text[:60]!r} is no exit rule ({error}); expected the text that ExitRule.to_json returns"
+                f"{text[:60]!r} is not an exit rule ({error}); expected the text that ExitRule.to_json returns"
             ) from None
 
 
@@ -146,7 +166,7 @@ def _numbers(values: list[Any]) -> tuple[float, ...]:
 
 
 def _score_on_device(logits: Tensor, score: str, temperature: float = 1.0) -> Tensor:
-    """Return what `scores.exit_scores` gives, [N] in float64, on the device where the logits [N, C] are."""
+    """Return the scores of `scores.exit_scores`, [N] in float64, on the device of the logits [N, C]."""
     z = logits.double()
     if score == "confidence" and temperature == 1:
         return z.softmax(1).amax(1)

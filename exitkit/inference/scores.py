@@ -1,16 +1,16 @@
-"""Scores: how confident each exit is of each sample, as one number; a sample leaves where it reaches a threshold.
+"""Scores: the confidence of an exit in a sample, as one number; a sample leaves where it reaches the threshold.
 
 Four scores, of an exit's class probabilities p (softmax of its logits) or of its predicted classes:
 
 - confidence: max p (MSDNet, ICLR 2018, section 5).
 - margin: the largest p minus the second largest ("best versus second best", Joshi et al., CVPR 2009).
-- entropy: 1 - H(p) / log C, so that 1 is certain and 0 is uniform (BranchyNet, ICPR 2016, thresholds H itself).
-- patience: for how many exits in a row, this one included, the predicted class has been the same (PABEE, Zhou et
-  al., NeurIPS 2020). The paper's counter starts at 0: its patience t asks for t + 1 exits that agree, ours for t.
+- entropy: 1 - H(p) / log C, 1 for a certain and 0 for a uniform prediction (BranchyNet, ICPR 2016, compares H).
+- patience: the number of consecutive exits, up to this one, with the same predicted class (PABEE, Zhou et al.,
+  NeurIPS 2020). The paper counts from 0: its patience t is t + 1 equal predictions, here it is t.
 
-A larger score is a more confident exit, so that `thresholds.thresholds` and `thresholds.leave_at` take all four.
+A larger score means a more confident exit, so that `thresholds.thresholds` and `thresholds.leave_at` accept all four.
 
-Shapes: N samples, K exits, C classes. Nothing here reads a label.
+Shapes: N samples, K exits, C classes. Scores do not depend on labels.
 """
 
 from __future__ import annotations
@@ -26,30 +26,29 @@ from exitkit.errors import UserError, unknown
 from exitkit.inference.thresholds import Floats, Integers
 
 SCORES = ("confidence", "margin", "entropy", "patience")
-"""The names of the scores."""
+"""Names of the scores."""
 
 
 class Agreement(NamedTuple):
-    """What patience keeps per sample from one exit to the next."""
+    """State of patience between two exits, per sample."""
 
     predicted: Integers
-    """[N]: the class that the exit before predicted."""
+    """[N]: the predicted class of the exit before."""
     exits: Floats
-    """[N]: how many exits in a row, up to that one, predicted it."""
+    """[N]: the number of consecutive exits, up to that one, that predict it."""
 
 
 def scores(logits: ArrayLike, rule: str, temperatures: ArrayLike | None = None) -> Floats:
     """Return the score of each exit, [N, K] in float64, from logits [N, K, C].
 
     Args:
-        logits: [N, K, C]; -infinity rules a class out.
+        logits: [N, K, C]; -infinity excludes a class.
         rule: one of `SCORES`.
-        temperatures: divide each exit's logits first, [K]; see `calibration.fit_temperatures`. The predicted
-            class, and with it patience, does not change.
+        temperatures: by which the logits of each exit are divided, [K]; see `calibration.fit_temperatures`. They
+            change neither the predicted class nor patience.
 
     Raises:
-        UserError: there is no such rule, a sample's logits hold a NaN or +infinity, or a temperature is not
-            positive.
+        UserError: the rule is unknown, a logit is NaN or +infinity, or a temperature is not positive.
     """
     outputs = np.asarray(logits)
     exits = outputs.shape[1]
@@ -65,16 +64,16 @@ def scores(logits: ArrayLike, rule: str, temperatures: ArrayLike | None = None) 
 def exit_scores(
     logits: ArrayLike, rule: str, temperature: float = 1.0, before: Agreement | None = None, *, exit: int = 1
 ) -> tuple[Floats, Agreement | None]:
-    """Return the score of one exit, [N], from its logits [N, C], and what the score of the next exit needs.
+    """Return the scores at one exit, [N], from its logits [N, C], and the state for the next exit.
 
     Args:
-        logits, rule: see `scores`; a row's score does not depend on which other rows there are.
-        temperature: of this exit.
-        before: what this function returned for the exit before, with the rows of samples that left dropped.
-        exit: number of the exit, from 1, for messages.
+        logits, rule: see `scores`; the score of a row does not depend on other rows.
+        temperature: temperature of this exit.
+        before: the state returned for the exit before, without the rows of samples that left.
+        exit: number of the exit, from 1, for error messages.
 
     Raises:
-        UserError: as `scores`.
+        UserError: see `scores`.
     """
     if rule not in SCORES:
         raise unknown("exit rule", rule, SCORES)
@@ -93,7 +92,7 @@ def confidence(logits: ArrayLike) -> Floats:
     """Return each exit's largest softmax probability, [N, K] in float64, from logits [N, K, C].
 
     Raises:
-        UserError: a sample's logits hold a NaN or +infinity.
+        UserError: a logit is NaN or +infinity.
     """
     return scores(logits, "confidence")
 
@@ -101,7 +100,8 @@ def confidence(logits: ArrayLike) -> Floats:
 def patience_thresholds(exits: int) -> Floats:
     """Return the operating points of patience t = 1..K, [K, K]: t at exits 1..K-1 and -inf at the last.
 
-    The first lets all leave at the first exit; the last, which no exit but the last can reach, at the last.
+    At the first point all samples leave at the first exit; at the last point all leave at the last exit, since no
+    earlier exit can reach t = K.
     """
     limits = np.repeat(np.arange(1.0, exits + 1)[:, None], exits, axis=1)
     limits[:, -1] = -inf
@@ -109,17 +109,17 @@ def patience_thresholds(exits: int) -> Floats:
 
 
 def below_top(logits: ArrayLike, exit: int) -> Floats:
-    """Return an exit's logits [N, C] minus each sample's largest, in float64; `exit` is its number, for messages.
+    """Return an exit's logits [N, C] minus each sample's largest, in float64; `exit` is its number, for error messages.
 
     Raises:
-        UserError: a sample's logits hold a NaN or +infinity, or nothing else than -infinity.
+        UserError: a logit is NaN or +infinity, or all logits of a sample are -infinity.
     """
-    # In C order, so that a row is summed in one order whatever the layout of the logits.
+    # In C order, so that the order of summation does not depend on the layout of the logits.
     z = np.array(logits, dtype=np.float64, order="C")
     top = z.max(axis=1, keepdims=True)
     if not np.isfinite(top).all():
         raise UserError(f"the logits of exit {exit} are not finite; evaluation needs finite outputs")
-    # A difference beyond the float64 range becomes -inf, whose probability is the 0 it would be anyway.
+    # A difference beyond the float64 range becomes -inf; its probability is 0 in both cases.
     with np.errstate(over="ignore"):
         z -= top
     return z
@@ -129,13 +129,13 @@ def checked_temperatures(temperatures: ArrayLike, exits: int) -> Floats:
     """Return temperatures [K] in float64.
 
     Raises:
-        UserError: there is not one for each exit, or one is not a positive number.
+        UserError: there is not one per exit, or one is not a positive number.
     """
     values = np.asarray(temperatures, dtype=np.float64)
     if values.shape != (exits,):
-        raise UserError(f"temperatures of shape {values.shape}; expected one for each of the {exits} exits")
+        raise UserError(f"temperatures have the shape {values.shape}; expected ({exits},), one per exit")
     if not (np.isfinite(values) & (values > 0)).all():
-        raise UserError(f"temperatures {values.tolist()}; expected positive numbers")
+        raise UserError(f"temperatures are {values.tolist()}; expected positive numbers")
     return values
 
 
@@ -148,7 +148,7 @@ def _margin(z: Floats) -> Floats:
     largest = 1 / np.exp(z).sum(axis=1)
     if z.shape[1] == 1:
         return np.ones_like(largest)
-    # p_1 - p_2 = p_1 (1 - exp(z_2)), as the largest z is 0: small margins lose no digits to the difference.
+    # p_1 - p_2 = p_1 (1 - exp(z_2)), as the largest z is 0; the difference would lose digits of small margins.
     second = np.partition(z, -2, axis=1)[:, -2]
     result: Floats = -np.expm1(second) * largest
     return result
@@ -160,9 +160,9 @@ def _entropy(z: Floats) -> Floats:
         return np.ones(len(z))
     weights = np.exp(z)
     total = weights.sum(axis=1)
-    # H = log sum_c e^z_c - sum_c p_c z_c; a class that is ruled out adds 0, not 0 times infinity.
+    # H = log sum_c e^z_c - sum_c p_c z_c; an excluded class adds 0, not 0 times infinity.
     spread = np.log(total) - (weights * np.where(weights > 0, z, 0)).sum(axis=1) / total
-    # Rounding may put nearly uniform outputs slightly below 0.
+    # Rounding may give nearly uniform outputs a score slightly below 0.
     result: Floats = np.maximum(1 - spread / log(classes), 0)
     return result
 

@@ -1,11 +1,11 @@
 """Anytime and budgeted-batch evaluation: pure functions of stored exit outputs.
 
-Budgeted batch (MSDNet, ICLR 2018, section 5): the validation samples are shared out among the exits in the
-ratio pi_k ~ q^k, k = 1..K; each exit's threshold is the confidence that lets just its share leave. The
-thresholds then rule the test samples. One q is one operating point; the papers sweep q = p / 20, p = 1..39.
+Budgeted batch (MSDNet, ICLR 2018, section 5): the validation samples are distributed over the exits in the ratio
+pi_k ~ q^k, k = 1..K; each exit's threshold is the confidence at which its share leaves. The thresholds are then
+applied to the test samples. One q is one operating point; the papers sweep q = p / 20, p = 1..39.
 
-Shapes: N samples, K exits, C classes, P operating points. Exits are counted from 0 in arrays. Nothing here
-loads a network, and no threshold ever sees a label or a test sample.
+Shapes: N samples, K exits, C classes, P operating points. Arrays index exits from 0. No function loads a network, and
+thresholds depend neither on labels nor on test samples.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from exitkit.errors import UserError
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Share = float | Fraction
-"""q, the ratio between the shares of neighbouring exits: 0 (all at the first) .. inf (all at the last)."""
+"""q, the ratio between the shares of neighbouring exits: from 0 (all at the first) to inf (all at the last)."""
 
 
 def paper_shares(points: int = 39) -> tuple[Share, ...]:
@@ -38,14 +38,14 @@ PAPER_SHARES = paper_shares()
 
 
 class Realised(NamedTuple):
-    """What P operating points give on N samples."""
+    """Accuracy, cost and exit rates of P operating points on N samples."""
 
     accuracy: Floats
-    """[P], 0..1: each sample judged at the exit where it leaves."""
+    """[P], 0..1: accuracy at the exits where the samples leave."""
     cost: Floats
     """[P], in the unit of the costs: mean over the samples of the cost of the exit where each leaves."""
     rates: Floats
-    """[P, K]: share of the samples that leaves at each exit; rows sum to 1."""
+    """[P, K]: share of the samples that leave at each exit; rows sum to 1."""
 
 
 def realised(exit_index: ArrayLike, correct: ArrayLike, costs: ArrayLike) -> Realised:
@@ -66,11 +66,11 @@ class Budgeted(NamedTuple):
     """Budgeted-batch results at P operating points."""
 
     accuracy: Floats
-    """[P], 0..1: over the test samples, each judged at the exit where it leaves."""
+    """[P], 0..1: accuracy on the test samples, at the exits where they leave."""
     cost: Floats
     """[P], in the unit of `costs`: mean over the test samples of the cost of the exit where each leaves."""
     rates: Floats
-    """[P, K]: share of the test samples that leaves at each exit; rows sum to 1."""
+    """[P, K]: share of the test samples that leave at each exit; rows sum to 1."""
     thresholds: Floats
     """[P, K]: a sample leaves at the first exit whose confidence reaches its threshold."""
 
@@ -100,9 +100,9 @@ def shares(q: ArrayLike, exits: int) -> Floats:
 
 
 def exit_counts(samples: int, exits: int, q: Iterable[Share] = PAPER_SHARES) -> Integers:
-    """Return how many of `samples` each exit but the last is to take: floor(N pi_k), [P, K - 1].
+    """Return the number of samples to leave at each exit but the last: floor(N pi_k), [P, K - 1].
 
-    Computed in rational numbers, so that no rounding moves a count; a float q is taken as exactly what it is.
+    Computed in rational numbers, so that rounding does not change a count; a float q is used at its exact value.
     """
     rows = [_counts(samples, exits, share) for share in q]
     return np.array(rows, dtype=np.int64).reshape(len(rows), exits - 1)
@@ -121,15 +121,15 @@ def thresholds(confidence_val: ArrayLike, counts: ArrayLike) -> Floats:
     """Return the thresholds [P, K] that let `counts` [P, K - 1] of the validation samples leave at each exit.
 
     Exit by exit, T_k is the n-th largest confidence among the samples that have not left, and those with c_k >= T_k
-    leave (ties may take a few more than n). An exit whose n is 0, or more than remain, is closed: its threshold is inf
-    (1e8 in the released code). The last takes all: -inf.
+    leave (with ties, possibly more than n). An exit whose n is 0, or larger than the number of remaining samples, is
+    closed: its threshold is inf (1e8 in the released code). At the last exit all leave: its threshold is -inf.
 
     Args:
         confidence_val: validation confidences [N, K].
         counts: samples to leave at exits 1..K-1 of the *whole* set, [P, K - 1]; see `exit_counts`.
     """
-    scores, wanted = np.asarray(confidence_val, dtype=np.float64), np.asarray(counts)
-    points, exits = len(wanted), scores.shape[1]
+    scores, targets = np.asarray(confidence_val, dtype=np.float64), np.asarray(counts)
+    points, exits = len(targets), scores.shape[1]
     result = np.full((points, exits), inf)
     result[:, -1] = -inf
     alive = np.ones((points, len(scores)), dtype=bool)
@@ -137,7 +137,7 @@ def thresholds(confidence_val: ArrayLike, counts: ArrayLike) -> Floats:
         column = np.ascontiguousarray(scores[:, k])
         order = np.argsort(-column, kind="stable")
         rank = np.cumsum(alive.take(order, axis=1), axis=1, dtype=np.int32)
-        n = wanted[:, k, None]
+        n = targets[:, k, None]
         open_points = (rank[:, -1] >= n[:, 0]) & (n[:, 0] >= 1)
         position = (rank < n).sum(axis=1)
         result[open_points, k] = column[order[position[open_points]]]
@@ -182,7 +182,7 @@ def budgeted(
 
 
 def planned_cost(q: ArrayLike, costs: ArrayLike) -> Floats:
-    """Return the mean cost that shares of ratio q plan for, sum_k pi_k(q) C_k, [P], from costs [K]."""
+    """Return the planned mean cost at ratio q, sum_k pi_k(q) C_k, [P], from costs [K]."""
     cost = np.asarray(costs, dtype=np.float64)
     planned: Floats = shares(q, len(cost)) @ cost
     return planned
@@ -191,14 +191,14 @@ def planned_cost(q: ArrayLike, costs: ArrayLike) -> Floats:
 def share_for_budget(costs: ArrayLike, budgets: ArrayLike) -> Floats:
     """Return the q whose planned mean cost is each budget, [B]: BoostNet's equation 9.
 
-    The planned cost grows with q from C_1 to C_K, and is inverted by bisection on log q. A budget at or under
-    C_1 gives q = 0 (everybody at the first exit), one at or over C_K gives inf (everybody at the last). The
-    paper writes the shares as (1 - p)^(n-1) and solves for p by Newton's method: up to normalisation, its
-    1 - p is our q, which may also exceed 1, for budgets above the mean of the costs.
+    The planned cost grows with q from C_1 to C_K, and is inverted by bisection on log q. A budget of at most C_1 gives
+    q = 0 (all samples leave at the first exit), and one of at least C_K gives inf (all leave at the last). The paper
+    writes the shares as (1 - p)^(n-1) and solves for p by Newton's method: up to normalisation, its 1 - p is q, which
+    here may exceed 1, for budgets above the mean of the costs.
 
     Args:
         costs: cumulative cost of each exit, [K], not decreasing.
-        budgets: mean costs wanted, [B], in the unit of `costs`.
+        budgets: mean costs, [B], in the unit of `costs`.
 
     Raises:
         UserError: the costs decrease somewhere.

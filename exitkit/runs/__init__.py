@@ -1,4 +1,4 @@
-"""Runs: recipes, what is made of them, their folders and what these hold."""
+"""Runs: recipes, jobs, run folders and the files in them."""
 
 from exitkit.runs.folder import RunFolder
 from exitkit.runs.table import find_runs, load_runs

@@ -1,4 +1,4 @@
-"""Evaluation: run a trained network over validation and test images, and store every exit's outputs."""
+"""Evaluation: run a trained network on validation and test images, and store the outputs of all exits."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _BATCH = 256
-# Up to here logits are kept in float32; with more classes (ImageNet) in float16, or a run would be gigabytes.
+# Up to this number of classes logits are stored in float32; for more (ImageNet) in float16, to save gigabytes.
 _FLOAT32_CLASSES = 200
 
 
@@ -37,36 +37,37 @@ def evaluate(
     data_dir: str | None = None,
     tell: Callable[[float], None] = lambda share: None,
 ) -> pd.DataFrame:
-    """Evaluate a trained run (in fp32) and write its outputs, costs and results into its folder.
+    """Evaluate a trained run (in fp32), and write its outputs, costs and results into its folder.
 
     Args:
-        run: a run whose training is done, or its folder.
-        device: where to run; by default where the run was trained.
-        data_dir: the folder of the images now, if it is not the one that the run was trained from.
-        tell: called with the share of the images, 0..1, that is done.
+        run: a trained run, or its folder.
+        device: device to run on; by default that of the recipe.
+        data_dir: folder of the images; by default that of the recipe.
+        tell: called with the share of the images that is done, 0..1.
 
     Returns:
         one row per exit: exit, papers, macs, params, accuracy and validation_accuracy (percent), and the run's columns.
 
     Raises:
-        UserError: no such run, or one whose weights or images are missing, or other images than it was evaluated on.
+        UserError: the run does not exist, its weights or images are missing, or the images differ from those that it
+            was evaluated on before.
     """
     run = RunFolder.of(run)
-    given = {"device": device, "data_dir": data_dir}
+    overrides = {"device": device, "data_dir": data_dir}
     with run.held():
-        recipe = run.recipe.with_values(**{key: value for key, value in given.items() if value is not None})
+        recipe = run.recipe.with_values(**{key: value for key, value in overrides.items() if value is not None})
         check_images(run, recipe)
         evaluate_held(run, recipe, tell)
     return table_of([run])
 
 
 def evaluate_held(run: RunFolder, recipe: ResolvedRecipe, tell: Callable[[float], None] = lambda share: None) -> None:
-    """Do what `evaluate` does, on the recipe's device and data folder; the caller must hold the run's lock."""
+    """Evaluate as `evaluate` does, on the recipe's device and data folder; the caller must hold the run's lock."""
     engine = Engine(choose_device(recipe.device))
     with process_settings(engine.device, threads=recipe.threads):
         data = load_data(recipe, run.path / SPLIT).on(engine.device)
         network = load_network(run, data)
-        # While the new outputs appear one by one, the run is not finished.
+        # Until all new outputs are written, the run is not finished.
         (run.path / RESULTS).unlink(missing_ok=True)
         write_json(run.path / "cost.json", [row._asdict() for row in cost(network)])
         engine.place(network)
@@ -89,7 +90,7 @@ def evaluate_held(run: RunFolder, recipe: ResolvedRecipe, tell: Callable[[float]
 
 
 def augment_validation(recipe: Recipe, part: Part) -> bool:
-    """Whether a part is read through the training augmentation, as the papers do for validation (an option)."""
+    """Whether a part is augmented like training images; an option for validation, which the papers use."""
     return part == "validation" and recipe.dataset_settings.get("val_transform") == "train"
 
 
@@ -123,7 +124,7 @@ def collect_outputs(
 
 @torch.inference_mode()
 def measure(network: MultiExitNetwork, data: Data, part: Part, engine: Engine, augment: bool = False) -> Tensor:
-    """Return sums of losses and hits [2, K] and the count as one vector [2K + 1], over the ranks' shares of a part."""
+    """Return sums of losses and hits [2, K] and the count as one vector [2K + 1], over this rank's share of a part."""
     network.eval()
     local = torch.arange(engine.ranks.rank, len(data.labels(part)), engine.ranks.world)
     sums = torch.zeros(2, network.num_exits, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Fingerprints: whether a run was made from the images and the code that are there now."""
+"""Fingerprints: digests of the code and the images of a run, which detect that they have changed."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from exitkit.runs.recipe import Recipe
 
 
 def code_digest(method: str) -> str:
-    """Return a digest of the files of a method (of each part of a composition), and of what they import.
+    """Return a digest of the source files of a method, or of all parts of a composition, and of their imports.
 
-    What they import counts if it belongs to the same package: for our own methods `exitkit.methods`, for anyone else's
-    the whole top-level package.
+    Imported modules count if they are in the same package: `exitkit.methods` for exitkit's own methods, the top-level
+    package for others.
     """
     digest = hashlib.sha256()
     for part in method_parts(method):
@@ -39,7 +39,7 @@ def _package_of(module: str) -> str:
 
 
 def _source_files(module: str, package: str) -> set[Path]:
-    """Return the file of a module and those of all modules of the package that it imports, directly or not."""
+    """Return the files of a module and of all modules of the package that it imports, directly or indirectly."""
     files: dict[str, Path] = {}
     waiting = [module]
     while waiting:
@@ -69,19 +69,19 @@ def _imported(tree: ast.Module, module: str) -> Iterator[str]:
 
 
 def check_same(existing: Iterable[tuple[RunFolder, Recipe]], *, tell: bool = True) -> None:
-    """Check that existing runs are what their recipes would make now, before they are used in their place.
+    """Check that existing runs have the current code and images of their recipes, before they are reused.
 
-    Differences that may be harmless are a `Note`: other code of a method (it may be a comment), and other images of a
-    run that is not finished (a damaged one may have been replaced).
+    Differences that may be harmless give a `Note`: changed code of a method (which may be a comment), and changed
+    images of a run that is not finished (a damaged image may have been replaced).
 
     Args:
-        existing: runs, finished or not, each with its recipe now, of the same identity.
-        tell: whether to show notes (one rank does).
+        existing: runs, finished or not, each with its current recipe of the same identity.
+        tell: whether to show notes; only one rank does.
 
     Raises:
-        UserError: a finished run is of other images than those in its folder now.
+        UserError: a finished run was made from other images than those that are now in the folder.
     """
-    digests: dict[tuple[str, str, str | None], str | None] = {}  # a folder is listed once for all of its runs
+    digests: dict[tuple[str, str, str | None], str | None] = {}  # a folder is read once for all of its runs
     for run, recipe in existing:
         done, began = "is finished" if run.finished else "was begun", run.environment()
         if tell and began.get("code") not in (None, code_digest(recipe.method)):

@@ -1,16 +1,16 @@
-"""A run is a folder, and the folder is enough: what it was, how it went, and what every exit said of every image.
+"""Run folders: the recipe, records, weights and outputs of a run, in one folder that needs nothing else.
 
 recipe.json          the resolved recipe        environment.json   versions, device, when
 split.safetensors    train, validation, test    metrics.csv        losses and accuracies, epoch by epoch
-checkpoint.pt        where training stands      timing.csv         seconds and peak memory an epoch
-progress.json        where it is, every few seconds while it trains (see training/progress.py)
-tensorboard/         the metrics as a TensorBoard log, if asked for (see training/tensorboard.py)
-learned.json         what the method learned besides the network, if anything (see LearnedTable)
-probes.safetensors   what was seen on one fixed batch, if asked for (see training/probe.py)
-weights.safetensors  the trained network        cost.json          multiply-adds and parameters an exit
+checkpoint.pt        the training state         timing.csv         seconds and peak memory per epoch
+progress.json        progress, written every few seconds during training (see training/progress.py)
+tensorboard/         the metrics as a TensorBoard log, if requested (see training/tensorboard.py)
+learned.json         tables that the method learned besides the network, if any (see LearnedTable)
+probes.safetensors   measurements on one fixed batch, if requested (see training/probe.py)
+weights.safetensors  the trained network        cost.json          multiply-adds and parameters per exit
 outputs-validation.safetensors, outputs-test.safetensors           logits [N, K, C], labels [N], indices [N]
-latency.json         milliseconds until each exit answers, if measured (see benchmarks/commands/bench.py)
-results.json         accuracy of each exit; written last: a folder that has it is finished
+latency.json         milliseconds until each exit's prediction, if measured (see benchmarks/commands/bench.py)
+results.json         accuracy of each exit; written last, so that a folder with it is a finished run
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ LEARNED = "learned.json"
 LATENCY = "latency.json"
 DIAGNOSTICS = "diagnostics"
 _LOCK = "run.lock"
-_LOCK_PATIENCE = 15.0  # seconds; a killed process lets its lock go at once, a dying worker within moments
+_LOCK_PATIENCE = 15.0  # seconds; the lock of a killed process is released at once, that of a worker soon after
 
 
 class RunFolder:
@@ -62,7 +62,7 @@ class RunFolder:
         path: the folder.
 
     Raises:
-        UserError: it is not there, or holds no run.
+        UserError: the folder does not exist, or is not a run's.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -75,7 +75,7 @@ class RunFolder:
             )
             near = get_close_matches(self.path.name, beside)
             if inside:
-                hint = f"; there are {len(inside)} in it, such as {self.path / inside[0]}"
+                hint = f"; it contains {len(inside)} runs, such as {self.path / inside[0]}"
             elif near:
                 hint = f"; did you mean {self.path.parent / near[0]}?"
             else:
@@ -84,14 +84,14 @@ class RunFolder:
 
     @classmethod
     def of(cls, run: RunFolder | str | Path) -> RunFolder:
-        """Return a run, given itself or its folder."""
+        """Return a run, given as a `RunFolder` or by its path."""
         return run if isinstance(run, RunFolder) else cls(run)
 
     @classmethod
     def create(cls, out: Path, recipe: ResolvedRecipe, writers: Mapping[str, Callable[[Path], None]]) -> RunFolder:
-        """Make the folder of a new run with its recipe and what `writers` {name: function of the path} write.
+        """Make the folder of a new run, with its recipe and the files of `writers` {name: function of the path}.
 
-        The folder appears whole or not at all; where another process was faster, its folder is the one.
+        The folder is complete or does not appear; if another process has made it first, that one is returned.
         """
         make_folder(out)
         path = out / recipe.id
@@ -108,10 +108,10 @@ class RunFolder:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Hold the run for training, and clear away what a killed process was writing; the hold goes with its process.
+        """Hold the run's lock, and delete what a killed process was writing; the lock ends with the process.
 
         Raises:
-            UserError: another process holds it.
+            HeldError: another process holds the lock.
         """
         try:
             lock = FileLock(self.path / _LOCK, timeout=_LOCK_PATIENCE)
@@ -125,7 +125,7 @@ class RunFolder:
         try:
             for leftover in self.path.glob(".*.part"):
                 leftover.unlink(missing_ok=True)
-            # Folders of this run that never became it; who is still at one will find this one in its place.
+            # Incomplete drafts of this folder; a process that still writes one will return this folder instead.
             for draft in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.part"):
                 shutil.rmtree(draft, ignore_errors=True)
             yield
@@ -134,7 +134,7 @@ class RunFolder:
 
     @staticmethod
     def is_held(path: Path) -> bool:
-        """Whether another process is at the run there, as far as can be told without waiting."""
+        """Whether another process holds the lock of the run at `path`, without waiting."""
         if not exists(path / _LOCK):
             return False
         lock = FileLock(path / _LOCK, timeout=0)
@@ -158,40 +158,40 @@ class RunFolder:
 
     @property
     def identity(self) -> dict[str, str]:
-        """What makes the run this run, flat: {key, or `method.field`, `backbone.field`, `dataset.field`: JSON}."""
+        """The run's identity as a flat dictionary: {key or `method.field`, `backbone.field`, `dataset.field`: JSON}."""
         return flat_identity(self.recipe)
 
     @staticmethod
     def is_finished(path: Path) -> bool:
-        """Whether a finished run lies there."""
+        """Whether the folder `path` contains a finished run."""
         return exists(path / RESULTS)
 
     @property
     def finished(self) -> bool:
-        """Whether it was trained and evaluated."""
+        """Whether the run is trained and evaluated."""
         return self.is_finished(self.path)
 
     @property
     def name(self) -> str | None:
-        """What the run was called when it began; its split says so, and every file of tensors after it."""
+        """Name of the run when it began, as stored in its split and in all its files of tensors."""
         return owner(self.path / SPLIT)
 
     def own(self, file: str) -> Path:
         """Return the path of one of the run's files of tensors.
 
-        One that names no run may be anybody's: whoever edits weights by hand knows what they do.
+        A file that names no run is accepted, so that weights can be edited by hand.
 
         Raises:
-            UserError: it was copied here from another run, or is damaged.
+            UserError: the file was copied from another run, or is damaged.
         """
         path = self.path / file
-        ours, theirs = self.name, owner(path)
-        if ours and theirs and ours != theirs:
-            raise UserError(f"{path} is of run {theirs}, and {SPLIT} of run {ours}; put the run's own file back")
+        name, file_owner = self.name, owner(path)
+        if name and file_owner and name != file_owner:
+            raise UserError(f"{path} is of run {file_owner}, and {SPLIT} of run {name}; restore the run's own file")
         return path
 
     def epochs_done(self) -> int:
-        """How many epochs, over all phases, have been trained."""
+        """Return the number of trained epochs, over all phases."""
         metrics = self.path / "metrics.csv"
         if not metrics.exists():
             return 0
@@ -206,59 +206,57 @@ class RunFolder:
         return environment
 
     def results(self) -> dict[str, Any]:
-        """Return {"validation": accuracies, "test": accuracies}, each one percentage an exit."""
+        """Return {"validation": accuracies, "test": accuracies}, each with one percentage per exit."""
         if not self.finished:
             raise UserError(
-                f"run {self.path} is not finished; go on with: exitkit train --recipe "
+                f"run {self.path} is not finished; resume it with: exitkit train --recipe "
                 f"{self.path / 'recipe.json'} --out {self.path.parent} --resume"
             )
         results: dict[str, Any] = read_checked(self.path / RESULTS, Results)
         exits = len(self.costs())
         if any(len(results[part]) != exits for part in ("validation", "test")):
-            raise UserError(
-                f"{self.path / RESULTS} is of another number of exits than cost.json; evaluate the run again"
-            )
+            raise UserError(f"{self.path / RESULTS} has another number of exits than cost.json; evaluate the run again")
         return results
 
     def costs(self) -> list[dict[str, int]]:
-        """Return one dict an exit: exit (from 1), papers, macs (multiply-adds of one image), params."""
+        """Return one dictionary per exit: exit (from 1), papers, macs (multiply-adds of one image), params."""
         return read_costs(self.path / "cost.json")
 
     def metrics(self) -> pd.DataFrame:
-        """Return one row an epoch: phase, epoch (within it), lr, losses and accuracies (percent) of every exit."""
+        """Return one row per epoch: phase, epoch (within it), lr, losses and accuracies (percent) of every exit."""
         metrics = read_table(self.path / "metrics.csv", ["phase"], ["epoch", "lr"])
         if metrics.empty:
             raise UserError(f"{self.path / 'metrics.csv'} is damaged (it has no epoch)")
         return metrics
 
     def latency(self) -> list[float]:
-        """Return the milliseconds until each exit answers, as `exitkit bench` measured them.
+        """Return the milliseconds until the prediction of each exit, as measured by `exitkit bench`.
 
         Raises:
-            UserError: it did not.
+            UserError: they were not measured.
         """
         path = self.path / LATENCY
         if not path.exists():
             raise UserError(f"run {self.path} has no measured latency; measure it with: exitkit bench {self.path}")
         milliseconds: list[float] = read_checked(path, Latency)["milliseconds"]
         if len(milliseconds) != len(self.costs()):
-            raise UserError(f"{path} is of another number of exits than cost.json; measure the run again")
+            raise UserError(f"{path} has another number of exits than cost.json; measure the run again")
         return milliseconds
 
     def learned(self) -> list[dict[str, Any]]:
-        """Return what the method learned besides the network: tables of a phase, title, rows, columns and values."""
+        """Return the tables that the method learned besides the network: phase, title, rows, columns and values."""
         return read_learned(self.path / LEARNED) if exists(self.path / LEARNED) else []
 
     def training_cost(self) -> dict[str, float]:
-        """Return the seconds that training took over all epochs, and its peak memory in MiB (see `exitkit.engine.memory`)."""
+        """Return the seconds of training, over all epochs, and its peak memory in MiB (see `exitkit.engine.memory`)."""
         timing = read_table(self.path / "timing.csv", ["phase"], ["seconds", "peak_mib"])
-        # An epoch after which the process was killed may be missing: then it counts as the others of its phase do.
+        # An epoch without a timing, after a kill, counts with the mean of its phase.
         mean = timing.groupby("phase").seconds.mean()
         epochs = self.metrics().groupby("phase").size()
         return {"seconds": float((mean * epochs).sum()), "memory_mib": float(timing.peak_mib.max())}
 
     def probes(self) -> dict[str, np.ndarray]:
-        """Return what `exitkit.training.probe.probe` measured, each stacked over time, with `epoch` [T]; empty without probes."""
+        """Return the measurements of `exitkit.training.probe.probe`, stacked over T probes, with `epoch` [T], or {}."""
         path = self.own(PROBES)
         if not path.exists():
             return {}
@@ -267,11 +265,11 @@ class RunFolder:
         return arrays
 
     def training_images(self) -> int:
-        """Return how many images the run was trained on, 0 where its split is not there."""
+        """Return the number of images that the run was trained on, or 0 if its split is missing."""
         return len(load_arrays(self.path / SPLIT).get("train", ())) if exists(self.path / SPLIT) else 0
 
     def outputs(self, part: str) -> dict[str, np.ndarray]:
-        """Return what every exit said: logits [N, K, C], labels [N], indices [N] of part `validation` or `test`."""
+        """Return the outputs of all exits: logits [N, K, C], labels [N], indices [N] of part `validation` or `test`."""
         path = self.own(f"outputs-{part}.safetensors")
         arrays = load_arrays(path)
         check_outputs(path, arrays, self.results()[part])
@@ -279,26 +277,26 @@ class RunFolder:
 
 
 def absence(path: Path) -> str:
-    """Say why there is no folder at a path."""
+    """Return why a path is not a folder."""
     return "is a file" if exists(path) else "does not exist"
 
 
-def unfinished_twin(recipe: ResolvedRecipe, out: Path) -> str:
-    """Say how an unfinished run in `out` of the same method, backbone, data set and seed differs, nearest first.
+def nearest_unfinished(recipe: ResolvedRecipe, out: Path) -> str:
+    """Describe the unfinished run in `out` of the same method, backbone, data set and seed with the fewest differences.
 
     For an error message; "" if there is none.
     """
-    told: list[tuple[int, str]] = []
-    wanted = flat_identity(recipe)
+    descriptions: list[tuple[int, str]] = []
+    expected = flat_identity(recipe)
     for path in sorted(out.glob("[!.]*/recipe.json")):
         try:
             run = RunFolder(path.parent)
-            there = run.identity
+            identity = run.identity
         except UserError:
             continue
-        if run.finished or any(there[key] != wanted[key] for key in ("method", "backbone", "dataset", "seed")):
+        if run.finished or any(identity[key] != expected[key] for key in ("method", "backbone", "dataset", "seed")):
             continue
-        changed = sorted(key for key in wanted.keys() | there.keys() if wanted.get(key) != there.get(key))
-        facts = ", ".join(f"{key}={there.get(key)} there, {wanted.get(key)} here" for key in changed[:3])
-        told.append((len(changed), f"{path.parent} has {facts}"))
-    return min(told)[1] if told else ""
+        changed = sorted(key for key in expected.keys() | identity.keys() if expected.get(key) != identity.get(key))
+        facts = ", ".join(f"{key}={identity.get(key)} instead of {expected.get(key)}" for key in changed[:3])
+        descriptions.append((len(changed), f"{path.parent} has {facts}"))
+    return min(descriptions)[1] if descriptions else ""

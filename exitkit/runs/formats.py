@@ -1,6 +1,6 @@
-"""What the small files of a run folder have to look like: whatever else is found there is one clear line.
+"""Formats of the small files of a run folder, and their validation.
 
-A file may have been cut off, edited, or copied over from another run; nothing that reads a run trusts it unseen.
+A file may be truncated, edited, or copied from another run; every reader validates it and reports a fault in one line.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 
 CHECKPOINT_KEYS = {"network", "optimizer", "scaler", "strategy", "auxiliaries", "position", "metrics", "probes"}
-"""What every checkpoint holds."""
+"""Keys of every checkpoint."""
 
 
 class ExitCost(TypedDict):
-    """What leaving at an exit costs."""
+    """Cost of leaving at an exit."""
 
     exit: int
     papers: int
@@ -45,7 +45,7 @@ class Results(TypedDict):
 
 
 class Environment(TypedDict):
-    """Where a run began."""
+    """Versions, device and data with which a run began."""
 
     exitkit: str
     torch: str
@@ -58,7 +58,7 @@ class Environment(TypedDict):
 
 
 class Learned(TypedDict):
-    """A table of what a method learned besides the network."""
+    """A table that a method learned besides the network."""
 
     phase: str
     title: str
@@ -68,16 +68,16 @@ class Learned(TypedDict):
 
 
 class Latency(TypedDict):
-    """Milliseconds until each exit answers."""
+    """Milliseconds until the prediction of each exit."""
 
     milliseconds: list[FiniteFloat]
 
 
 def read_checked(path: Path, kind: Any) -> Any:
-    """Read a JSON file that has to be of the type `kind`.
+    """Return the content of a JSON file, which must have the type `kind`.
 
     Raises:
-        UserError: it is missing, damaged or something else.
+        UserError: the file is missing, damaged or of another type.
     """
     value = read_json(path)
     try:
@@ -91,7 +91,7 @@ def read_checked(path: Path, kind: Any) -> Any:
 
 
 def read_costs(path: Path) -> list[dict[str, int]]:
-    """Read `cost.json`: one row an exit, counted from 1."""
+    """Return the content of `cost.json`: one row per exit; exits are numbered from 1."""
     costs: list[dict[str, int]] = read_checked(path, list[ExitCost])
     if [row["exit"] for row in costs] != list(range(1, len(costs) + 1)) or not costs:
         raise UserError(f"{path} is damaged (expected exits 1, 2, ... in order)")
@@ -99,26 +99,26 @@ def read_costs(path: Path) -> list[dict[str, int]]:
 
 
 def read_learned(path: Path) -> list[dict[str, Any]]:
-    """Read `learned.json`: tables whose values fill their rows and columns."""
+    """Return the content of `learned.json`: tables with one value per row and column."""
     tables: list[dict[str, Any]] = read_checked(path, list[Learned])
     for table in tables:
         if [len(row) for row in table["values"]] != [len(table["columns"])] * len(table["rows"]):
-            raise UserError(f"{path} is damaged (the values of {table['title']!r} do not fill its table)")
+            raise UserError(f"{path} is damaged (the values of {table['title']!r} do not fit its rows and columns)")
     return tables
 
 
 def read_table(path: Path, words: Sequence[str], numbers: Sequence[str]) -> pd.DataFrame:
-    """Read a CSV file that has at least these columns.
+    """Return the table of a CSV file, which must have the columns `words` and the numeric columns `numbers`.
 
     Raises:
-        UserError: it is missing or damaged, or a column is missing or holds what it must not.
+        UserError: the file is missing or damaged, or a column is missing or not numeric.
     """
     # Imported when used: pandas takes half a second to load.
     import pandas as pd
 
     try:
         table = pd.read_csv(path)
-    except (OSError, ValueError) as error:  # pandas' own errors are of these
+    except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
         reason = "it is missing" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
         raise UserError(f"{path} can't be read ({reason})") from None
     missing = [name for name in (*words, *numbers) if name not in table]
@@ -126,30 +126,30 @@ def read_table(path: Path, words: Sequence[str], numbers: Sequence[str]) -> pd.D
         raise UserError(f"{path} is damaged (it lacks the column {missing[0]})")
     for name in numbers:
         if not pd.api.types.is_numeric_dtype(table[name]) and len(table):
-            raise UserError(f"{path} is damaged (the column {name} has something that is no number)")
+            raise UserError(f"{path} is damaged (the column {name} has a value that is not a number)")
     return table
 
 
 def check_outputs(path: Path, arrays: Mapping[str, np.ndarray], accuracies: Sequence[float]) -> None:
-    """Check what every exit said against itself, and against the accuracies that were written with it.
+    """Check the stored outputs of all exits, and compare their accuracy with the stored accuracies (percent).
 
     Raises:
-        UserError: something is missing or of the wrong kind, or these are the outputs of another run.
+        UserError: an array is missing or of the wrong shape or type, or the outputs are of another run.
     """
     missing = {"logits", "labels", "indices"} - arrays.keys()
     if missing:
         raise UserError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
     logits, labels, indices = (arrays[name] for name in ("logits", "labels", "indices"))
-    whole = logits.ndim == 3 and logits.dtype.kind == "f" and 0 not in logits.shape
-    whole = whole and all(each.shape == logits.shape[:1] and each.dtype.kind == "i" for each in (labels, indices))
-    if not whole or labels.min() < 0 or labels.max() >= logits.shape[2] or indices.min() < 0:
+    valid = logits.ndim == 3 and logits.dtype.kind == "f" and 0 not in logits.shape
+    valid = valid and all(array.shape == logits.shape[:1] and array.dtype.kind == "i" for array in (labels, indices))
+    if not valid or labels.min() < 0 or labels.max() >= logits.shape[2] or indices.min() < 0:
         raise UserError(f"{path} is damaged: expected logits [N, K, C], and labels [N] and indices [N] that fit them")
-    found = 100 * (logits.argmax(axis=2) == labels[:, None]).mean(axis=0)
-    if len(found) != len(accuracies) or any(
-        not math.isclose(ours, theirs, abs_tol=1e-6) for ours, theirs in zip(found, accuracies, strict=True)
+    computed = 100 * (logits.argmax(axis=2) == labels[:, None]).mean(axis=0)
+    if len(computed) != len(accuracies) or any(
+        not math.isclose(value, stored, abs_tol=1e-6) for value, stored in zip(computed, accuracies, strict=True)
     ):
         raise UserError(
-            f"{path} and {path.with_name('results.json')} are not of one evaluation; evaluate the run again"
+            f"{path} and {path.with_name('results.json')} are of different evaluations; evaluate the run again"
         )
 
 
@@ -158,10 +158,10 @@ _PROBED |= {"losses": "TNK", "epoch": "T"}
 
 
 def check_probes(path: Path, arrays: Mapping[str, np.ndarray], epochs: int) -> None:
-    """Check what was seen on the probe batch: T looks, S stages, K exits, N images, none after the last epoch.
+    """Check the arrays of T probes, for S stages, K exits and N images; none may be later than epoch `epochs`.
 
     Raises:
-        UserError: something is missing, or does not fit the rest.
+        UserError: an array is missing, or has the wrong shape or type.
     """
     missing = _PROBED.keys() - arrays.keys()
     if missing:
@@ -169,9 +169,9 @@ def check_probes(path: Path, arrays: Mapping[str, np.ndarray], epochs: int) -> N
     sizes: dict[str, int] = {}
     for name, letters in _PROBED.items():
         array = arrays[name]
-        whole = array.dtype.kind == ("i" if name == "epoch" else "f") and array.ndim == len(letters)
-        pairs = zip(letters, array.shape, strict=True) if whole else ()
-        if not whole or any(sizes.setdefault(letter, size) != size or not size for letter, size in pairs):
-            raise UserError(f"{path} is damaged: {name} does not fit the rest")
+        valid = array.dtype.kind == ("i" if name == "epoch" else "f") and array.ndim == len(letters)
+        pairs = zip(letters, array.shape, strict=True) if valid else ()
+        if not valid or any(sizes.setdefault(letter, size) != size or not size for letter, size in pairs):
+            raise UserError(f"{path} is damaged: {name} has the wrong shape or type")
     if arrays["epoch"].min() < 1 or arrays["epoch"].max() > epochs:
-        raise UserError(f"{path} is damaged: it has looks at epochs that there were not")
+        raise UserError(f"{path} is damaged: it has probes of epochs that were not trained")

@@ -1,6 +1,7 @@
-"""Ingredients: what a run takes from other runs, namely initial weights, teachers and frozen side networks.
+"""Ingredients of a run that come from other runs: initial weights, teachers and frozen side networks.
 
-Each is resolved once (`exitkit.runs.job.resolve`), with a digest in the run's identity, and checked when it is loaded.
+They are resolved once (`exitkit.runs.job.resolve`), their digests are part of the run's identity, and they are checked
+when they are loaded.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from exitkit.runs.weights import (
 
 
 def load_initial(recipe: ResolvedRecipe, network: MultiExitNetwork) -> None:
-    """Give the network the weights that the recipe starts from, if it does.
+    """Load the recipe's initial weights (`init_from`) into the network, if it has any.
 
     Raises:
-        UserError: they are gone, others than the recipe names, or of another network.
+        UserError: the weights are missing, have changed since the recipe was resolved, or are of another network.
     """
     if recipe.init_from is None:
         return
@@ -47,33 +48,36 @@ def load_initial(recipe: ResolvedRecipe, network: MultiExitNetwork) -> None:
 
 
 def check_unseen(folder: Path, recipe: ResolvedRecipe, data: Data) -> None:
-    """Refuse to build on a run that was trained on images which are held out here.
+    """Check that a run was not trained on the validation images of the run that uses it.
+
+    Args:
+        folder: folder of the run.
+        recipe: recipe of the run that uses it.
+        data: images of the run that uses it.
 
     Raises:
-        UserError: it was.
+        UserError: it was trained on some of them.
     """
     run = RunFolder(folder)
     if run.recipe.dataset != recipe.dataset:
         return
     trained = Split.load(run.path / SPLIT).train
-    seen = int(torch.isin(data.split.validation, trained).sum())
-    if seen:
+    overlap = int(torch.isin(data.split.validation, trained).sum())
+    if overlap:
         raise UserError(
-            f"{folder} was trained on {seen} of the {len(data.split.validation)} images that are held out here; "
-            "expected a run with the same hold-out"
+            f"{folder} was trained on {overlap} of the {len(data.split.validation)} validation images of this run; "
+            "expected a run with the same validation images"
         )
 
 
 def teacher_recipes(recipe: ResolvedRecipe) -> dict[str, ResolvedRecipe]:
-    """Return the recipes of the teachers that are named by a method.
-
-    Returns {the teacher's name: the same recipe for that method, with nothing set}.
+    """Return {name: recipe} of the teachers that are methods: this recipe, with the method and its default settings.
 
     Raises:
-        UserError: a teacher that is neither a method nor a run's folder, or one that needs a teacher itself.
+        UserError: a teacher is neither a method nor the folder of a run, or needs a teacher itself.
     """
     recipes = {}
-    for name in make_strategy(recipe).teachers():
+    for name in make_strategy(recipe).teacher_runs():
         if is_folder(name):
             continue
         try:
@@ -82,8 +86,8 @@ def teacher_recipes(recipe: ResolvedRecipe) -> dict[str, ResolvedRecipe]:
             raise UserError(f"teacher: {error}; expected a method, or the folder of a finished run") from None
         plain = recipe.with_values(method=name, method_settings={}, init_from=None, init_weights=None, ingredients={})
         recipes[name] = resolve(plain)
-        if make_strategy(recipes[name]).teachers():
-            raise UserError(f"teacher {name} itself needs a teacher; expected one that does not")
+        if make_strategy(recipes[name]).teacher_runs():
+            raise UserError(f"teacher {name} needs a teacher itself; expected a method that does not")
     return recipes
 
 
@@ -91,21 +95,24 @@ def load_teachers(recipe: ResolvedRecipe, out: Path, data: Data) -> dict[str, Mu
     """Return the trained networks of a recipe's teachers by name, in evaluation mode.
 
     Args:
-        recipe: of the run that learns.
-        out: the folder that holds the runs of teachers named by a method.
-        data: the images of the run that learns.
+        recipe: recipe of the run that is trained.
+        out: folder of the runs of teachers that are methods.
+        data: images of the run that is trained.
+
+    Raises:
+        UserError: a teacher is unfinished, has changed, has other classes, or was trained on validation images.
     """
     by_method = teacher_recipes(recipe)
     networks = {}
-    for name in make_strategy(recipe).teachers():
+    for name in make_strategy(recipe).teacher_runs():
         folder = RunFolder(out / by_method[name].id if name in by_method else name)
-        folder.results()  # tells how to resume one that is not finished
+        folder.results()  # the error for an unfinished run explains how to resume it
         if name not in by_method:
             _check_unchanged(name, run_weights_digest(name), recipe.ingredients.get(name))
         check_unseen(folder.path, recipe, data)
         networks[name] = load_network(folder, data).requires_grad_(False)
         if networks[name].num_classes != data.num_classes:
-            raise UserError(f"a teacher of {networks[name].num_classes} classes can't teach {data.num_classes}")
+            raise UserError(f"teacher {name} has {networks[name].num_classes} classes; expected {data.num_classes}")
     return networks
 
 
@@ -113,7 +120,7 @@ def load_side_network(recipe: ResolvedRecipe, source: str, name: str) -> Mapping
     """Return the tensors of a side network of another run, one of the recipe's ingredients.
 
     Raises:
-        UserError: it is gone, or another than the recipe names.
+        UserError: it is missing, or has changed since the recipe was resolved.
     """
     _check_unchanged(source, side_networks_digest(source), recipe.ingredients.get(source))
     return side_network(source, name)

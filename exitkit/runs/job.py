@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,9 @@ def _digests(recipe: Recipe, strategy: TrainingStrategy) -> dict[str, str]:
 
     A teacher that is a method has no digest, since the recipe determines its run.
     """
-    sources = {name: run_weights_digest for name in strategy.teachers() if is_folder(name)}
+    sources: dict[str, Callable[[str], str]] = {
+        name: run_weights_digest for name in strategy.teacher_runs() if is_folder(name)
+    }
     sources |= dict.fromkeys(strategy.ingredients(), side_networks_digest)
     return {name: recipe.ingredients.get(name) or digest(name) for name, digest in sources.items()}
 

@@ -14,34 +14,34 @@ if TYPE_CHECKING:
 
 
 def find_runs(folder: str | Path) -> list[RunFolder]:
-    """Return the finished runs below a folder, by name.
+    """Return the finished runs in a folder, sorted by name.
 
     Raises:
-        UserError: no such folder, or no finished run in it.
+        UserError: the folder does not exist, or contains no finished run.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"folder {folder} {absence(folder)}; expected one that holds runs")
-    found = sorted(path.parent for path in folder.glob(f"[!.]*/{RESULTS}"))
-    if not found:
+    paths = sorted(path.parent for path in folder.glob(f"[!.]*/{RESULTS}"))
+    if not paths:
         raise UserError(f"folder {folder} holds no finished run")
-    return [RunFolder(path) for path in found]
+    return [RunFolder(path) for path in paths]
 
 
 def load_runs(folder: str | Path) -> pd.DataFrame:
-    """Read all finished runs below a folder into one table, a row for each run and exit.
+    """Read all finished runs in a folder into one table, with one row per run and exit.
 
     Columns: run, method, backbone, dataset, seed, epochs, exit (from 1), papers, macs, params, accuracy,
     validation_accuracy (percent), path.
 
     Raises:
-        UserError: no such folder, or no finished run in it.
+        UserError: the folder does not exist, or contains no finished run.
     """
     return table_of(find_runs(folder))
 
 
 def table_of(runs: Iterable[RunFolder]) -> pd.DataFrame:
-    """Make the table of `load_runs` from given runs."""
+    """Return the table of `load_runs` for given runs."""
     # Imported when used: pandas takes half a second to load.
     import pandas as pd
 

@@ -1,4 +1,4 @@
-"""Files of other runs that a run is made from: trained weights, side networks, and their digests."""
+"""Files of other runs that a run uses: trained weights, side networks, and their digests."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from exitkit.runs.formats import CHECKPOINT_KEYS
 
 
 def weights_file(source: str) -> Path:
-    """Return the file of the weights of `init_from`: a finished run's folder, or a safetensors file.
+    """Return the file of the weights of `init_from`, which is the folder of a finished run, or a safetensors file.
 
     Raises:
-        UserError: it is neither.
+        UserError: `source` is neither.
     """
     path = Path(source)
     if path.is_dir():
@@ -32,10 +32,10 @@ def run_weights(folder: str | Path) -> Path:
     """Return the file of a finished run's weights.
 
     Raises:
-        UserError: there is no such run, or it is not finished.
+        UserError: the run does not exist, or is not finished.
     """
     run = RunFolder(folder)
-    run.results()  # tells how to resume one that is not finished
+    run.results()  # the error for an unfinished run explains how to resume it
     return run.own(WEIGHTS)
 
 
@@ -50,9 +50,9 @@ def run_weights_digest(folder: str) -> str:
 
 
 def side_networks_digest(source: str) -> str:
-    """Return a digest of a finished run's checkpoint, which holds its side networks."""
+    """Return a digest of a finished run's checkpoint, which contains its side networks."""
     run = RunFolder(source)
-    run.results()  # tells how to resume one that is not finished
+    run.results()  # the error for an unfinished run explains how to resume it
     return _file_digest(run.path / "checkpoint.pt")
 
 
@@ -64,10 +64,10 @@ def _file_digest(path: Path) -> str:
 
 
 def side_network(source: str, name: str) -> Mapping[str, Tensor]:
-    """Return the tensors of a side network, as a finished run has left it.
+    """Return the tensors of a side network, as they were at the end of a finished run.
 
     Raises:
-        UserError: no finished run, or one without such a network.
+        UserError: the run is not finished, or has no such network.
     """
     run = RunFolder(source)
     run.results()

@@ -1,4 +1,4 @@
-"""What a training method imports: the interface, the run that it is handed, and what methods are made of."""
+"""Public interface for training methods: `TrainingStrategy`, `Run`, and building blocks of methods."""
 
 from exitkit.data.base import Batch
 from exitkit.errors import NonFiniteError, UserError

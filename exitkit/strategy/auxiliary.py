@@ -1,4 +1,4 @@
-"""Side networks: what a method trains besides the network."""
+"""Side networks, which a method trains besides the network."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from exitkit.engine.engine import Engine
 
 
 class Gradients(Protocol):
-    """What a side network needs of its run; see `Run.gradients`."""
+    """Interface of a run for its side networks; see `Run.gradients`."""
 
     def gradients(self, loss: Tensor, tensors: Sequence[Tensor], batch: Batch | None = None) -> list[Tensor | None]:
-        """Return the gradient of a mean over the local batch, averaged over the ranks."""
+        """Return the gradients of a mean over the local batch, averaged over the ranks."""
 
 
 class Auxiliary:
-    """A side network (or a few free parameters) with its own optimiser, averaged over the ranks like the network.
+    """A side network (or a few free parameters); its gradients are averaged over the ranks, as the network's are.
 
     Attributes:
         module: the side network.
-        optimizer: its optimiser.
+        joined: whether the network's optimiser trains it.
+        optimizer: its own optimiser, if it has one.
     """
 
     def __init__(
@@ -51,12 +52,12 @@ class Auxiliary:
 
         Args:
             loss: a mean over the local batch.
-            batch: the batch that it is a mean over; by default that of the current step.
+            batch: the batch of this mean; by default that of the current step.
         """
         optimizer = self.optimizer
         parameters = list(self.module.parameters())
         gradients = self._run.gradients(loss, parameters, batch)
-        # The network's loss scale may be too large for this loss: such a step is skipped, as the network's is.
+        # The network's loss scale may be too large for this loss; the step is then skipped, as for the network.
         if self._engine.arithmetic.may_overflow and not all(g is None or g.isfinite().all() for g in gradients):
             return
         for parameter, gradient in zip(parameters, gradients, strict=True):

@@ -1,12 +1,13 @@
-"""TrainingStrategy: what a training method may decide. The base class is joint training; a method says what differs.
+"""TrainingStrategy, the interface of training methods. The base class is joint training; a method overrides parts.
 
-What a method decides are its *slots*. Methods compose (`ge+kd`) as long as no two claim one slot; gradient taps alone
-may be many, since taps multiply.
+The *slots* of a method are the parts of training that it determines. Methods compose (`ge+kd`) unless two of them claim
+the same slot; gradient taps may be claimed several times, since their factors multiply.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -28,7 +29,7 @@ EXIT_WEIGHTS = "exit weights"
 UPDATE = "update"
 PHASES = "phases"
 
-# The hooks whose overriding claims a slot; `adapt` may claim either of two and so has to be declared.
+# A method that overrides one of these hooks claims its slot; `adapt` may claim either of two slots.
 HOOKS = {
     "exit_losses": OBJECTIVE,
     "exit_weights": EXIT_WEIGHTS,
@@ -39,22 +40,22 @@ HOOKS = {
 SLOTS = frozenset({GRADIENT_TAP, LOGIT_LINK, *HOOKS.values()})
 
 Variant = Literal["paper", "released"]
-"""Where a paper and its published code differ: which of the two a method follows."""
+"""What a method follows where a paper and its published code differ."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training under one strategy, with a fresh optimiser.
+    """A part of training with one strategy and a new optimiser.
 
     Args:
-        name: what to call it in logs.
-        strategy: who rules it; its `adapt` is applied to the network when the phase begins.
-        epochs: how long it lasts.
-        train: which parameters it moves: `all`, `heads`, `new` (those that this phase's `adapt` added), or those whose
-            names begin with one of some prefixes (`("stages.0.", "heads.0.")`).
-        batchnorm: `train` (batch statistics, running ones follow) or `frozen` (running statistics, unmoved, but for
-            what is new or trained by its prefix).
-        lr: the learning rate at its start; None: the recipe's. It follows the recipe's schedule.
+        name: name of the phase in logs.
+        strategy: the strategy of the phase; its `adapt` is applied to the network when the phase begins.
+        epochs: number of epochs.
+        train: the parameters that are trained: `all`, `heads`, `new` (those that this phase's `adapt` adds), or those
+            whose names begin with one of several prefixes (`("stages.0.", "heads.0.")`).
+        batchnorm: `train` (batch statistics; running statistics are updated) or `frozen` (fixed running statistics,
+            except in modules that are new or trained by their prefix).
+        lr: initial learning rate; None: the recipe's. It follows the recipe's schedule.
         optimizer: `sgd` (with the recipe's momentum) or `adam`; both with the recipe's weight decay.
     """
 
@@ -68,12 +69,12 @@ class Phase:
 
 
 class LearnedTable(NamedTuple):
-    """Numbers that a method has learned besides the network, as a table that `exitkit show` draws.
+    """A table of numbers that a method learned besides the network, which `exitkit show` draws.
 
     Attributes:
-        title: what they are.
-        rows, columns: names.
-        values: one list a row; None where there is no number. They are taken to lie between 0 and 1.
+        title: title of the table.
+        rows, columns: names of the rows and the columns.
+        values: one list per row; None for a missing number. Numbers must be between 0 and 1.
     """
 
     title: str
@@ -84,16 +85,16 @@ class LearnedTable(NamedTuple):
 
 @dataclass(eq=False)
 class TrainingStrategy:
-    """Joint training: one step on the sum of all exits' mean losses. Methods override what they are about.
+    """Joint training: one step on the sum of all exits' mean losses. Methods override its hooks.
 
-    A strategy is a dataclass; its fields are its hyper-parameters, which is what the command line sets, a recipe
-    holds and a run records. It never holds modules: side networks are made with `run.auxiliary` in `prepare`.
+    A strategy is a dataclass; its fields are its hyper-parameters, which the command line sets, and which recipes and
+    runs store. It must not contain modules: side networks are registered by `run.auxiliary` in `prepare`.
 
     Class attributes:
         slots: the slots that this method claims.
         paper: authors, title, venue and year of the paper.
-        removed: settings of earlier releases that changed no result, with their defaults; recipes that have them are
-            still read.
+        removed: settings of earlier releases that changed no result, with their defaults; recipes with them can still
+            be read.
     """
 
     slots: ClassVar[frozenset[str]] = frozenset()
@@ -110,37 +111,41 @@ class TrainingStrategy:
         super().__init_subclass__(**kwargs)
         for slot in sorted(cls.slots - SLOTS):
             raise TypeError(str(unknown(f"slot of {cls.__name__}", slot, sorted(SLOTS))))
+        if callable(own := vars(cls).get("teachers")):
+            warnings.warn(f"{cls.__name__}.teachers is now called teacher_runs", DeprecationWarning, stacklevel=2)
+            cls.teacher_runs = own  # type: ignore[method-assign]
         missing = {slot for hook, slot in HOOKS.items() if hook in vars(cls)} - cls.slots
         if missing:
-            raise TypeError(f"{cls.__name__} overrides what is of {', '.join(sorted(missing))}; name that in `slots`")
+            raise TypeError(f"{cls.__name__} overrides hooks of {', '.join(sorted(missing))}; add these to `slots`")
 
     def claims(self) -> frozenset[str]:
         """Return the slots that this instance claims, given its field values."""
         return self.slots
 
     def settings(self) -> dict[str, Any]:
-        """Return every field and its value."""
+        """Return all fields and their values."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
 
     def adapt(self, network: MultiExitNetwork) -> None:
-        """Add gradient taps or a logit link to the network; must be repeatable (`add_tap` and `set_link` are)."""
+        """Add gradient taps or a logit link to the network; a second call must change nothing (as of `add_tap`)."""
 
     def released_names(self) -> Mapping[str, str]:
-        """Return how the authors' files name what `adapt` puts into the network, for `load_released_weights`.
+        """Return the names of the tensors that `adapt` adds in the authors' files, for `load_released_weights`.
 
-        {regular expression: replacement}, of what a name begins with; the first that matches counts. They see our own
-        names of the link's tensors (`link....`), and the names that the backbone's layout gives to all others.
+        {regular expression: replacement} for the beginning of a name; the first match is used. The expressions are
+        applied to exitkit's names of the link's tensors (`link....`), and to the file's names of all other tensors, as
+        given by the backbone's layout.
         """
         return {}
 
     def prepare(self, run: Run) -> None:
-        """Make what training needs besides the network: side networks, ownership, fusion weights.
+        """Make what training needs besides the network, such as side networks.
 
-        Called once a phase, after `adapt` and before any saved state is loaded.
+        Called once per phase, after `adapt` and before a saved state is loaded.
         """
 
     def exit_losses(self, run: Run, outputs: Outputs, batch: Batch) -> list[Tensor]:
-        """Return what each exit is asked: K loss tensors [B], a list (stacked, every exit would own everything)."""
+        """Return the loss of each exit: a list of K tensors [B] (stacked, their autograd graphs would be joined)."""
         return [self.cross_entropy(logits, batch[1]) for logits in outputs.logits]
 
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -149,68 +154,73 @@ class TrainingStrategy:
         return F.cross_entropy(at_least_float32(logits), labels, reduction="none", label_smoothing=smoothing)
 
     def observe(self, run: Run, losses: Sequence[Tensor], batch: Batch) -> None:
-        """See the K losses [B], detached, after every forward pass of `run.losses`.
+        """Receive the K losses [B], detached, after every forward pass of `run.losses`.
 
         For methods that adapt to the losses without claiming the update; `run.mean(losses[k].mean(), batch)` is the
         mean over the global batch.
         """
 
     def sample_weights(self, run: Run, losses: Sequence[Tensor], outputs: Outputs) -> Tensor | None:
-        """Return how much each image counts at each exit [B, K], or None where all count alike; for diagnostics."""
+        """Return the weight of each image at each exit [B, K], or None if all weights are equal; for diagnostics."""
         return None
 
     def exit_weights(self, run: Run) -> Sequence[float]:
-        """Return how much each exit counts at this point of the schedule: K numbers."""
+        """Return the weights of the exits at this point of the schedule: K numbers."""
         return [1.0] * run.network.num_exits
 
     def train_step(self, run: Run, batch: Batch) -> None:
-        """Turn one batch into one change of the parameters."""
+        """Update the parameters on one batch."""
         run.step(weighted_sum(run.losses(batch), run.weights()))
 
     def train_epoch(self, run: Run, batches: Iterable[Batch]) -> None:
-        """Train for one epoch. Every iteration of `batches` is a pass over the same batches in the same order."""
+        """Train for one epoch; each iteration over `batches` is a pass over the same batches in the same order."""
         for batch in batches:
             self.train_step(run, batch)
 
-    def teachers(self) -> tuple[str, ...]:
-        """Return the other runs whose networks `run.teacher` is asked for: methods, or folders of finished runs.
+    def teacher_runs(self) -> tuple[str, ...]:
+        """Return the other runs whose networks `run.teacher` uses: names of methods, or folders of finished runs.
 
-        A method stands for the run of that method, with nothing set and all else the same; it is trained first.
+        A method means the run of that method with its default settings and the same recipe otherwise; it is trained
+        first.
         """
         return ()
 
     def ingredients(self) -> tuple[str, ...]:
-        """Return the folders of the finished runs whose side networks `run.load_auxiliary` is asked for."""
+        """Return the folders of the finished runs whose side networks `run.load_auxiliary` loads."""
         return ()
 
     def passes(self, exits: int) -> int:
-        """Return how many times an epoch goes over the training data (for progress and the cost of training)."""
+        """Return the number of passes over the training data per epoch, for progress and the cost of training."""
         return 1
 
     def phases(self, epochs: int, exits: int) -> list[Phase]:
-        """Return what is trained when, on a network of `exits` exits, where `epochs` is the first phase's length."""
+        """Return the phases of training for a network of `exits` exits; `epochs` is the length of the first phase."""
         return [Phase("train", self, epochs)]
 
     def learned(self, run: Run) -> list[LearnedTable]:
-        """Return what was learned besides the network, for people to look at."""
+        """Return tables of what was learned besides the network, for display."""
         return []
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what has to be saved, besides network, optimiser and side networks, to go on with the same bits."""
+        """Return the state, besides network, optimiser and side networks, that is needed to resume bit for bit."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore the state that `state_dict` returned."""
 
 
 def at_least_float32(logits: Tensor) -> Tensor:
-    """Return logits in float32 where autocast left them in half precision, and as they are otherwise."""
+    """Return logits of half precision (autocast) in float32, and other logits unchanged."""
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
 def weighted_sum(losses: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Return sum_k weights[k] * mean(losses[k]); an exit of weight zero is left out of the graph."""
+    """Return sum_k weights[k] * mean(losses[k]); exits of weight zero are left out of the graph.
+
+    Raises:
+        UserError: all weights are zero.
+    """
     terms = [loss.mean() * weight for loss, weight in zip(losses, weights, strict=True) if weight != 0]
     if not terms:
-        raise UserError("every exit's weight is zero, so that there is nothing to train on; expected one above zero")
+        raise UserError("the weights of all exits are zero; expected at least one above zero")
     return torch.stack(terms).sum()

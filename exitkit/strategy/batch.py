@@ -1,4 +1,4 @@
-"""A rank's part of a global batch, and what it counts in the mean over all ranks."""
+"""A rank's part of a global batch, and its weight in the mean over the ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class LocalBatch(Batch):
     Attributes:
         start: position of its first image in the global batch.
         total: images in the global batch.
-        rank_weight: B * world / total: what a mean over these images counts in the mean over the ranks; 1 wherever the
+        rank_weight: B * world / total, the weight of a mean over these images in the mean over the ranks; 1 if all
             ranks have equally many images.
     """
 
@@ -28,7 +28,7 @@ class LocalBatch(Batch):
 
     @classmethod
     def make(cls, images: Tensor, labels: Tensor, start: int = 0, total: int | None = None, world: int = 1) -> Self:
-        """Make one; by default it is the whole global batch."""
+        """Make a local batch; by default it is the whole global batch."""
         batch = cls(images, labels)
         batch.start, batch.total = start, len(labels) if total is None else total
         batch.rank_weight = len(labels) * world / batch.total if batch.total else 1.0
@@ -36,16 +36,16 @@ class LocalBatch(Batch):
 
     @classmethod
     def of(cls, batch: Batch) -> Self:
-        """Return `batch` itself if it is a local batch, else as the whole global batch."""
+        """Return `batch` if it is a local batch, else a local batch that is the whole global batch."""
         return batch if isinstance(batch, cls) else cls.make(*batch)
 
     def halves(self, world: int) -> tuple[LocalBatch, LocalBatch]:
-        """Return this rank's even and odd images, by their position in the global batch; a half may be empty."""
+        """Return this rank's images of even and of odd position in the global batch; a half may be empty."""
         odd = (torch.arange(len(self.labels)) + self.start) % 2
         sizes = ((self.total + 1) // 2, self.total // 2)
         even_rows, odd_rows = ((odd == parity).nonzero().squeeze(1).to(self.labels.device) for parity in (0, 1))
-        even, rest = (
+        even_half, odd_half = (
             LocalBatch.make(self.images[rows], self.labels[rows], (self.start + 1 - parity) // 2, size, world)
             for parity, rows, size in zip((0, 1), (even_rows, odd_rows), sizes, strict=True)
         )
-        return even, rest
+        return even_half, odd_half

@@ -1,11 +1,11 @@
-"""Branches: several trainings of the network from one start, each for one pass over the data.
+"""Branches: the network is trained several times from the same start, each time for one pass over the data.
 
-Branch b = 0..R-1 makes in every step the step of the run's optimiser on
+In every step of branch b = 0..R-1 the run's optimiser makes a step on
 
     L_b = sum_j a_bj w_j mean(loss_j)     a [R, K] the emphasis, w_j the strategy's exit weights, loss_j [B] the
                                           strategy's exit losses
 
-and every branch begins with what the network is when the epoch begins.
+and every branch starts with the parameters at the beginning of the epoch.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from exitkit.strategy.run import Run
 
 
 class Branches:
-    """Trains branches, in turn or side by side, and resumes after those that are done.
+    """Trains branches one by one or side by side; after an interruption it resumes after the finished ones.
 
     Args:
-        side_by_side: train all at once (`Replicas`), in R times the memory, with the same results.
-        clean: every branch also begins with the epoch's batch-norm statistics and without momentum; False hands both
-            on from branch to branch, which is not possible side by side.
+        side_by_side: train all branches at once (`Replicas`), with R times the memory and the same results.
+        clean: whether every branch also starts with the batch-norm statistics at the beginning of the epoch and without
+            momentum; False: it starts with those of the branch before, which is not possible side by side.
     """
 
     def __init__(self, side_by_side: bool = False, clean: bool = True) -> None:
@@ -36,16 +36,16 @@ class Branches:
         self._endpoints: list[dict[str, Tensor]] = []
 
     def rehearse(self, run: Run, emphasis: Sequence[Sequence[float]]) -> None:
-        """Check that the branches can be trained; nothing is changed.
+        """Check that the branches can be trained, without changing anything.
 
         Raises:
-            UserError: the network or the optimiser can't train side by side.
+            UserError: the network or the optimiser does not support training side by side.
         """
         if self._side_by_side:
             Replicas(run, emphasis).rehearse()
 
     def train(self, run: Run, batches: Iterable[Batch], emphasis: Sequence[Sequence[float]]) -> list[dict[str, Tensor]]:
-        """Train the branches that are not done in this epoch; the network is then what it was before.
+        """Train the branches that are not finished in this epoch; the parameters are restored afterwards.
 
         Args:
             run: the run; it is saved after every branch (side by side: after all).
@@ -86,15 +86,15 @@ class Branches:
                 parameter.copy_(start[name])
 
     def end_epoch(self) -> None:
-        """Forget the branches of this epoch."""
+        """Discard the branches of this epoch."""
         self._endpoints = []
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the end points of the branches that are done in this epoch."""
+        """Return the end points of the branches that are finished in this epoch."""
         return {"endpoints": self._endpoints}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume after those branches."""
+        """Restore these end points, so that training resumes after them."""
         self._endpoints = list(state["endpoints"])
 
 

@@ -1,4 +1,4 @@
-"""Several methods as one, and methods made from names and settings."""
+"""Composition of several methods, and construction of methods from names and settings."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from exitkit.strategy.run import Run
 
 
 class Composition(TrainingStrategy):
-    """Several methods as one: each hook goes to the part that claims its slot.
+    """Several methods as one: each hook is delegated to the part that claims its slot.
 
     Args:
         parts: the methods by name, as instances with their own field values.
 
     Raises:
-        UserError: two parts claim one slot (named), or a part is itself a schedule of several phases.
+        UserError: two parts claim the same slot, or have different label smoothing.
     """
 
-    # Delegation, not a claim: what a composition claims is what its parts claim.
+    # All hooks are overridden, but only to delegate them; see `claims`.
     slots = frozenset(HOOKS.values())
 
     def __init__(self, parts: Mapping[str, TrainingStrategy]) -> None:
@@ -52,7 +52,7 @@ class Composition(TrainingStrategy):
                 claimed[slot] = name
         smoothing = {part.label_smoothing for part in self.parts.values()}
         if len(smoothing) > 1:
-            raise UserError(f"the parts of {'+'.join(self.parts)} have different label_smoothing; give all the same")
+            raise UserError(f"the parts of {'+'.join(self.parts)} have different label_smoothing; expected one value")
         self._base = TrainingStrategy(label_smoothing=smoothing.pop())
         self.label_smoothing = self._base.label_smoothing
         self._claimed = claimed
@@ -75,7 +75,7 @@ class Composition(TrainingStrategy):
 
     def released_names(self) -> Mapping[str, str]:
         """Return every part's names, in the order of the parts."""
-        return {ours: theirs for part in self.parts.values() for ours, theirs in part.released_names().items()}
+        return {name: new for part in self.parts.values() for name, new in part.released_names().items()}
 
     def prepare(self, run: Run) -> None:
         """Prepare every part."""
@@ -83,33 +83,33 @@ class Composition(TrainingStrategy):
             part.prepare(run)
 
     def exit_losses(self, run: Run, outputs: Outputs, batch: Batch) -> list[Tensor]:
-        """Ask the part that claims the objective."""
+        """Return the losses of the part that claims the objective."""
         return self._part(OBJECTIVE).exit_losses(run, outputs, batch)
 
     def observe(self, run: Run, losses: Sequence[Tensor], batch: Batch) -> None:
-        """Let every part see the losses."""
+        """Pass the losses to every part."""
         for part in self.parts.values():
             part.observe(run, losses, batch)
 
     def sample_weights(self, run: Run, losses: Sequence[Tensor], outputs: Outputs) -> Tensor | None:
-        """Ask the part that claims the update."""
+        """Return the sample weights of the part that claims the update."""
         return self._part(UPDATE).sample_weights(run, losses, outputs)
 
     def exit_weights(self, run: Run) -> Sequence[float]:
-        """Ask the part that claims the exit weights."""
+        """Return the weights of the part that claims the exit weights."""
         return self._part(EXIT_WEIGHTS).exit_weights(run)
 
     def train_step(self, run: Run, batch: Batch) -> None:
-        """Let the part that claims the update make the step."""
+        """Make the step of the part that claims the update."""
         self._part(UPDATE).train_step(run, batch)
 
     def train_epoch(self, run: Run, batches: Iterable[Batch]) -> None:
-        """Let the part that claims the update train the epoch."""
+        """Train the epoch with the part that claims the update."""
         self._part(UPDATE).train_epoch(run, batches)
 
-    def teachers(self) -> tuple[str, ...]:
+    def teacher_runs(self) -> tuple[str, ...]:
         """Return every part's teachers."""
-        return tuple(dict.fromkeys(name for part in self.parts.values() for name in part.teachers()))
+        return tuple(dict.fromkeys(name for part in self.parts.values() for name in part.teacher_runs()))
 
     def ingredients(self) -> tuple[str, ...]:
         """Return every part's ingredients."""
@@ -120,14 +120,14 @@ class Composition(TrainingStrategy):
         return self._part(UPDATE).passes(exits)
 
     def phases(self, epochs: int, exits: int) -> list[Phase]:
-        """Return the phases of the part that claims them, each ruled by the whole composition."""
+        """Return the phases of the part that claims them, each with the whole composition as its strategy."""
         if PHASES not in self._claimed:
             return [Phase("train", self, epochs)]
-        ruler = self._claimed[PHASES]
-        partners = {name: part for name, part in self.parts.items() if name != ruler}
+        owner = self._claimed[PHASES]
+        partners = {name: part for name, part in self.parts.items() if name != owner}
         return [
-            dataclasses.replace(phase, strategy=Composition({ruler: phase.strategy, **partners}))
-            for phase in self.parts[ruler].phases(epochs, exits)
+            dataclasses.replace(phase, strategy=Composition({owner: phase.strategy, **partners}))
+            for phase in self.parts[owner].phases(epochs, exits)
         ]
 
     def learned(self, run: Run) -> list[LearnedTable]:
@@ -139,7 +139,7 @@ class Composition(TrainingStrategy):
         return {name: part.state_dict() for name, part in self.parts.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Give every part its state back."""
+        """Restore every part's state."""
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
 
@@ -148,12 +148,12 @@ def build_strategy(name: str, **settings: Any) -> TrainingStrategy:
     """Build a training strategy by name, or several as one: `build_strategy("ge+kd")`.
 
     Args:
-        name: a method as `exitkit list methods` shows them, or several joined by `+`.
-        settings: any of its fields; in a composition also as `{"part.field": value}`, which is needed where two
+        name: a method, as listed by `exitkit list methods`, or several joined by `+`.
+        settings: fields of the method; in a composition also as `{"part.field": value}`, which is needed if several
             parts have a field of the same name.
 
     Raises:
-        UserError: unknown name or field, a bad value, or parts that claim the same slot.
+        UserError: a name or field is unknown, a value is impossible, or two parts claim the same slot.
     """
     names = method_parts(name)
     chosen = assign_settings(name, settings)
@@ -165,33 +165,31 @@ def build_strategy(name: str, **settings: Any) -> TrainingStrategy:
 
 
 def assign_settings(name: str, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Say which part of a (composed) method each setting belongs to.
-
-    Returns {part: {field: value}}.
+    """Return the settings of each part of a (composed) method, as {part: {field: value}}.
 
     Raises:
-        UserError: a field that no part has, or that several have without a prefix saying which is meant.
+        UserError: no part has a field, or several have it and it has no prefix.
     """
     names = method_parts(name)
     common = plugins.fields(TrainingStrategy)
-    having = {part: _settable("method", part) for part in names}
+    settable = {part: _settable("method", part) for part in names}
     chosen: dict[str, dict[str, Any]] = {part: {} for part in names}
     for key, value in settings.items():
         prefix, _, field = key.rpartition(".")
-        homes = [part for part in names if field in having[part] and prefix in ("", part)]
-        if key in common:  # every method has it, and all parts are meant
-            for part in homes:
+        owners = [part for part in names if field in settable[part] and prefix in ("", part)]
+        if key in common:  # every method has it, and it applies to all parts
+            for part in owners:
                 chosen[part][field] = value
             continue
-        if not homes:
-            known = {field for fields in having.values() for field in fields} | {
-                f"{part}.{field}" for part in names if len(names) > 1 for field in having[part]
+        if not owners:
+            known = {field for fields in settable.values() for field in fields} | {
+                f"{part}.{field}" for part in names if len(names) > 1 for field in settable[part]
             }
             raise unknown(f"field of method {name}", key, known)
-        if len(homes) > 1:
-            choices = " or ".join(f"{part}.{field}" for part in homes)
-            raise UserError(f"several parts of {name} have a field {field!r}; say {choices}")
-        chosen[homes[0]][field] = value
+        if len(owners) > 1:
+            choices = " or ".join(f"{part}.{field}" for part in owners)
+            raise UserError(f"several parts of {name} have a field {field!r}; use {choices}")
+        chosen[owners[0]][field] = value
     return chosen
 
 

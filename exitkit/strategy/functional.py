@@ -1,4 +1,4 @@
-"""Steps that are not taken and derivatives in a direction: what meta-learning asks of a network."""
+"""Pseudo steps of the optimiser and directional derivatives, for meta-learning."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from exitkit.errors import UserError
 
 
 class PseudoStep(NamedTuple):
-    """Where a step of SGD would lead.
+    """The result of a step of SGD that is not applied.
 
     Attributes:
-        parameters: {name: value after the step}, leaves that gradients can reach; parameters without gradient are left
-            out, as the optimiser leaves them alone.
-        slopes: {name: s}: with its gradient G, a parameter's value changes as s G.
+        parameters: {name: value after the step}, leaves that require gradients; parameters without a gradient are left
+            out, as the optimiser does not update them.
+        slopes: {name: s}, where s is the derivative of the new value with respect to the parameter's gradient.
     """
 
     parameters: dict[str, Tensor]
@@ -32,18 +32,18 @@ class PseudoStep(NamedTuple):
 def pseudo_step(
     optimizer: torch.optim.Optimizer, gradients: Sequence[Tensor | None], names: Mapping[int, str]
 ) -> PseudoStep:
-    """Return where a step of SGD on given gradients would lead: momentum, weight decay and all.
+    """Return the result of a step of SGD on given gradients, with momentum and weight decay, without applying it.
 
     Args:
-        optimizer: SGD; its momentum is read and stays as it is.
-        gradients: one for each parameter, in the optimiser's order, or None.
+        optimizer: SGD; its state does not change.
+        gradients: one per parameter, in the optimiser's order, or None.
         names: {identity of a parameter: its name}.
 
     Raises:
-        UserError: it is another optimiser, whose step is not linear in the gradient.
+        UserError: it is another optimiser; the step of SGD is linear in the gradient.
     """
     if not isinstance(optimizer, torch.optim.SGD):
-        raise UserError(f"a pseudo step of {type(optimizer).__name__} is not known; expected SGD")
+        raise UserError(f"a pseudo step of {type(optimizer).__name__} is not supported; expected SGD")
     parameters: dict[str, Tensor] = {}
     slopes: dict[str, float] = {}
     pending = iter(gradients)
@@ -68,15 +68,15 @@ def pseudo_step(
 
 
 @contextmanager
-def untracked(network: nn.Module, wanted: bool = True) -> Iterator[None]:
-    """Have batch norm in training mode leave its running statistics alone meanwhile, if that is wanted."""
+def untracked(network: nn.Module, enabled: bool = True) -> Iterator[None]:
+    """Disable updates of batch norm's running statistics inside the block, if `enabled`."""
     tracking = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
-    for module in tracking if wanted else ():
+    for module in tracking if enabled else ():
         module.track_running_stats = False
     try:
         yield
     finally:
-        for module in tracking if wanted else ():
+        for module in tracking if enabled else ():
             module.track_running_stats = True
 
 
@@ -87,10 +87,10 @@ def tangents(
 ) -> list[Tensor]:
     """Return the directional derivative of each output of a function of named tensors, by one forward-mode product.
 
-    Outputs that do not depend on them have a derivative of zero.
+    Outputs that do not depend on the tensors have the derivative zero.
     """
-    # Fused attention has no forward mode.
+    # Fused attention does not support forward mode.
     with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
         duals = {name: forward_ad.make_dual(point[name].detach(), direction[name]) for name in point}
-        found = [forward_ad.unpack_dual(output) for output in function(duals)]
-        return [torch.zeros_like(out.primal) if out.tangent is None else out.tangent.clone() for out in found]
+        outputs = [forward_ad.unpack_dual(output) for output in function(duals)]
+        return [torch.zeros_like(out.primal) if out.tangent is None else out.tangent.clone() for out in outputs]

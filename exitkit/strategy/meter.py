@@ -1,4 +1,4 @@
-"""Running loss and accuracy of every exit over one pass, and the watch for losses that are not finite."""
+"""Mean loss and accuracy of every exit over one pass, and the check for losses that are not finite."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from exitkit.errors import NonFiniteError
 from exitkit.strategy.position import Position
 
-# Reading a value off a GPU waits for it, so there the losses are looked at only every so many steps.
+# Reading a value from a GPU waits for it, so that losses on a GPU are checked once per this number of steps.
 _GPU_INTERVAL = 20
 
 
@@ -24,7 +24,7 @@ class Meter:
         self.reset()
 
     def reset(self) -> None:
-        """Begin a pass, after a look at what the last one left."""
+        """Begin a pass, after checking the losses of the last one that are not checked yet."""
         self._check()
         self._sums: Tensor | None = None
         self._count = 0
@@ -70,7 +70,7 @@ class Meter:
 
 
 def split_totals(totals: Tensor) -> tuple[list[float], list[float]]:
-    """Return K mean losses and K accuracies (0..1) from the vector that `Meter.totals` gives."""
+    """Return K mean losses and K accuracies (0..1) from the vector that `Meter.totals` returns."""
     count = max(float(totals[-1]), 1.0)
     losses, hits = (totals[:-1] / count).view(2, -1)
     return losses.tolist(), hits.tolist()

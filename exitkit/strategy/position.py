@@ -1,4 +1,4 @@
-"""Where in the schedule training is."""
+"""Position in the schedule of training."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass
 class Position:
-    """A point of the schedule; all numbers count from 0.
+    """A point of the schedule; indices start at 0.
 
     Attributes:
-        phase, epoch, step: numbers of the phase, the epoch within it (of `epochs`) and the batch (of `steps`).
-        passes: passes over the data that are done in this epoch.
-        abreast: how many passes the one under way counts as (several: replicas that train side by side).
+        phase, epoch, step: indices of the phase, the epoch within it (of `epochs`) and the batch (of `steps`).
+        passes: number of finished passes over the data in this epoch.
+        abreast: number of passes that the current pass counts as; above 1 for replicas that train side by side.
     """
 
     phase: int = 0
@@ -25,7 +25,7 @@ class Position:
 
     @property
     def fraction(self) -> float:
-        """The share of the phase that is done, 0..1, as the learning rate uses it: every pass starts from 0."""
+        """Share of the phase that is done, 0..1, for the learning rate; all passes of an epoch start alike."""
         return (self.epoch + self.step / self.steps) / self.epochs
 
     def end_epoch(self) -> None:

@@ -1,4 +1,4 @@
-"""What a strategy is handed, and all that it may use: network, optimiser, gradients, ranks, position, randomness."""
+"""The run that a strategy trains: network, optimiser, gradients, ranks, position in the schedule, randomness."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PerExit = TypeVar("PerExit", bound=Sized)
 
 
 class Objective(Protocol):
-    """What a run asks of its strategy: losses and weights of the exits, and the state to save."""
+    """Interface of a strategy for its run: losses and weights of the exits, and the state to save."""
 
     def exit_losses(self, run: Run, outputs: Outputs, batch: Batch) -> list[Tensor]:
         """Return K losses [B]."""
@@ -36,27 +36,27 @@ class Objective(Protocol):
         """Return K weights."""
 
     def observe(self, run: Run, losses: Sequence[Tensor], batch: Batch) -> None:
-        """See the losses of a forward pass."""
+        """Receive the losses of a forward pass."""
 
     def sample_weights(self, run: Run, losses: Sequence[Tensor], outputs: Outputs) -> Tensor | None:
         """Return the weights of the images [B, K], or None where all are 1; for diagnostics."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what has to be saved to resume."""
+        """Return the state that is needed to resume."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore it."""
+        """Restore the state."""
 
 
 def no_auxiliary(source: str, name: str) -> Mapping[str, Tensor]:
-    """Refuse to load a side network from another run: this run was not set up to."""
-    raise UserError(f"side network {name} of {source} can't be loaded here; expected a run that `exitkit train` made")
+    """Raise an error: side networks of other runs can't be loaded in this run."""
+    raise UserError(f"side network {name} of {source} can't be loaded in this run; expected a run of `exitkit train`")
 
 
 class Run:
-    """One phase of training, as a strategy sees it.
+    """One phase of training, as the strategy uses it.
 
-    Every mean over data that a method computes is over the local batch; the run weighs and averages it over the ranks.
+    Means over data that a method computes are over the local batch; the run weights and averages them over the ranks.
 
     Attributes:
         network: the network, adapted.
@@ -64,12 +64,12 @@ class Run:
         optimizer: the network's optimiser.
         position: the point of the schedule; see `Position`.
         batch: the batch of the current step, which the loop sets; its rank weight applies where none is given.
-        teachers: the trained networks of other runs that the strategy learns from, by name.
-        auxiliaries: the side networks that `auxiliary` has made, by name.
+        teachers: the trained networks of other runs that the strategy uses, by name.
+        auxiliaries: the side networks that `auxiliary` has registered, by name.
     """
 
     local: ClassVar[Callable[..., Any]]
-    """Make a run in memory, for a loop of one's own; see `exitkit.training.local.local_run`."""
+    """Make a run in memory, for a custom training loop; see `exitkit.training.local.local_run`."""
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class Run:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """The network's parameters that the optimiser moves, in its order."""
+        """The parameters that the network's optimiser trains, in its order."""
         return parameters_of(self.optimizer)
 
     @property
@@ -112,7 +112,7 @@ class Run:
 
     @torch.no_grad()
     def teacher(self, name: str, images: Tensor) -> Outputs:
-        """Return the outputs of a teacher, one of the strategy's `teachers()`, for images [B, C, H, W]."""
+        """Return the outputs of a teacher, one of the strategy's `teacher_runs()`, for images [B, C, H, W]."""
         with self._engine.arithmetic.autocast():
             outputs: Outputs = self.teachers[name](images)
         return outputs
@@ -123,10 +123,10 @@ class Run:
         """Run the network with some of its parameters (by name) replaced.
 
         Args:
-            parameters: the replacements; gradients reach them.
+            parameters: the replacements, for which gradients can be computed.
             images: [B, C, H, W].
-            batchnorm: whether running statistics follow the batch (`moving`) or stay (`kept`); in training mode the
-                batch's own statistics normalise in both cases.
+            batchnorm: whether running statistics are updated (`moving`) or not (`kept`); in training mode the batch
+                statistics normalise in both cases.
         """
         with self._engine.arithmetic.autocast(), untracked(self.network, batchnorm == "kept"), eagerly():
             outputs: Outputs = torch.func.functional_call(self.network, dict(parameters), (images,))
@@ -148,7 +148,7 @@ class Run:
     def losses_and_outputs(
         self, batch: Batch, parameters: Mapping[str, Tensor] | None = None
     ) -> tuple[list[Tensor], Outputs]:
-        """Return what `losses` returns, and the network's outputs."""
+        """Return the result of `losses`, and the network's outputs."""
         images, labels = batch
         outputs = self.forward(images) if parameters is None else self.functional(parameters, images)
         losses = self.objective(outputs, batch)
@@ -161,17 +161,27 @@ class Run:
         losses = self.strategy.exit_losses(self, outputs, batch)
         return per_exit(self.strategy, "exit_losses", losses, outputs.logits)
 
-    def loss_tangents(self, batch: Batch, direction: Mapping[str, Tensor]) -> list[Tensor]:
-        """Return the directional derivatives of the K losses [B] as the parameters (by name) move in a direction.
+    def loss_tangents(
+        self,
+        batch: Batch,
+        direction: Mapping[str, Tensor],
+        terms: Callable[[Outputs], Sequence[Tensor]] | None = None,
+    ) -> list[Tensor]:
+        """Return the derivatives of the K losses [B] in a direction of the parameters (by name).
 
-        One forward pass in forward mode, in the parameters' own precision (not all of autocast's casts have a forward
-        mode); the running statistics of batch norm stay.
+        Computed by one forward pass in forward mode, in the parameters' own precision (not all of autocast's casts
+        support forward mode); the running statistics of batch norm are not updated.
+
+        Args:
+            batch: images [B, C, H, W] and labels [B].
+            direction: {name: direction of the parameter}.
+            terms: any list of losses, as a function of the network's outputs; by default the strategy's K losses.
         """
 
-        def losses(parameters: Mapping[str, Tensor]) -> list[Tensor]:
+        def losses(parameters: Mapping[str, Tensor]) -> Sequence[Tensor]:
             with untracked(self.network), eagerly():
                 outputs = torch.func.functional_call(self.network, dict(parameters), (batch[0],))
-            return self.objective(outputs, batch)
+            return self.objective(outputs, batch) if terms is None else terms(outputs)
 
         return tangents(losses, {name: self.network.get_parameter(name) for name in direction}, direction)
 
@@ -188,8 +198,8 @@ class Run:
 
         Args:
             loss: a mean over the local batch.
-            batch: the batch that it is a mean over; by default that of the current step.
-            optimizer: by default the network's.
+            batch: the batch of this mean; by default that of the current step.
+            optimizer: the optimiser; by default the network's.
         """
         optimizer = optimizer or self.optimizer
         self._engine.backward(loss, parameters_of(optimizer), self._rank_weight(batch))
@@ -202,20 +212,21 @@ class Run:
     def exit_gradients(self, losses: Sequence[Tensor], batch: Batch | None = None) -> list[list[Tensor | None]]:
         """Return the gradient of each exit's mean loss, averaged over the ranks: K lists in the order of `parameters`.
 
-        None where an exit does not read a parameter. A plain loop: exit k's backward pass covers the stages up to k.
+        None if an exit does not depend on a parameter. The exits are differentiated in a loop; the backward pass of
+        exit k covers the stages up to k.
         """
         return [self.gradients(loss.mean(), self.parameters, batch) for loss in losses]
 
     def gradients(self, loss: Tensor, tensors: Sequence[Tensor], batch: Batch | None = None) -> list[Tensor | None]:
-        """Return the gradient of a mean over the local batch, averaged over the ranks; the graph is kept."""
+        """Return the gradients of a mean over the local batch, averaged over the ranks; the graph is kept."""
         return self._engine.gradients(loss, tensors, self._rank_weight(batch))
 
     def apply(self, gradients: Iterable[Tensor | None]) -> None:
-        """Make one step of the optimiser on given gradients, in the order of `parameters`; None leaves one alone."""
+        """Make one step of the optimiser on gradients in the order of `parameters`; None: no update of that one."""
         self._engine.apply(self.optimizer, self.parameters, gradients)
 
     def pseudo_step(self, gradients: Sequence[Tensor | None]) -> PseudoStep:
-        """Return where `apply(gradients)` would lead; nothing is changed.
+        """Return the parameters that `apply(gradients)` would give, without changing anything.
 
         Raises:
             UserError: the optimiser is not SGD.
@@ -227,18 +238,18 @@ class Run:
     def halves(self, batch: Batch) -> tuple[LocalBatch, LocalBatch] | None:
         """Split the global batch into its even and its odd images, and return this rank's images of each.
 
-        None for a global batch of fewer than four images: a half of one image has no batch statistics.
+        Returns None for a global batch of fewer than four images: a half of one image has no batch statistics.
         """
-        whole = LocalBatch.of(batch)
-        return None if whole.total < 4 else whole.halves(self._engine.ranks.world)
+        local = LocalBatch.of(batch)
+        return None if local.total < 4 else local.halves(self._engine.ranks.world)
 
     @contextmanager
     def seeded(self, tag: str, *, alike: bool = True) -> Iterator[None]:
-        """Seed torch's own generators inside the block, as a function of the position and the tag alone.
+        """Seed torch's generators inside the block, as a function of the position and the tag only.
 
         Args:
-            tag: what is drawn; the same tag draws the same again.
-            alike: whether all ranks draw the same (an update), or each its own (dropout).
+            tag: purpose of the random numbers; the same tag gives the same numbers.
+            alike: whether all ranks get the same numbers (an update), or each rank its own (dropout).
         """
         rank = -1 if alike else self._engine.ranks.rank
         with self._engine.placement.forked_randomness():
@@ -254,10 +265,10 @@ class Run:
         """Register a side network, which is placed, averaged over the ranks and saved with the run.
 
         Args:
-            name: the name to save it under.
+            name: name under which it is saved.
             module: the side network.
-            optimizer: makes its optimiser from its parameters. None: the network's optimiser trains it, as one more
-                parameter group; its parameters come last in `parameters`.
+            optimizer: makes its optimiser from its parameters. None: the network's optimiser trains it, in a further
+                parameter group; its parameters are then the last ones in `parameters`.
         """
         self._engine.placement.network(module)
         parameters = list(module.parameters())
@@ -268,42 +279,45 @@ class Run:
         return self.auxiliaries[name]
 
     def check_network_alone(self, what: str) -> None:
-        """Check that the network's optimiser trains the network alone.
+        """Check that the network's optimiser trains no side network.
+
+        Args:
+            what: the operation that does not support this, for the message.
 
         Raises:
-            UserError: it also trains a side network, which `what` can't replace.
+            UserError: it trains a side network.
         """
         joined = [name for name, side in self.auxiliaries.items() if side.joined and list(side.module.parameters())]
         if joined:
             raise UserError(f"{what} can't be combined with side networks in the network's optimiser ({joined[0]})")
 
     def load_auxiliary(self, name: str, source: str) -> None:
-        """Give a side network the weights that the one of that name had at the end of a finished run.
+        """Load the weights that the side network of the same name had at the end of a finished run.
 
         Args:
             name: the side network.
             source: the run's folder, one of the strategy's `ingredients()`.
 
         Raises:
-            UserError: there is none, or it is of another shape.
+            UserError: the run has no such side network, or one of another shape.
         """
         module, state = self.auxiliaries[name].module, self._load_auxiliary(source, name)
         try:
             module.load_state_dict(state)
         except RuntimeError as error:
             reason = str(error).splitlines()[-1].strip()
-            raise UserError(f"the {name} network of {source} does not fit here ({reason})") from None
+            raise UserError(f"the {name} network of {source} does not fit this run ({reason})") from None
 
     def mean(self, tensor: Tensor, batch: Batch | None = None) -> Tensor:
-        """Return the mean over the global batch of a mean over the local batch."""
+        """Return the mean over the global batch, given a mean over the local batch."""
         return self._engine.mean(tensor, self._rank_weight(batch))
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """Return the global batch of a tensor whose first dimension is the local batch."""
+        """Return a tensor for the global batch, given the part whose first dimension is the local batch."""
         return self._engine.ranks.gather(tensor)
 
     def local_rows(self, gathered: Tensor, local: Tensor) -> Tensor:
-        """Return this rank's rows of what `gather(local)` returned."""
+        """Return this rank's rows of the result of `gather(local)`."""
         return self._engine.ranks.local_rows(gathered, local)
 
     def rng(self, tag: str) -> torch.Generator:
@@ -312,14 +326,14 @@ class Run:
         return generator(self._seed, tag, at.phase, at.epoch, at.passes, at.step)
 
     def checkpoint(self) -> None:
-        """Save the run between two passes of an epoch; `state_dict` must tell the strategy where to resume.
+        """Save the run between two passes of an epoch; the strategy's `state_dict` must contain where to resume.
 
-        On resuming, `train_epoch` is called again for the same epoch, with the state loaded.
+        On resuming, `train_epoch` is called again for the same epoch, after `load_state_dict`.
         """
         self.on_checkpoint()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that the phase needs to resume with the same bits."""
+        """Return the state that the phase needs to resume bit for bit."""
         return {
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -330,11 +344,11 @@ class Run:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore it; the network must be adapted and the strategy prepared already."""
+        """Restore the state; the network must be adapted, and the strategy prepared."""
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self._engine.arithmetic.load_state_dict(state["scaler"])
-        device = self._engine.device  # optimisers and modules move what they load; a strategy's state is moved here
+        device = self._engine.device  # optimisers and modules move loaded tensors themselves
         self.strategy.load_state_dict(map_tensors(lambda tensor: tensor.to(device), state["strategy"]))
         for name, side in self.auxiliaries.items():
             side.load_state_dict(state["auxiliaries"][name])
@@ -345,23 +359,23 @@ class Run:
         return chosen.rank_weight if isinstance(chosen, LocalBatch) else 1.0
 
     def exit_losses(self, batch: Batch, parameters: Mapping[str, Tensor] | None = None) -> list[Tensor]:
-        """Old name of `losses`, which stays for this release."""
+        """Deprecated name of `losses`."""
         warnings.warn("run.exit_losses is now run.losses", DeprecationWarning, stacklevel=2)
         return self.losses(batch, parameters)
 
     def exit_weights(self) -> Sequence[float]:
-        """Old name of `weights`, which stays for this release."""
+        """Deprecated name of `weights`."""
         warnings.warn("run.exit_weights is now run.weights", DeprecationWarning, stacklevel=2)
         return self.weights()
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    """Return the parameters that an optimiser moves, in its order."""
+    """Return the parameters that an optimiser trains, in its order."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def per_exit(strategy: Objective, hook: str, values: PerExit, exits: Sized) -> PerExit:
-    """Return what a hook returned for the exits.
+    """Return the values that a hook returned, one per exit.
 
     Raises:
         UserError: the number of values is not the number of exits.

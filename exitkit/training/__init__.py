@@ -1,4 +1,4 @@
-"""Training: phases, epochs, checkpoints and resuming; what is recorded meanwhile; runs in a loop of one's own."""
+"""Training: phases, epochs, checkpoints, resuming and records; runs in memory for custom training loops."""
 
 from typing import Any
 

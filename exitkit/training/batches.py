@@ -25,12 +25,12 @@ _REPORT_INTERVAL = 0.2  # seconds
 
 
 def learning_rate(recipe: ResolvedRecipe, at: Position, start: float | None = None) -> float:
-    """Return the learning rate: cosine falls with every step, `step` at the first epoch past each milestone.
+    """Return the learning rate: `cosine` falls with every step, `step` at the first epoch after each milestone.
 
     Args:
-        recipe: the schedule, and the rate at the start.
+        recipe: the recipe, with the schedule and the initial rate.
         at: the point of the schedule.
-        start: the rate at the start of this phase, if it is not the recipe's.
+        start: initial rate of this phase, if it is not the recipe's.
     """
     rate = recipe.lr if start is None else start
     if recipe.schedule == "cosine":
@@ -42,15 +42,15 @@ def learning_rate(recipe: ResolvedRecipe, at: Position, start: float | None = No
 class EpochBatches:
     """The batches of one epoch; iterating again is another pass over the same batches in the same order.
 
-    Every batch moves the run's position, sets the learning rate and seeds the process's randomness (dropout), all as
-    functions of the position alone.
+    Every batch updates the run's position, sets the learning rate and seeds the process's random numbers (dropout), all
+    as functions of the position only.
 
     Args:
-        run: the phase that trains on them.
-        data: where the images come from.
+        run: the run that trains on the batches.
+        data: the images.
         recipe: the resolved recipe.
-        engine: whose share of each batch this is.
-        phase: the phase, for progress.
+        engine: the engine of this rank, which gets its share of each batch.
+        phase: the phase.
         done: the share of the whole schedule before this phase, and the share of this phase.
         report: called with the progress, a few times per second.
     """
@@ -73,14 +73,14 @@ class EpochBatches:
         return len(self._positions())
 
     def _positions(self) -> list[tuple[Tensor, int, int]]:
-        """Return this rank's part of every batch: positions in the training part, and start and size in the batch."""
+        """Return this rank's part of every batch: positions of images, start in the batch, and size of the batch."""
         recipe, ranks, at = self._recipe, self._engine.ranks, self._run.position
         count = len(self._data.split.train)
         order = torch.randperm(count, generator=generator(recipe.seed, "order", at.phase, at.epoch))
-        # A last batch of a single image has no batch statistics, and one of fewer than ranks leaves some without any.
-        whole = [batch for batch in order.split(recipe.batch_size) if len(batch) >= max(2, ranks.world)]
+        # Dropped: a last batch of one image, which has no batch statistics, or with fewer images than ranks.
+        kept = [batch for batch in order.split(recipe.batch_size) if len(batch) >= max(2, ranks.world)]
         parts = []
-        for batch in whole:
+        for batch in kept:
             shares = batch.tensor_split(ranks.world)
             start = sum(len(share) for share in shares[: ranks.rank])
             parts.append((shares[ranks.rank], start, len(batch)))
@@ -120,24 +120,22 @@ class EpochBatches:
         """Return the progress at the end of epoch `epoch` (from 1).
 
         Args:
-            epoch: its number.
-            seconds: how long it took.
-            losses, accuracies: of each exit in training; accuracies 0..1.
+            epoch: number of the epoch.
+            seconds: duration of the epoch.
+            losses, accuracies: training loss and accuracy (0..1) of each exit.
         """
         passes = self._phase.strategy.passes(self._run.network.num_exits)
         rate = passes * self._run.position.steps / seconds
         return replace(self._progress(epoch, epoch, rate, losses, accuracies), epoch_done=True)
 
-    def _progress(
-        self, epoch: int, behind: float, rate: float, losses: list[float], accuracies: list[float]
-    ) -> Progress:
+    def _progress(self, epoch: int, done: float, rate: float, losses: list[float], accuracies: list[float]) -> Progress:
         before, share = self._done
         epochs = self._run.position.epochs
-        return Progress(self._phase.name, epoch, epochs, before + share * behind / epochs, rate, losses, accuracies)
+        return Progress(self._phase.name, epoch, epochs, before + share * done / epochs, rate, losses, accuracies)
 
 
 def check_batches(recipe: ResolvedRecipe, data: Data, world: int) -> None:
-    """Check that the data and the ranks can make the recipe's batches.
+    """Check that the recipe's batch size suits the data and the ranks.
 
     Raises:
         UserError: a batch is larger than the training part, or has fewer than two images per rank.

@@ -32,32 +32,32 @@ class Checkpoints:
 
     @property
     def path(self) -> Path:
-        """The file."""
+        """Path of the checkpoint."""
         return self._folder.path / "checkpoint.pt"
 
     def load(self) -> dict[str, Any] | None:
-        """Return the saved state, or None if nothing is saved yet.
+        """Return the saved state, or None if there is no checkpoint.
 
         Raises:
-            UserError: it is damaged, or of another run.
+            UserError: the checkpoint is damaged, or of another run.
         """
         if not exists(self.path):
             return None
         state = load_checkpoint(self.path, CHECKPOINT_KEYS)
         position, phases = state["position"], range(self._phases)
-        whole = isinstance(position, list | tuple) and len(position) > 1 and position[0] in phases
-        whole = whole and all(
+        valid = isinstance(position, list | tuple) and len(position) > 1 and position[0] in phases
+        valid = valid and all(
             isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
             for rows in (state["metrics"], state["probes"])
         )
-        if not whole:
-            raise UserError(f"{self.path} is damaged; delete it to start the run anew")
+        if not valid:
+            raise UserError(f"{self.path} is damaged; delete it to start the run again")
         if state.get("run", self._name) != self._name:
-            raise UserError(f"{self.path} is of another run, {state['run']}; delete it to start this one anew")
+            raise UserError(f"{self.path} is of another run, {state['run']}; delete it to start this run again")
         return state
 
     def restore(self, run: Run, state: Mapping[str, Any]) -> None:
-        """Give a run, whose phase has begun, its saved state.
+        """Restore the saved state of a run whose phase has begun.
 
         Raises:
             UserError: the state does not fit.
@@ -66,7 +66,7 @@ class Checkpoints:
             run.load_state_dict(state)
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = str(error).splitlines()[-1].strip()
-            raise UserError(f"{self.path} does not fit this run ({reason}); delete it to start the run anew") from None
+            raise UserError(f"{self.path} does not fit this run ({reason}); delete it to start the run again") from None
 
     def save(self, run: Run, history: History) -> None:
         """Write the state of a run and its records.

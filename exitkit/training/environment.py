@@ -1,4 +1,4 @@
-"""Where a run begins: versions, device and machine, as `environment.json` records them."""
+"""Versions, device and machine with which a run begins, as stored in `environment.json`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from exitkit.runs.job import Job, images_digest
 
 
 def environment(job: Job, engine: Engine) -> dict[str, Any]:
-    """Return what `environment.json` holds."""
+    """Return the content of `environment.json`."""
     gpu = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else None
     return {
         "exitkit": version("exitkit"),
@@ -38,7 +38,7 @@ def environment(job: Job, engine: Engine) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """Return the processor's name, as far as the system knows it."""
+    """Return the name of the processor, if the system provides it."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

@@ -1,4 +1,4 @@
-"""What a run has recorded so far, epoch by epoch; it is saved with every checkpoint."""
+"""Records of a run, per epoch; they are saved with every checkpoint."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class History:
         metrics: one row per epoch, as in `metrics.csv`.
         timing: one row per epoch, as in `timing.csv`.
         probes: what was measured on the probe batch, one entry per probe.
-        seconds: of the epoch that is under way, as far as it is saved.
+        seconds: training time of the epoch in progress, up to the last checkpoint.
     """
 
     metrics: list[dict[str, Any]] = field(default_factory=list)
@@ -47,26 +47,26 @@ class History:
         self.metrics.append(row)
 
     def add_timing(self, phase: str, epoch: int, seconds: float, peak_mib: float) -> None:
-        """Add how long an epoch took, over all processes that trained it, and the most memory it held."""
+        """Add the duration of an epoch, over all processes that trained it, and its peak memory in MiB."""
         values = (phase, epoch, round(seconds, 3), round(peak_mib, 1))
         self.timing.append(dict(zip(TIMING_COLUMNS, values, strict=True)))
         self.seconds = 0.0
 
     def stacked_probes(self) -> dict[str, Tensor]:
-        """Return the probes as one tensor each, stacked over time [T, ...]; values that some lack are NaN there."""
-        known = {name: value for record in self.probes for name, value in record.items()}
+        """Return the measurements of all probes, stacked over T probes [T, ...]; missing ones are NaN."""
+        templates = {name: value for record in self.probes for name, value in record.items()}
         return {
             name: torch.stack([r[name] if name in r else torch.full_like(value, torch.nan) for r in self.probes])
-            for name, value in known.items()
+            for name, value in templates.items()
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint holds of it."""
+        """Return the records as a checkpoint stores them."""
         return {"metrics": self.metrics, "probes": self.probes, "timing": self.timing, "seconds": self.seconds}
 
     @classmethod
     def load(cls, state: Mapping[str, Any], folder: Path) -> History:
-        """Restore it from a checkpoint; of earlier releases the timing is in the folder alone."""
+        """Restore the records from a checkpoint; earlier releases stored the timing in the folder only."""
         timing = state["timing"] if "timing" in state else read_timing(folder / "timing.csv")
         return cls(list(state["metrics"]), list(timing), list(state["probes"]), float(state.get("seconds", 0.0)))
 
@@ -81,7 +81,7 @@ def csv_text(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
 
 
 def read_timing(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a `timing.csv`; none if it is not there or damaged."""
+    """Return the rows of a `timing.csv`, or no rows if it is missing or damaged."""
     try:
         rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
         return [

@@ -1,4 +1,4 @@
-"""A run in memory, driven by a loop of one's own: in a test, a notebook, or another trainer."""
+"""A run in memory for a custom training loop: in a test, a notebook, or another trainer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from exitkit.strategy.run import Run
 
 
 class LocalRun(Run):
-    """What `Run.local` makes: one phase, in one process, whose batches come from the caller."""
+    """The run that `Run.local` returns: one phase, in one process, with batches from the caller."""
 
     def __init__(
         self,
@@ -43,10 +43,10 @@ class LocalRun(Run):
         """Train for one epoch, and move to the next; the learning rate is the optimiser's own.
 
         Raises:
-            UserError: no batches, or more epochs than the run was made for.
+            UserError: there are no batches, or more epochs than the run was made for.
         """
         if not len(batches):
-            raise UserError("an epoch of no batches; expected at least one")
+            raise UserError("the epoch has no batches; expected at least one")
         if self.position.epoch >= self.position.epochs:
             made_for = f"the run was made for {self.position.epochs} epochs"
             raise UserError(f"{made_for}; give their number by Run.local(epochs=...)")
@@ -65,30 +65,30 @@ def local_run(
 ) -> LocalRun:
     """Make a run in memory, in one process, on the network's device (`exitkit.Run.local`).
 
-    Adapts the network, adds the parameters of that to the optimiser, and prepares the strategy. Then
+    Adapts the network, adds its new parameters to the optimiser, and prepares the strategy. Then
     `run.train_step((images, labels))` makes a step, and `run.train_epoch(batches)` an epoch over a list of such pairs.
-    Preparing leaves the caller's random state as it is.
+    The preparation does not change the caller's random state.
 
     Args:
-        network: it is adapted in place.
-        strategy: a method, or the name of one with its default settings.
-        optimizer: of the network's parameters.
-        seed: of everything that the strategy draws.
-        epochs: how many there will be, for what follows the schedule.
+        network: the network; it is adapted in place.
+        strategy: a method, or the name of a method with its default settings.
+        optimizer: optimiser of the network's parameters.
+        seed: seed of all random numbers of the strategy.
+        epochs: number of epochs, for values that follow the schedule.
         precision: see `Precision`.
 
     Raises:
-        UserError: fewer than one epoch, or a strategy that can't train this network.
+        UserError: `epochs` is below 1, or the strategy can't train this network.
     """
     if epochs < 1:
         raise UserError(f"epochs is {epochs}; expected at least 1")
     if isinstance(strategy, str):
         strategy = build_strategy(strategy)
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     before = {id(parameter) for parameter in network.parameters()}
     engine = Engine(next(network.parameters()).device, precision)
     strategy.adapt(network)
-    added = [p for p in network.parameters() if id(p) not in before | held]
+    added = [p for p in network.parameters() if id(p) not in before | optimized]
     if added:
         optimizer.add_param_group({"params": added})
     run = LocalRun(network, strategy, optimizer, engine, seed, Position(epochs=epochs))
@@ -99,7 +99,7 @@ def local_run(
 
 
 class _Passes:
-    """The batches of an epoch, over which a strategy may pass several times; each moves the run's position."""
+    """The batches of an epoch; each iteration is one pass, and every batch updates the run's position."""
 
     def __init__(self, run: LocalRun, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
         self._run, self._batches = run, batches

@@ -1,4 +1,4 @@
-"""The loop: phases, epochs, checkpoint, resume. It never asks which method it runs."""
+"""The training loop: phases, epochs, checkpoints and resuming. It does not depend on the method."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from exitkit.errors import UserError
 from exitkit.files import exists, save_tensors
 from exitkit.runs.evaluate import augment_validation, evaluate_held, measure
 from exitkit.runs.fingerprints import check_same
-from exitkit.runs.folder import WEIGHTS, RunFolder, unfinished_twin
+from exitkit.runs.folder import WEIGHTS, RunFolder, nearest_unfinished
 from exitkit.runs.ingredients import load_initial, teacher_recipes
 from exitkit.runs.job import resolve
 from exitkit.runs.recipe import Recipe, ResolvedRecipe
@@ -40,10 +40,10 @@ def train(
 
     Args:
         recipe: what to train; a mapping is made into a `Recipe`.
-        out: the folder that holds run folders.
-        resume: True: resume the run of these settings, or begin it, but refuse where only an unfinished run of other
-            settings exists; False: refuse where this run is unfinished; None: begin or resume. A finished run is
-            returned as it is.
+        out: the folder of the run folders.
+        resume: True: resume the run of these settings, or begin it, unless there is only an unfinished run of other
+            settings, which is an error; False: an unfinished run of these settings is an error; None: begin or resume.
+            A finished run is returned as it is.
         report: called with a `Progress` a few times per second.
 
     Returns:
@@ -60,7 +60,7 @@ def train(
             train(teacher, out, report=partial(_report_teacher, report, name))
     with launch(resolved.device, resolved.precision, resolved.threads) as engine:
         existing = _find(path, resolved, resume)
-        engine.ranks.barrier()  # all ranks have looked before the first makes the folder
+        engine.ranks.barrier()  # all ranks must search before the main rank makes the folder
         if existing is not None:
             check_same([(existing, resolved)], tell=engine.ranks.is_main)
             if existing.finished:
@@ -74,7 +74,7 @@ def _train(recipe: ResolvedRecipe, training: Training) -> RunFolder:
     """Train the phases and evaluate; every rank returns when the run is finished."""
     folder, engine, ranks = training.folder, training.engine, training.engine.ranks
     with folder.held() if ranks.is_main else nullcontext():
-        ranks.barrier()  # whoever held the run before has written its last checkpoint
+        ranks.barrier()  # the process that held the lock before has written its last checkpoint
         finished = folder.finished
         ranks.barrier()
         if not finished:
@@ -93,28 +93,28 @@ def _report_teacher(report: Report, name: str, progress: Progress) -> None:
 
 
 def _find(path: Path, recipe: ResolvedRecipe, resume: bool | None) -> RunFolder | None:
-    """Return the run of this recipe, if it exists.
+    """Return the existing run of this recipe, or None.
 
     Raises:
-        UserError: `resume` does not allow it, or the folder holds another run.
+        UserError: `resume` does not allow it, or the folder contains another run.
     """
     if not exists(path):
-        twin = unfinished_twin(recipe, path.parent) if resume else ""
-        if twin:
+        nearest = nearest_unfinished(recipe, path.parent) if resume else ""
+        if nearest:
             raise UserError(
-                f"the unfinished run is of other settings: {twin}; give its settings, or leave --resume out"
+                f"the unfinished run has other settings: {nearest}; give its settings, or leave --resume out"
             )
         return None
     folder = RunFolder(path)
     if folder.recipe.identity() != recipe.identity():
-        raise UserError(f"run folder {path} was made by other settings than its name says; choose another --out")
+        raise UserError(f"the settings of run folder {path} do not match its name; choose another --out")
     if resume is False and not folder.finished:
         raise UserError(f"run {path} exists and is unfinished; resume it by --resume, or choose another --out")
     return folder
 
 
 def _train_phases(training: Training) -> None:
-    """Train what is not trained yet, phase by phase and epoch by epoch, with a checkpoint after each."""
+    """Train the remaining epochs of all phases, with a checkpoint after each epoch."""
     job = training.job
     state = training.checkpoints.load()
     if state:
@@ -125,7 +125,7 @@ def _train_phases(training: Training) -> None:
             load_initial(training.recipe, job.network)
         begun = training.begun if number == 0 and training.begun else training.phases.begin(number)
         if number < first:
-            continue  # only its adaptation remains
+            continue  # it is trained already, and only adapts the network
         if state and number == first:
             training.checkpoints.restore(begun.run, state)
         while begun.run.position.epoch < phase.epochs:
@@ -135,10 +135,10 @@ def _train_phases(training: Training) -> None:
 
 
 def _train_epoch(training: Training, begun: BegunPhase) -> None:
-    """Train one epoch, or the passes of it that are left, and save."""
+    """Train one epoch, or its remaining passes, and save."""
     run, history, device = begun.run, training.history, training.engine.device
     begin_peak(device)
-    start = time.perf_counter() - history.seconds  # what a killed process had trained of it counts
+    start = time.perf_counter() - history.seconds  # includes the time before an interruption
     history.seconds = 0.0
     batches = _batches(training, begun)
     begun.train_mode()
@@ -163,7 +163,7 @@ def _batches(training: Training, begun: BegunPhase) -> EpochBatches:
 
 
 def _end_epoch(training: Training, begun: BegunPhase, batches: EpochBatches, seconds: float, peak: float) -> None:
-    """Validate, record the epoch, tell the observers, and save."""
+    """Validate, record the epoch, notify the observers, and save."""
     job, engine, run, phase, history = training.job, training.engine, begun.run, begun.phase, training.history
     ranks, epoch = engine.ranks, run.position.epoch + 1
     trained = EpochMeasures(*split_totals(ranks.total(run.meter.totals(), engine.device)))
@@ -173,7 +173,7 @@ def _end_epoch(training: Training, begun: BegunPhase, batches: EpochBatches, sec
     history.add_epoch(phase.name, epoch, learning_rate(job.recipe, run.position, phase.lr), trained, validated)
     history.add_timing(phase.name, epoch, seconds, peak)
     begun.train_mode()
-    finite_state(run)  # before anything is written of an epoch that can't be saved
+    finite_state(run)  # before files of an epoch that can't be saved are written
     end = EpochEnd(history, batches.end(epoch, seconds, trained.losses, trained.accuracies))
     for observer in training.observers:
         observer.on_epoch_end(run, end)

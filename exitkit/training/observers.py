@@ -1,4 +1,4 @@
-"""Training observers: what listens to the loop. The loop calls a list of them, and knows none."""
+"""Training observers, which the loop calls at the ends of epochs, phases and training."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from exitkit.training.progress import Progress, ProgressFile
 
 @dataclass(frozen=True)
 class EpochEnd:
-    """The end of an epoch, as observers see it: the records so far, and the progress."""
+    """Data for observers at the end of an epoch: the records so far, and the progress."""
 
     history: History
     progress: Progress
 
 
 class Observer:
-    """Listens to training; subclasses override what they need."""
+    """Base class of observers; subclasses override the methods that they need."""
 
     def on_epoch_end(self, run: Run, end: EpochEnd) -> None:
         """Called after every epoch and its validation, before the checkpoint is written."""
@@ -42,8 +42,8 @@ class Observer:
 class MetricsFiles(Observer):
     """Writes `metrics.csv`, `timing.csv` and the probes.
 
-    They are written before the checkpoint: if the process is killed between the two, the epoch is trained again and
-    they are written again.
+    They are written before the checkpoint: if the process is killed between the two, the epoch is trained again, and
+    the files are written again.
     """
 
     def __init__(self, folder: RunFolder) -> None:
@@ -59,7 +59,7 @@ class MetricsFiles(Observer):
 
 
 class LearnedTables(Observer):
-    """Writes what a phase's strategy has learned besides the network, for `exitkit show`."""
+    """Writes the tables that a phase's strategy learned besides the network, for `exitkit show`."""
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
@@ -68,7 +68,7 @@ class LearnedTables(Observer):
         """Add the phase's tables to those of the phases before."""
         try:
             tables = checked_tables(strategy, strategy.learned(run))
-        except UserError as error:  # the network is trained: nothing about a table may take that away
+        except UserError as error:  # the network is trained; an error in a table must not fail the run
             warnings.warn(Note(f"not shown: {error}"), stacklevel=2)
             return
         if tables:
@@ -77,10 +77,10 @@ class LearnedTables(Observer):
 
 
 def checked_tables(strategy: TrainingStrategy, tables: Any) -> list[LearnedTable]:
-    """Return what `learned` returned.
+    """Return the tables that `learned` returned, after checking them.
 
     Raises:
-        UserError: it is no list of tables whose values fill their rows and columns.
+        UserError: they are not a list of tables whose values fit their rows and columns.
     """
     name = type(strategy).__name__
     if not isinstance(tables, list | tuple) or not all(isinstance(table, LearnedTable) for table in tables):
@@ -99,13 +99,13 @@ def checked_tables(strategy: TrainingStrategy, tables: Any) -> list[LearnedTable
 
 
 class Reporting(Observer):
-    """Reports the progress when an epoch is saved."""
+    """Reports the progress after every epoch, and deletes the progress file after training."""
 
     def __init__(self, file: ProgressFile) -> None:
         self._file = file
 
     def on_epoch_saved(self, run: Run, end: EpochEnd) -> None:
-        """Report it."""
+        """Report the progress."""
         self._file(end.progress)
 
     def on_training_end(self) -> None:

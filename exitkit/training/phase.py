@@ -1,4 +1,4 @@
-"""The start of a phase: the network adapted, its optimiser, and what its strategy needs."""
+"""The beginning of a phase: adaptation of the network, its optimiser, and preparation of the strategy."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from exitkit.training.observers import checked_tables
 
 @dataclass
 class PhaseSetup:
-    """What the phases of a job share.
+    """Set-up that all phases of a job share.
 
     Attributes:
         job: the job.
@@ -41,7 +41,7 @@ class PhaseSetup:
         """Adapt the network for a phase, make its optimiser, and prepare its strategy.
 
         Args:
-            number: of the phase, from 0; the phases before it have begun already.
+            number: index of the phase; the phases before it must have begun.
 
         Raises:
             UserError: the phase has no parameter to train, or its strategy can't train this network.
@@ -80,8 +80,8 @@ class BegunPhase:
 
     Attributes:
         phase: the phase.
-        run: the run that its strategy is handed.
-        added: names of the modules that its `adapt` has put into the network.
+        run: the run that its strategy trains.
+        added: names of the modules that its `adapt` has added to the network.
     """
 
     phase: Phase
@@ -91,7 +91,7 @@ class BegunPhase:
     def train_mode(self) -> None:
         """Put the network into training mode; frozen batch norm stays in evaluation mode.
 
-        Frozen is what the network had before the phase, unless the phase trains it by its prefix.
+        Modules that the phase has added, or that it trains by their prefix, are not frozen.
         """
         network: nn.Module = self.run.network
         network.train()
@@ -125,13 +125,13 @@ def _trains(phase: Phase, name: str, *, new: bool) -> bool:
 
 
 def _check_tables(run: Run, phase: Phase) -> None:
-    """Check what the strategy's `learned` returns before hours of training depend on it.
+    """Check the tables of the strategy's `learned` before training, so that an error does not appear after it only.
 
     Raises:
-        UserError: it is no list of tables.
+        UserError: the result is not a list of tables.
     """
     try:
         tables = phase.strategy.learned(run)
-    except Exception:  # nothing is learned yet; what fails at the end of the phase is told there
+    except Exception:  # nothing is learned yet; an error at the end of the phase is reported then
         return
     checked_tables(phase.strategy, tables)

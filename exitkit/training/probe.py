@@ -10,17 +10,18 @@ from torch import Tensor
 from exitkit.data.base import Batch, Data
 from exitkit.engine.engine import Engine
 from exitkit.engine.randomness import generator
+from exitkit.strategy.batch import LocalBatch
 from exitkit.strategy.run import Run
 from exitkit.training.observers import EpochEnd, Observer
 
 IMAGES = 128
 CHUNKS = 8
 VALID = 0.1
-"""An image is valid for an exit while that exit's probability of its class is below 1 - VALID."""
+"""An image is valid for an exit if the exit's probability of the image's class is below 1 - VALID."""
 
 
 def probe_batch(data: Data, engine: Engine) -> Batch:
-    """Return the batch of every probe of a data set: some of the training images, not augmented."""
+    """Return the batch for all probes of a data set: some training images, not augmented."""
     count = len(data.split.train)
     positions = torch.randperm(count, generator=generator("probe"))[:IMAGES].sort().values
     (batch,) = data.batches("train", [positions], augment=False, seed=0)
@@ -28,7 +29,7 @@ def probe_batch(data: Data, engine: Engine) -> Batch:
 
 
 class Probing(Observer):
-    """Probes the network after every so many epochs.
+    """Probes the network once every `every` epochs.
 
     Args:
         every: epochs between two probes.
@@ -40,7 +41,7 @@ class Probing(Observer):
         self._every, self._data, self._engine = every, data, engine
 
     def on_epoch_end(self, run: Run, end: EpochEnd) -> None:
-        """Add a probe to the records, if it is time for one."""
+        """Add a probe to the records after every `every` epochs."""
         epochs = len(end.history.metrics)
         if epochs % self._every == 0:
             measures = probe(run, probe_batch(self._data, self._engine))
@@ -48,17 +49,18 @@ class Probing(Observer):
 
 
 def probe(run: Run, batch: Batch) -> dict[str, Tensor]:
-    """Return what training looks like at this moment, on B images, for K exits and S = K stages.
+    """Measure gradients and losses of the current network on B images, for K exits and S = K stages.
 
     Returns:
-        cosine [S, K, K]: between the gradients of every two exits' losses with respect to a stage's parameters; NaN
-        where an exit does not read the stage.
-        norm [S, K]: lengths of those gradients.
-        total_norm, total_variance [S]: length of the gradient of the weighted sum of all losses, and the sum of its
-        parameters' variances over eighths of the batch (what IMTA's equation 3 bounds).
+        cosine [S, K, K]: cosines between the gradients of the exits' losses with respect to a stage's parameters; NaN
+        if an exit does not read the stage.
+        norm [S, K]: norms of those gradients.
+        total_norm, total_variance [S]: norm of the gradient of the weighted sum of all losses, and the sum of its
+        parameters' variances over eighths of the batch (which IMTA's equation 3 bounds).
         loss [K], valid [K]: mean loss, and share of the images whose class has a probability below 0.9.
-        losses [B, K]: of each image; and weights [B, K] where the method weighs images.
+        losses [B, K]: loss of each image; and weights [B, K], if the method weights the images.
     """
+    run.batch = LocalBatch.of(batch)
     network, weights = run.network, list(run.weights())
     with run.seeded("probe", alike=False), torch.enable_grad():
         outputs = run.functional({}, batch.images, batchnorm="kept")
@@ -106,7 +108,7 @@ def sum_of(weights: list[float], losses: list[Tensor]) -> Tensor:
 
 
 def _stages(run: Run) -> list[list[Tensor]]:
-    """Return each stage's trained parameters."""
+    """Return the trained parameters of each stage."""
     members: list[list[Tensor]] = [[] for _ in range(run.network.num_exits)]
     for name, parameter in run.network.named_parameters():
         stage = re.match(r"stages\.(\d+)\.", name)

@@ -1,4 +1,4 @@
-"""Progress reporting: where a training is, for its caller, and in the run's folder for whoever watches from outside."""
+"""Progress reporting, to the caller and to a file in the run's folder."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ INTERVAL = 5.0
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is.
+    """Progress of a run.
 
     Attributes:
         phase: the phase's name.
-        epoch: the current epoch (or the one just done), from 1, of `epochs`.
+        epoch: the current epoch (or the one that has just ended), from 1, of `epochs`.
         fraction: share of the whole run that is done, 0..1.
         rate: steps per second.
         losses: mean training loss of each exit in this pass.
@@ -46,13 +46,13 @@ Report = Callable[[Progress], None]
 
 
 class ProgressFile:
-    """Writes the progress into the run's folder, at most once every `INTERVAL` seconds, and passes it on.
+    """Writes the progress into the run's folder, at most once every `INTERVAL` seconds, and passes it to `report`.
 
-    The file holds the fields of `Progress`, and `host`, `when` (seconds since 1970) and `seconds_left` (null while it
-    is unknown). Where it can't be written, training goes on without it.
+    The file contains the fields of `Progress`, and `host`, `when` (seconds since 1970) and `seconds_left` (null while
+    it is unknown). If it can't be written, training continues without it.
 
     Args:
-        folder: the run's; before it exists, nothing is written.
+        folder: the run's folder; before it exists, nothing is written.
         report: called with every progress.
         main: whether this process is the one that writes files.
     """
@@ -68,7 +68,7 @@ class ProgressFile:
         self._first = self._first or (now, progress.fraction)
         if self._main and (now >= self._next or progress.epoch_done):
             self._next = now + INTERVAL
-            self._write(asdict(progress) | {"seconds_left": self._left(now, progress.fraction)})
+            self._write(asdict(progress) | {"seconds_left": self._seconds_left(now, progress.fraction)})
         self._report(progress)
 
     def stop(self) -> None:
@@ -76,10 +76,10 @@ class ProgressFile:
         with contextlib.suppress(OSError):
             self._path.unlink(missing_ok=True)
 
-    def _left(self, now: float, fraction: float) -> float | None:
+    def _seconds_left(self, now: float, fraction: float) -> float | None:
         assert self._first is not None
-        began, before = self._first
-        return (1 - fraction) * (now - began) / (fraction - before) if fraction > before else None
+        start, first = self._first
+        return (1 - fraction) * (now - start) / (fraction - first) if fraction > first else None
 
     def _write(self, facts: dict[str, object]) -> None:
         # Renamed into place, but not forced to the disk: the next write follows soon.

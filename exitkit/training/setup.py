@@ -1,4 +1,4 @@
-"""The set-up of a training: everything that can fail is tried before the run's folder is made."""
+"""Set-up of training: everything that can fail is done before the run's folder is made."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from exitkit.training.tensorboard import TensorBoardLog
 
 @dataclass
 class Training:
-    """The state of one training.
+    """The training state of one run.
 
     Attributes:
-        job: what is trained.
+        job: the job.
         engine: this process's engine.
         folder: the run's folder.
-        checkpoints: its checkpoint.
-        progress: where progress goes.
-        observers: what listens to the loop.
-        phases: the set-up of phases.
-        begun: the phase that has begun already, before the folder was made, with its number.
+        checkpoints: the run's checkpoint.
+        progress: writes and reports the progress.
+        observers: the observers of the loop.
+        phases: the set-up of the phases.
+        begun: phase 0, if it began before the folder was made.
         history: the records so far.
     """
 
@@ -104,7 +104,7 @@ def _rehearse(job: Job, new: bool) -> None:
 
 
 def _open_folder(job: Job, engine: Engine, path: Path) -> RunFolder:
-    """Make the run's folder (main rank), unless it exists."""
+    """Return the run's folder; the main rank makes it if it does not exist."""
     if engine.ranks.is_main and not exists(path):
         facts = environment(job, engine)
         RunFolder.create(

@@ -1,4 +1,4 @@
-"""A run's metrics as a TensorBoard log: one scalar a metric and exit an epoch. Imported only where it is asked for."""
+"""A run's metrics as a TensorBoard log: one scalar per metric, exit and epoch."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ FOLDER = "tensorboard"
 class TensorBoardLog(Observer):
     """Writes the rows of `metrics.csv` into a run's folder `tensorboard`, as scalars over the epochs of all phases.
 
-    `train_loss_2` becomes `train_loss/exit 2`. The first call writes all epochs so far anew, in place of an earlier
-    process's log, so that a resumed run has no epoch twice and lacks none.
+    `train_loss_2` becomes `train_loss/exit 2`. The first call replaces the log of an earlier process by all epochs so
+    far, so that a resumed run has every epoch once.
 
     Args:
         run: the run's folder.
@@ -52,7 +52,7 @@ class TensorBoardLog(Observer):
         """Write those of a run's epochs that are not written yet.
 
         Raises:
-            UserError: the disk does not take them.
+            UserError: the log can't be written.
         """
         try:
             if self._writer is None:
@@ -72,6 +72,6 @@ class TensorBoardLog(Observer):
         self._written = len(rows)
 
     def close(self) -> None:
-        """Let the file go."""
+        """Close the file."""
         if self._writer is not None:
             self._writer.close()

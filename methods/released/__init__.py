@@ -1,1 +1,1 @@
-"""Variants that reproduce what the authors' released code does otherwise than their papers."""
+"""Variants that reproduce the authors' released code where it differs from their papers."""

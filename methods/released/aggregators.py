@@ -1,9 +1,9 @@
 """PCGrad and CAGrad as Meta-GF's published comparison computes them.
 
-Code: https://github.com/SYVAE/MetaGF, which has compiled files of its two rivals only. PCGrad there may also project a
-changed gradient off its own original, and takes the mean over the exits of a parameter that all of them read, but the
-sum of any other. CAGrad there finds its weights by 21 evaluations of gradient descent instead of a convex solver, and
-divides the result by 1 + c^2. The learning rates of that comparison are unknown.
+Code: https://github.com/SYVAE/MetaGF, which contains these two methods as compiled files only. Its PCGrad also projects
+a changed gradient against its own original gradient; it takes the mean over the exits for a parameter that all exits
+read, and the sum for any other. Its CAGrad computes its weights by gradient descent with 21 evaluations instead of a
+convex solver, and divides the result by 1 + c^2. The learning rates of that comparison are unknown.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from torch import Tensor
 
 
 def projection_weights(gramian: Tensor, generator: torch.Generator) -> Tensor:
-    """Return how much of each exit's gradient the sum of the projected ones holds, [K].
+    """Return the coefficients of the exits' gradients in the sum of the projected gradients, [K].
 
-    For every exit, all originals in random order, its own among them: where the product is negative, that is taken off.
+    The gradient of each exit is projected against all original gradients, its own included, in random order: if the
+    inner product is negative, the component along the original gradient is subtracted.
     """
     dots = gramian.double().cpu()
     exits = len(dots)
@@ -32,7 +33,7 @@ def projection_weights(gramian: Tensor, generator: torch.Generator) -> Tensor:
 
 @torch.enable_grad()
 def descent_weights(gramian: Tensor, c: float) -> Tensor:
-    """Return  (1/K + lambda w) / (1 + c^2)  by stochastic gradient descent on  g_w . g_mean + c |g_mean| |g_w|."""
+    """Return  (1/K + lambda w) / (1 + c^2), with w from gradient descent on  g_w . g_mean + c |g_mean| |g_w|, [K]."""
     dots = gramian.detach().double().cpu()
     dots = dots / (dots.diagonal() + 1e-4).sqrt().mean() ** 2
     to_mean = dots.mean(1)

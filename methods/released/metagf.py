@@ -1,12 +1,13 @@
-"""The two released drivers of Meta-GF, as values: what they do otherwise than the paper.
+"""The two released drivers of Meta-GF, as values of the settings in which they differ from the paper.
 
-Code: https://github.com/SYVAE/MetaGF. The layer-wise driver (`released`; MSDNet, ResNet) weighs by sigmoid(eta)
-normalised over the owners, learns eta in the first epoch only (the tensor is re-bound, and the optimiser keeps the old
-one), and averages it with its old values (0.9). The channel-wise driver (`released-channel`; VGG) has one weight per
-output channel, softmax(0.1 eta), with the last exit's eta starting at 5, averaged a little (0.1). In both, momentum and
-batch-norm statistics go from branch to branch, the other exits' losses have factors of their own (for up to 7 exits),
-the fusion pass uses the ramp of SDN (on SDN networks the branches too), batch norm is fused like all else, and the
-network gets the weights of the last batch before its step. The rate of eta never falls (layer-wise) or falls once.
+Code: https://github.com/SYVAE/MetaGF. The layer-wise driver (`released`; MSDNet, ResNet) weights by sigmoid(eta),
+normalised over the owners, learns eta in the first epoch only (the tensor is rebound, while the optimiser keeps the old
+one), and averages eta with its previous values (0.9). The channel-wise driver (`released-channel`; VGG) has one weight
+per output channel, softmax(0.1 eta), with an initial eta of 5 for the last exit, averaged with 0.1. In both, momentum
+and batch-norm statistics pass from branch to branch, the other exits' losses have their own factors (for up to 7
+exits), the fusion pass uses the ramp of SDN (as do the branches on SDN networks), batch norm is fused like all other
+parameters, and the network gets the weights before the last step on eta. The learning rate of eta is constant
+(layer-wise) or falls once (channel-wise).
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from exitkit.methods.fusion import Weighting
 
 @dataclass(frozen=True)
 class Driver:
-    """What a driver does where the paper and the released code differ; the defaults are the paper's.
+    """Settings of a driver in which the paper and the released code differ; the defaults are the paper's.
 
     Attributes:
         fuse_batchnorm, weighting, fusion_temperature, granularity, ema, learn, clean: defaults of the fields of
             `MetaGF`.
-        others: factor of `auxiliary_weight` for each exit; empty: 1 for all.
-        last_eta: what eta of the last exit starts at; the others start at 1.
-        drops: shares of the schedule after which the rate of eta falls to a tenth.
-        ramp: use the ramp of SDN in the fusion pass, and on SDN networks in the branches.
-        keeps_last_step: the network gets the weights after the last step on eta; False: those before it.
+        others: factors of `auxiliary_weight`, one per exit; empty: 1 for all.
+        last_eta: initial eta of the last exit; that of the others is 1.
+        drops: shares of the schedule after which the learning rate of eta falls to a tenth.
+        ramp: whether to use the ramp of SDN in the fusion pass, and on SDN networks in the branches.
+        keeps_last_step: whether the network gets the weights after the last step on eta; False: those before it.
     """
 
     fuse_batchnorm: bool = False

@@ -76,7 +76,7 @@ def test_what_was_measured_is_kept_with_the_facts_and_printed(cli, runs, monkeyp
     assert files().keys() - before.keys() == {runs[0] / "latency.json"}
     assert all(files()[path] == content for path, content in before.items())
     assert torch.get_num_threads() == threads
-    assert "milliseconds an image, 2 at once, model" in printed
+    assert "milliseconds per image, batch size 2, model" in printed
     assert re.findall(r"│ (exit \d) ", printed)[:4] == ["exit 1", "exit 2", "exit 3", "exit 4"]
 
 
@@ -142,7 +142,7 @@ def test_it_may_be_measured_again(cli, runs):
         ("--threads -1", "--threads is -1; expected at least 1"),
         ("--mode fast", "unknown mode 'fast'; available: latency, throughput"),
         ("--boundary all", "unknown boundary 'all'"),
-        ("--budget 1", "budget 1 is below what the first exit costs"),
+        ("--budget 1", "budget 1 is below the first exit's cost"),
         ("--repeats many", "'many' is not a valid integer"),
         ("--device gpu", "device is 'gpu'; expected auto, cpu, cuda"),
     ],
@@ -156,10 +156,10 @@ def test_a_bad_option_is_one_line_and_nothing_is_written(options, says, cli, run
 def test_runs_that_are_unfinished_or_missing_are_told_before_any_is_measured(cli, runs):
     (runs[1] / "results.json").unlink()
     before = files()
-    cli("bench", *runs).refused(f"run {runs[1]} is not finished; go on with: exitkit train", "--resume")
+    cli("bench", *runs).refused(f"run {runs[1]} is not finished; resume it with: exitkit train", "--resume")
     cli("bench", runs[0], "runs/nowhere").refused("runs/nowhere does not exist")
     cli("bench", f"{runs[0]}0").refused(f"did you mean {runs[0]}?")
-    cli("bench", "runs").refused(f"holds no run (no recipe.json); there are 2 in it, such as {runs[0]}")
+    cli("bench", "runs").refused(f"holds no run (no recipe.json); it contains 2 runs, such as {runs[0]}")
     cli("bench").refused("RUN...")
     assert files() == before
 
@@ -173,7 +173,7 @@ def test_what_a_star_finds_beside_runs_is_left_out_but_nothing_else_is(cli, runs
     ended = cli("bench", *sorted(Path("runs").iterdir()))
     assert ended.code == 0 and not ended.errors and [folder.path for folder in measured] == runs
     Path("runs/mine").mkdir()
-    assert cli("bench", *sorted(Path("runs").iterdir())).errors == "left out runs/mine: it holds no run\n"
+    assert cli("bench", *sorted(Path("runs").iterdir())).errors == "skipped runs/mine: not a run folder\n"
     cli("bench", *runs, "runs/reports", "runs/report").refused("runs/reports does not exist")
     cli("bench", "runs/report").refused("runs/report holds no run")
     cli("bench", "runs/report", "runs/comparison.json").refused("runs/report holds no run")
@@ -190,7 +190,7 @@ def test_a_run_without_its_weights_is_refused_and_nothing_is_written(cli, runs):
 def test_a_report_without_the_measurement_says_how_to_get_it(cli, runs):
     (runs[0] / "latency.json").write_text('{"milliseconds": [1, 2, 3, 4]}')
     before = files()
-    cli("report", "runs", "--budgets", "100K,2K").refused("budget 2K is below what the cheapest first exit costs")
+    cli("report", "runs", "--budgets", "100K,2K").refused("budget 2K is below the lowest cost of a first exit")
     cli("report", "runs", "--cost", "latency").refused(f"measure it with: exitkit bench {runs[1]}")
     assert files() == before
 

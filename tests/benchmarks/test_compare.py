@@ -127,7 +127,7 @@ def test_killed_it_leaves_no_worker_and_goes_on_to_the_same_bytes(finished, tmp_
 
     again = compare(tmp_path)
     assert again.returncode == 0, again.stderr
-    assert f"{len(finished_before)} of 6 runs are finished already" in again.stderr
+    assert f"{len(finished_before)} of 6 runs are already finished" in again.stderr
     assert all(path.stat().st_mtime_ns == before for path, before in finished_before.items())
     assert report(tmp_path) == report(whole)
 
@@ -144,7 +144,7 @@ def test_interrupted_it_ends_its_workers_and_says_how_to_go_on(tmp_path):
     asked = time.monotonic()
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130 and time.monotonic() - asked < 15
-    assert errors.strip().splitlines()[-1] == "exitkit: stopped; the same command goes on where it was"
+    assert errors.strip().splitlines()[-1] == "exitkit: stopped; run the same command again to resume"
     assert workers and not any(map(alive, workers))
 
 
@@ -168,6 +168,6 @@ def test_a_method_that_diverges_leaves_the_others_table(tmp_path):
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("exitkit: left out metagf-") and "not finite" in last
+    assert last.startswith("exitkit: failed: metagf-") and "not finite" in last
     anytime = pd.read_csv(tmp_path / "report" / "anytime.csv")
     assert list(dict.fromkeys(anytime.method)) == ["joint", "boostnet"]

@@ -300,8 +300,8 @@ def test_one_run_at_once_for_every_group_of_cores(monkeypatch):
 
 REFUSED = {
     "launcher": ("procesess", {}, "unknown launcher 'procesess'; did you mean processes?"),
-    "parameters for here": ("here", {"timeout_min": "1"}, "--slurm goes with --launcher slurm, not with here"),
-    "parameters for processes": ("processes", {"time": "1"}, "--slurm goes with --launcher slurm, not with processes"),
+    "parameters for here": ("here", {"timeout_min": "1"}, "--slurm needs --launcher slurm, got here"),
+    "parameters for processes": ("processes", {"time": "1"}, "--slurm needs --launcher slurm, got processes"),
     "unknown parameter": ("submitit-local", {"timeout_mn": "1"}, "'timeout_mn'"),
     "unknown parameter of slurm": ("submitit-local", {"slurm_partitoin": "gpu"}, "'slurm_partitoin'"),
 }

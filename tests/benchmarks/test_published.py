@@ -46,6 +46,10 @@ def test_the_averages_that_metagf_prints_are_those_of_its_exits(table, dataset, 
     assert mean("metagf", table, dataset, printed) == pytest.approx(average, abs=0.011)
 
 
+def test_the_average_that_dfs_prints_for_imagenet_is_that_of_its_exits():
+    assert mean("dfs", "imagenet", "imagenet", "DFS") == pytest.approx(69.05, abs=0.011)
+
+
 def test_every_row_has_all_exits_and_a_known_network_and_method():
     for (backbone, *_), rows in PUBLISHED.groupby(["backbone", "paper", "table", "dataset", "printed", "settings"]):
         assert backbone in names("backbone")
@@ -82,6 +86,10 @@ def test_a_run_finds_its_rows_by_settings():
     assert found(**lg5) == [("imta", "table2", "all")]
     assert found(**lg5, method_settings={"first": "joint", "second": "ofa"}) == [("imta", "table2", "OFA")]
     assert found(**lg5, method_settings={"first": "joint"}) == []
+    surgery = {"backbone": "msdnet-cifar-k7-g16", "method": "dfs"}
+    for variant in ("paper", "released"):
+        assert found(**surgery, method_settings={"variant": variant}) == [("dfs", "table1", "DFS")]
+    assert found(**surgery, method_settings={"beta": 0.25}) == []
     wide = {"backbone": "msdnet-cifar-k7-g16", "method": "metagf"}
     assert found(**wide) == [("metagf", "table1", "MetaGF")]
     assert found(**wide, dataset_settings={"per_class": 150}) == [("metagf", "table5", "MetaGF")]

@@ -52,9 +52,9 @@ def test_copy_never_writes_over_what_is_there(cli):
     Path("digits.toml").write_text("epochs = 3")
     Path("folder").mkdir()
     before = {"digits.toml": b"epochs = 3"}
-    cli("recipes", "copy", "digits").refused("digits.toml is there already; name another file")
-    cli("recipes", "copy", "digits", "digits.toml").refused("digits.toml is there already")
-    cli("recipes", "copy", "digits", "folder").refused("folder is there already")
+    cli("recipes", "copy", "digits").refused("digits.toml already exists; choose another file")
+    cli("recipes", "copy", "digits", "digits.toml").refused("digits.toml already exists")
+    cli("recipes", "copy", "digits", "folder").refused("folder already exists")
     assert {str(path): path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
 
 
@@ -140,7 +140,7 @@ WRONG = {
     "report": ("report = {cots = 'macs'}", "unknown field of report 'cots'; did you mean cost"),
     "part": ("[[parts]]\nmethods = 'ge'\n[[parts]]\nseeds = 0", "seeds is 0; expected at least 1"),
     "part's field": ("[[parts]]\nmethods = 'ge'\nset = {temprature = 1}", "'temprature'"),
-    "parts of parts": ("[[parts]]\nparts = []", "a part has parts; expected them side by side"),
+    "parts of parts": ("[[parts]]\nparts = []", "a part has parts; expected all parts at the top level"),
 }
 
 

@@ -233,7 +233,7 @@ def test_ours_stands_beside_the_papers_and_another_schedule_is_said(tmp_path):
         path.name for path in write_report(found, tmp_path)
     }
     text = (tmp_path / "published.md").read_text()
-    assert "OUR SCHEDULE IS NOT THE PAPER'S" in text and "| boostnet | boostnet, table1 |" in text
+    assert "NOT COMPARABLE: our schedule differs from the paper's" in text and "| boostnet | boostnet, table1 |" in text
     assert "72.34" in printed(found, 200)
     few = collect(runs(("ge",), **PAPERS, **{"dataset.per_class": "150"}))
     assert few.published.empty
@@ -242,11 +242,11 @@ def test_ours_stands_beside_the_papers_and_another_schedule_is_said(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({}, "OUR SCHEDULE IS NOT"),
-        ({"dataset.per_class": "150"}, "OUR DATA AND SCHEDULE ARE NOT"),
-        ({"dataset.imbalance": "20.0"}, "OUR DATA AND SCHEDULE ARE NOT"),
-        ({"backbone.growth": "4"}, "OUR NETWORK AND SCHEDULE ARE NOT"),
-        ({"backbone.growth": "6", "dataset.per_class": "null"}, "OUR SCHEDULE IS NOT"),
+        ({}, "NOT COMPARABLE: our schedule differs from"),
+        ({"dataset.per_class": "150"}, "NOT COMPARABLE: our data and schedule differ from"),
+        ({"dataset.imbalance": "20.0"}, "NOT COMPARABLE: our data and schedule differ from"),
+        ({"backbone.growth": "4"}, "NOT COMPARABLE: our network and schedule differ from"),
+        ({"backbone.growth": "6", "dataset.per_class": "null"}, "NOT COMPARABLE: our schedule differs from"),
     ],
 )
 def test_a_network_or_data_of_the_papers_name_but_not_its_fields_is_said(fields, said, tmp_path):
@@ -264,8 +264,9 @@ def test_what_all_runs_have_in_common_is_told_and_what_differs_is_told_once(tmp_
     given += [FakeRun(run.label, run.recipe.seed, dataset="other", **run.identity_given) for run in given]
     write_report(collect(given), tmp_path, formats=["md", "latex"])
     text = (tmp_path / "report.md").read_text()
-    assert "All runs: tiny_net; digits with per_class=40; epochs=3. And: tiny_net; other with per_class=40" in text
-    assert text.count("Mind: batch_size differs: joint 64, ge 64, boost_net 64, l2w 128.") == 1
+    assert "Shared settings: tiny_net; digits with per_class=40; epochs=3.\n" in text
+    assert "Shared settings: tiny_net; other with per_class=40; epochs=3.\n" in text
+    assert text.count("Note: batch_size differs: joint 64, ge 64, boost_net 64, l2w 128.") == 1
 
 
 def test_no_minus_stands_before_a_zero():
@@ -430,7 +431,7 @@ def test_static_networks_stand_beside_the_best_method_at_their_exit(tmp_path):
         assert row[0].mean == f"exit {exit}" and row[2].mean == f"{mine:.2f}"
         assert [row[3].mean, row[4].mean, row[5].mean] == [best["method"], f"{best['accuracy_mean']:.2f}", "2"]
     write_report(found, tmp_path, formats=["md", "csv", "latex"])
-    assert "trained for it alone" in (tmp_path / "report.md").read_text() and (tmp_path / "static.csv").exists()
+    assert "trained with this exit only" in (tmp_path / "report.md").read_text() and (tmp_path / "static.csv").exists()
 
 
 def test_a_budget_below_a_first_exit_is_missing_there(tmp_path):
@@ -494,7 +495,10 @@ def test_a_tie_is_nobodys_win_and_what_is_not_known_is_explained():
     sheet = verdicts_of([*runs(("joint",)), *(level("ge", seed, less=3) for seed in (0, 1))])  # always by one point
     row = sheet.rows[0]
     assert [row[1].mean, row[3].mean, row[4].mean, row[5].mean] == ["joint", "ge", "1.00", "not known"]
-    assert "not known: there is one seed, or the difference is the same with all seeds" in sheet.caption
+    assert (
+        "not known: no interval can be computed, because there is one seed or the difference is the same"
+        in sheet.caption
+    )
     assert "not known: " in verdicts_of(runs(seeds=1)).caption
 
 
@@ -509,9 +513,9 @@ def test_the_lead_says_of_how_many_images_and_crosses_are_told_where_they_are(tm
     alone = json.dumps([0.0, 0.0, 1.0, 0.0])
     given += [FakeRun("alone", seed, **{"method.weights": alone}) for seed in (0, 1)]
     write_report(collect(given), tmp_path, formats=["md", "html", "png"])
-    assert (tmp_path / "report.md").read_text().count("; crosses: networks of one exit.") == 2
+    assert (tmp_path / "report.md").read_text().count("; crosses: static networks.") == 2
     page = (tmp_path / "report.html").read_text()
-    assert page.count("; crosses: networks of one exit.") == 2 and page.count("one sd over seeds.") == 1
+    assert page.count("; crosses: static networks.") == 2 and page.count("one sd over seeds.") == 1
     for run in given:
         run.training_images = lambda: 0  # of runs whose split is not there
     write_report(collect(given[:6]), tmp_path, formats=["md"])

@@ -12,9 +12,9 @@ from exitkit.benchmarks.speed import timing
 from exitkit.benchmarks.speed.__main__ import PARTS, speed
 from exitkit.benchmarks.speed.gpu import eager, prepared
 from exitkit.benchmarks.speed.inference import saved, single
+from exitkit.benchmarks.speed.layouts import FORMS, layouts, plain
 from exitkit.benchmarks.speed.loading import loading_share, noise_images
 from exitkit.benchmarks.speed.row import judged, not_run
-from exitkit.benchmarks.speed.layouts import FORMS, layouts, plain
 from exitkit.benchmarks.speed.stages import stage_shares, stages
 from exitkit.benchmarks.speed.timing import Ratio, median_interval, paired_ratios
 from exitkit.benchmarks.speed.training import AGGREGATORS, LIMITS, l2w_rows, metagf_rows, methods, step_rows

@@ -87,16 +87,17 @@ def test_every_state_is_told_from_the_files_alone(campaign, tmp_path):
         "broke": ("failed", "the loss of exit 3 is not finite"),
         "again": ("running", ""),
         "far": ("running", ""),
-        "left": ("stalled", "nobody trains it; start the same command again"),
-        "lost": ("stalled", "nothing was heard for 10 min"),
+        "left": ("stalled", "no process trains it; run the same command again"),
+        "lost": ("stalled", "no progress for 10 min"),
     }
-    assert states(tmp_path)["now"] == ("stalled", "nobody trains it; start the same command again")  # stopped just now
+    stalled = ("stalled", "no process trains it; run the same command again")
+    assert states(tmp_path)["now"] == stalled  # stopped just now
     (again / "progress.json").unlink()
     os.utime(again, (0, 0))
     assert states(tmp_path)["again"] == ("failed", "the disk is full")
     with FileLock(tmp_path / "left/run.lock"):
         os.utime(tmp_path / "left", (0, 0))
-        assert states(tmp_path)["left"] == ("stalled", "nothing was heard for 5 min")
+        assert states(tmp_path)["left"] == ("stalled", "no progress for 5 min")
     with FileLock(tmp_path / "now/run.lock"):
         now = next(run for run in look(tmp_path) if run.run == "now")
     assert (now.phase, now.epoch, now.epochs, now.fraction, now.seconds_left) == ("train", 2, 4, 0.4, 90.0)
@@ -185,7 +186,7 @@ def test_where_there_is_no_terminal_each_change_is_a_line_and_the_end_is_the_end
 
 def test_a_folder_that_is_none_is_said_and_an_empty_one_may_fill_up(cli, tmp_path):
     code, _, errors = cli("watch", "nowhere")
-    assert code == 2 and errors == "exitkit: folder nowhere does not exist; expected one of runs\n"
+    assert code == 2 and errors == "exitkit: nowhere does not exist; expected a folder of runs\n"
     assert "".join(cli("watch", tmp_path, "--once")[1].split()) == f"norunsin{tmp_path}yet"  # long paths are wrapped
 
 
@@ -198,7 +199,7 @@ def test_ctrl_c_ends_it_with_one_line_and_torch_is_never_loaded(campaign, tmp_pa
     assert "running" in process.stdout.readline()
     process.send_signal(signal.SIGINT)
     out, errors = process.communicate(timeout=20)
-    assert process.returncode == 130 and errors == "exitkit: stopped watching; what trains goes on\n"
+    assert process.returncode == 130 and errors == "exitkit: stopped watching; training continues\n"
     assert out == "False\n"
 
 

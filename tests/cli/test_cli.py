@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import exitkit
+from exitkit.cli.catalogue import GROUPS
 
 
 @pytest.fixture
@@ -44,8 +45,20 @@ def test_a_method_is_listed_with_paper_slots_and_fields(cli):
     fields = {field["name"]: field for field in boostnet["fields"]}
     assert fields["temperature"]["default"] == 0.5 and fields["temperature"]["meaning"]
     assert fields["ge_scope"]["variant"] == {"paper": "all", "released": "coarsest"}
+    assert boostnet["group"] == "heads"
     shown = cli("list", "methods")
     assert "temperature = 0.5" in shown and "Boosted Dynamic Neural Networks" in shown
+
+
+def test_methods_are_listed_in_groups_with_venue_and_year(cli):
+    lines = [line.split() for line in cli("list").splitlines()]
+    groups = [line[0] for line in lines if len(line) == 1 and line[0] in GROUPS.values()]
+    assert groups == list(GROUPS.values())
+    (metagf,) = (line for line in lines if line[:1] == ["metagf"])
+    assert metagf[1:3] == ["ECCV", "2022"]
+    known = {entry["name"]: entry for entry in json.loads(cli("list", "methods", "--json"))}
+    chosen = ("imta", "isc", "kd", "joint", "ge", "pcgrad")
+    assert [known[name]["group"] for name in chosen] == list(GROUPS.values())
 
 
 def test_cost_as_json_and_as_a_table(cli):

@@ -160,11 +160,11 @@ def test_a_rule_comes_back_from_json(score):
     [
         (lambda: ExitRule("confidenc", (0.5, -math.inf)), "did you mean confidence"),
         (lambda: ExitRule("margin", (0.5, 0.5)), "-infinity for the last"),
-        (lambda: ExitRule("margin", (math.nan, -math.inf)), "expected a number an exit"),
+        (lambda: ExitRule("margin", (math.nan, -math.inf)), "expected one number per exit"),
         (lambda: ExitRule("margin", (0.5, -math.inf), (1.0,)), "temperatures"),
-        (lambda: ExitRule("patience", (2, -math.inf), (1.0, 1.0)), "no temperature changes"),
-        (lambda: ExitRule.from_json("[]"), "no exit rule"),
-        (lambda: ExitRule.from_json('{"score": "margin"}'), "no exit rule"),
+        (lambda: ExitRule("patience", (2, -math.inf), (1.0, 1.0)), "temperatures do not change the score patience"),
+        (lambda: ExitRule.from_json("[]"), "not an exit rule"),
+        (lambda: ExitRule.from_json('{"score": "margin"}'), "not an exit rule"),
         (lambda: exitkit.AdaptiveInference(made("sdn-tiny"), ExitRule("margin", (-math.inf,))), "expected 4"),
         (
             lambda: exitkit.AdaptiveInference(
@@ -201,7 +201,7 @@ def test_a_rule_of_outputs_meets_its_budget_on_them():
         for index in (1, 0):
             left[rule.leaving(index, logits[:, index], memory)[0]] = index
         assert torch.tensor(costs)[left].mean().item() == pytest.approx(budget, rel=0.01)
-    with pytest.warns(Note, match=r"budget 40\.0 is enough for the last exit always \(40\): no image leaves early"):
+    with pytest.warns(Note, match=r"budget 40\.0 is at least the last exit's cost \(40\); no image leaves early"):
         assert exitkit.ExitRule.from_outputs(logits, labels, costs, budget=40.0).thresholds[0] == math.inf
     level = exitkit.ExitRule.from_outputs(logits, labels, [10.0, 10.0, 40.0], budget=20.0)  # a clock may tell so
     assert level.thresholds[-1] == -math.inf
@@ -215,13 +215,13 @@ OUTPUTS = (torch.zeros(4, 3, 5), torch.zeros(4, dtype=torch.int64), [1.0, 2.0, 3
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        ({0: torch.zeros(4, 5)}, r"logits are of shape \[4, 5\].*expected \[N, K, C\] and \[N\]"),
-        ({1: torch.zeros(3, dtype=torch.int64)}, r"labels of \[3\]"),
+        ({0: torch.zeros(4, 5)}, r"logits have the shape \[4, 5\].*expected \[N, K, C\] and \[N\]"),
+        ({1: torch.zeros(3, dtype=torch.int64)}, r"labels \[3\]"),
         ({0: torch.zeros(4, 0, 5), 2: []}, "none of them 0"),
-        ({2: [1.0, 2.0]}, r"costs are \[1.0, 2.0\]; expected 3, one an exit"),
+        ({2: [1.0, 2.0]}, r"costs are \[1.0, 2.0\]; expected 3, one per exit"),
         ({2: 5.0}, "costs are 5.0; expected 3"),
-        ({2: ["a", 1.0, 2.0]}, "costs are .*; expected a number an exit"),
-        ({2: [1.0, 3.0, 2.0]}, "costs are .* that do not fall"),
+        ({2: ["a", 1.0, 2.0]}, "costs are .*; expected one number per exit"),
+        ({2: [1.0, 3.0, 2.0]}, "costs are .* that do not decrease"),
         ({2: [1.0, 2.0, math.nan]}, "costs are"),
     ],
 )

@@ -20,7 +20,7 @@ from exitkit.errors import UserError
 from exitkit.inference.adaptive import AdaptiveInference
 from exitkit.inference.export import export as exporting
 from exitkit.inference.export.programs import pieces, without_taps
-from exitkit.inference.export.runner import Runner, sureness
+from exitkit.inference.export.runner import Runner, exit_scores
 from exitkit.networks.cascade import Head, MultiExitNetwork
 
 from toy import FEW
@@ -48,8 +48,8 @@ def middling(network, score):
         logits = network(images()).logits[0].double().numpy()
     if score == "patience":
         return ExitRule(score, (2.0, -math.inf))
-    sure = np.sort(sureness(logits, score))
-    return ExitRule(score, (float(sure[5] + sure[6]) / 2, -math.inf))
+    values = np.sort(exit_scores(logits, score))
+    return ExitRule(score, (float(values[5] + values[6]) / 2, -math.inf))
 
 
 @pytest.mark.parametrize("form", ["onnx", "torch-export"])
@@ -100,17 +100,17 @@ def test_run_py_answers_bytes_and_floats_of_any_width(deployed, tmp_path, monkey
 
 MISTAKES = {
     "no such file": (None, "can't be read: No such file or directory"),
-    "no array": (b"text", "is no array; expected a file that numpy.save wrote"),
-    "empty": (b"", "is no array"),
-    "half an archive": (b"PK\x03\x04 and no more", "is no array"),
+    "no array": (b"text", "is not an array; expected a file written by numpy.save"),
+    "empty": (b"", "is not an array"),
+    "half an archive": (b"PK\x03\x04 and no more", "is not an array"),
     "no channels": (np.zeros((2, 6, 6), np.uint8), "has the shape [2, 6, 6]; expected [N, 1, 6, 6]"),
     "channels last": (np.zeros((2, 6, 6, 1), np.uint8), "has the shape [2, 6, 6, 1]; expected [N, 1, 6, 6]"),
     "one image": (np.zeros((1, 6, 6), np.uint8), "expected [N, 1, 6, 6]"),
     "no image": (np.zeros((0, 1, 6, 6), np.uint8), "N at least 1"),
     "a number": (np.array(3.0), "has the shape []"),
-    "integers": (np.zeros((2, 1, 6, 6), np.int64), "holds int64; expected uint8, or floats"),
+    "integers": (np.zeros((2, 1, 6, 6), np.int64), "has the dtype int64; expected uint8, or normalised floats"),
     "not finite": (np.full((2, 1, 6, 6), np.nan), "not finite"),
-    "objects": (np.array([None] * 2), "is no array"),
+    "objects": (np.array([None] * 2), "is not an array"),
 }
 
 
@@ -133,7 +133,7 @@ def test_run_py_says_how_it_is_used_and_what_it_lacks(deployed, tmp_path, monkey
     assert exporting.runner.main([], deployed) == 2
     assert capsys.readouterr().err.startswith("usage: python run.py IMAGES.npy")
     assert exporting.runner.main(["--help"], Path("nowhere")) == 0
-    assert "uint8" in (told := capsys.readouterr().out) and "normalised already" in told
+    assert "uint8" in (told := capsys.readouterr().out) and "already normalised" in told
     np.save("images.npy", images().numpy())
     assert exporting.runner.main(["images.npy"], tmp_path) == 2
     assert "policy.json: No such file or directory; run.py works in its own folder" in capsys.readouterr().err
@@ -151,15 +151,16 @@ def test_run_py_says_that_an_export_is_damaged(damage, deployed, tmp_path, capsy
     np.save(tmp_path / "images.npy", images().numpy())
     assert exporting.runner.main([str(tmp_path / "images.npy")], copy) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"run.py: {copy} holds no whole export (") and line.endswith("export the run again")
+    assert line.startswith(f"run.py: {copy} has no complete export (") and line.endswith("export the run again")
 
 
 @pytest.mark.parametrize("score", ["confidence", "margin", "entropy"])
 def test_the_runner_scores_as_the_library_does(score):
-    from exitkit.inference.scores import exit_scores
+    from exitkit.inference import scores
 
     logits = 4 * np.random.default_rng(0).standard_normal((30, 5))
-    np.testing.assert_allclose(sureness(logits, score), exit_scores(logits, score)[0], rtol=1e-9, atol=1e-12)
+    expected = scores.exit_scores(logits, score)[0]
+    np.testing.assert_allclose(exit_scores(logits, score), expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("backbone", ["msdnet-tiny", "ranet-tiny", "sdn-tiny"])
@@ -195,11 +196,11 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, monkeypatch):
         assert list(tmp_path.iterdir()) == before
 
     refused("expected onnx or torch-export", form="tflite")
-    refused("expected 2, one an exit", rule=ExitRule("margin", (-math.inf,)))
+    refused("expected 2, one per exit", rule=ExitRule("margin", (-math.inf,)))
     monkeypatch.setattr(exporting.importlib.util, "find_spec", lambda name: None)
     refused(r"pip install 'exitkit\[onnx\]'")
     (tmp_path / "taken").mkdir()
-    refused("is there already", out="taken")
+    refused("exists already", out="taken")
 
 
 def test_a_run_is_exported_by_the_command_line_with_thresholds_from_validation(tmp_path, monkeypatch):

@@ -69,7 +69,7 @@ def test_forward_is_unchanged_and_adapting_twice_adds_one_tap():
 def test_variants_and_scopes_that_do_not_exist_are_refused():
     with pytest.raises(UserError, match=r"no released Gradient Equilibrium.*custom"):
         exitkit.build_strategy("ge", variant="released").adapt(chain())
-    with pytest.raises(UserError, match="coarsest is about MSDNet"):
+    with pytest.raises(UserError, match="coarsest is for MSDNet only"):
         exitkit.build_strategy("ge", ge_scope="coarsest").adapt(chain())
     with pytest.raises(UserError, match="contradicts"):
         network = msdnet()

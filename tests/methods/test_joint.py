@@ -41,6 +41,66 @@ def test_the_ramp_weighs_the_losses():
         assert torch.equal(value, plain.state_dict()[name])
 
 
+FIXED = {
+    "uniform": {1: [1], 4: [1, 1, 1, 1]},
+    "mean": {1: [1], 4: [1 / 4] * 4},
+    "linear": {1: [1], 2: [1 / 3, 2 / 3], 4: [0.1, 0.2, 0.3, 0.4]},
+    "rise": {1: [1], 2: [0.25, 1], 4: [0.25, 0.5, 0.75, 1]},
+    "last": {1: [1], 4: [0, 0, 0, 1]},
+    "half": {1: [1], 2: [1, 1], 5: [0.25, 0.25, 0.25, 0.25, 1]},
+    "warm": {1: [1], 4: [4, 3, 2, 1]},
+    "sieve": {1: [1], 2: [1, 1], 5: [3 / 7, 1 / 7, 2 / 7, 1 / 7, 1], 7: [0.2, 0.1, 0.3, 0.1, 0.2, 0.1, 1]},
+}
+
+
+@pytest.mark.parametrize(("name", "exits"), [(name, exits) for name, rows in FIXED.items() for exits in rows])
+def test_fixed_weights_by_hand(name, exits):
+    run = run_of(exitkit.build_strategy("joint", weights=name), chain(exits))
+    assert run.weights() == pytest.approx(FIXED[name][exits], rel=1e-12)
+
+
+def test_weights_by_cost_are_proportional_to_the_multiply_adds_and_sum_to_the_exits():
+    # Stage 1 has 4 * 5 of them, each later one 5 * 5, each head 5 * 4: in all 40, 85 and 130.
+    run = run_of(exitkit.build_strategy("joint", weights="flops"))
+    assert run.weights() == pytest.approx([3 * macs / 255 for macs in (40, 85, 130)], rel=1e-12)
+    # What a link adds counts, in whichever order the methods are named: 5 * 4 for the new classifier of exit 1.
+    for methods in ("joint+isc", "isc+joint"):
+        network = chain()
+        run = run_of(exitkit.build_strategy(methods, weights="flops"), network)
+        macs = [row.macs for row in exitkit.cost(network)]
+        assert macs[0] == 60 and run.weights() == pytest.approx([3 * own / sum(macs) for own in macs], rel=1e-12)
+
+
+def test_equal_weights_are_joint_training_bit_for_bit_and_their_mean_is_a_third_of_its_gradient():
+    ends = []
+    for settings in ({}, {"weights": "uniform"}):
+        run = run_of(exitkit.build_strategy("joint", **settings))
+        run.train_step(batches()[0])
+        ends.append(run.network.state_dict())
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+    gradients = []
+    for name in ("uniform", "mean"):
+        run = run_of(exitkit.build_strategy("joint", weights=name))
+        run.backward(sum(w * loss.mean() for w, loss in zip(run.weights(), run.losses(batches()[0]), strict=True)))
+        gradients.append([parameter.grad for parameter in run.parameters])
+    assert all(torch.allclose(a / 3, b, rtol=1e-12) for a, b in zip(*gradients, strict=True))
+
+
+def test_the_last_exit_alone_leaves_the_other_heads_where_they_are():
+    run = run_of(exitkit.build_strategy("joint", weights="last"))
+    before = {name: value.clone() for name, value in run.network.state_dict().items()}
+    run.train_step(batches()[0])
+    moved = {name for name, value in run.network.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {name for name in before if not name.startswith(("heads.0.", "heads.1."))}
+
+
+def test_an_unknown_name_of_weights_is_refused_and_a_name_claims_the_slot():
+    with pytest.raises(UserError, match="weights is 'steep'"):
+        exitkit.build_strategy("joint", weights="steep")
+    with pytest.raises(UserError, match="both claim the slot 'exit weights'"):
+        exitkit.build_strategy("joint+adaloss", weights="uniform")
+
+
 def test_the_ramp_is_for_seven_exits_at_most():
     with pytest.raises(UserError, match="up to 7 exits; the network has 8"):
         run_of(exitkit.build_strategy("joint", weights="sdn"), chain(8))
@@ -66,7 +126,7 @@ def test_smoothed_losses_are_those_of_smoothed_labels(name):
 
 def test_in_a_composition_it_is_one_value():
     assert exitkit.build_strategy("ge+metagf", label_smoothing=0.1).label_smoothing == 0.1
-    with pytest.raises(UserError, match="different label_smoothing; give all the same"):
+    with pytest.raises(UserError, match="different label_smoothing; expected one value"):
         exitkit.build_strategy("ge+metagf", **{"ge.label_smoothing": 0.1})
 
 

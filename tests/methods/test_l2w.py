@@ -245,7 +245,7 @@ def test_a_frozen_network_can_be_that_of_an_earlier_run(tmp_path):
     plain = exitkit.train({"method": "joint", **short}, tmp_path)
     for settings, reason in (
         ({"weights": "frozen", "frozen_from": str(plain.path)}, "has no weights network"),
-        ({"weights": "frozen", "frozen_from": str(first.path), "hidden": 7}, "does not fit here"),
+        ({"weights": "frozen", "frozen_from": str(first.path), "hidden": 7}, "does not fit this run"),
         ({"frozen_from": str(first.path)}, "is for weights=frozen"),
     ):
         with pytest.raises(UserError, match=reason):

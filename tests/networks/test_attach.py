@@ -299,7 +299,7 @@ def test_a_head_of_ones_own():
     ("points", "complaint"),
     [
         (["b.conv3"], r"unknown point of ResNetLike 'b.conv3'; did you mean b.conv"),
-        (["a", "b", "fc"], "can't be cut at fc: nothing trainable follows it.*nearest points.*mean"),
+        (["a", "b", "fc"], "can't be cut at fc: nothing trainable follows it.*nearest possible points.*mean"),
         (["b", "a"], "a comes before b in ResNetLike"),
         (["a", "a.relu_1"], "are the same point"),
         ([], "expected a list of points"),

@@ -110,7 +110,7 @@ def test_outputs_of_another_network_are_not_taken_for_this_ones(copied, cli):
     outputs = load_file(path)
     outputs["logits"] = one_hot(outputs["labels"], 10).float()[:, None].repeat(1, 4, 1)  # right at every exit
     save_file(outputs, path)
-    cli("report", str(out), "--format", "csv").refused(path.name, "not of one evaluation")
+    cli("report", str(out), "--format", "csv").refused(path.name, "of different evaluations")
 
 
 @pytest.mark.parametrize("file", ["weights", "outputs-test", "outputs-validation", "probes", "split"])
@@ -122,7 +122,7 @@ def test_tensors_of_another_run_are_not_taken_for_this_ones(file, copied, siblin
     readers = {"outputs-test": "report", "outputs-validation": "report", "probes": "diagnose"}
     (command,) = READERS[readers.get(file, "evaluate")]
     result = cli(*(str({"RUN": run, "RUNS": out}.get(word, word)) for word in command.split()))
-    result.refused(name, f"of run {sibling.name}", f"of run {run.name}", "put the run's own file back")
+    result.refused(name, f"of run {sibling.name}", f"of run {run.name}", "restore the run's own file")
 
 
 def test_weights_that_name_no_run_are_taken(copied, cli):
@@ -146,7 +146,9 @@ def test_a_checkpoint_that_would_do_something_is_not_run(copied, cli, tmp_path):
     out, run = copied
     (run / "results.json").unlink()
     damage.pickled(run / "checkpoint.pt")
-    cli("train", "--recipe", str(run), "--out", str(out), "--resume").refused("checkpoint.pt", "nothing in it was run")
+    cli("train", "--recipe", str(run), "--out", str(out), "--resume").refused(
+        "checkpoint.pt", "no code in it was executed"
+    )
     assert not list(tmp_path.rglob("touched"))
 
 

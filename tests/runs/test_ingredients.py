@@ -85,7 +85,7 @@ def test_what_can_not_be_started_from_is_refused_in_one_line(ge, tmp_path):
             exitkit.train({"init_from": bad, **SHORT}, tmp_path / "out")
     with pytest.raises(UserError, match="is of another network"):
         exitkit.train({"init_from": str(ge.path), "backbone": "sdn-tiny", **SHORT}, tmp_path / "out")
-    with pytest.raises(UserError, match=r"was trained on \d+ of the 300 images that are held out here"):
+    with pytest.raises(UserError, match=r"was trained on \d+ of the 300 validation images of this run"):
         exitkit.train({"init_from": str(ge.path), "dataset_settings": {"validation": 300}, **SHORT}, tmp_path / "out")
     with pytest.raises(UserError, match="have changed since"):
         exitkit.train({"init_from": str(ge.path), "init_weights": "0" * 16, **SHORT}, tmp_path / "out")

@@ -114,7 +114,7 @@ def test_the_catalogue_names_every_shipped_recipe_with_its_title():
 def test_a_recipe_that_is_no_table_is_refused(tmp_path):
     path = tmp_path / "list.json"
     path.write_text("[1, 2]")
-    with pytest.raises(UserError, match="holds a list; expected a table of keys"):
+    with pytest.raises(UserError, match="contains a list; expected a table of keys"):
         Recipe.read(path)
 
 

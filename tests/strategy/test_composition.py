@@ -184,7 +184,7 @@ def test_a_partner_rules_every_phase_of_a_schedule():
 def test_settings_of_a_composition_go_to_the_part_that_is_meant():
     both = exitkit.build_strategy("ge+boostnet", temperature=0.2, **{"ge.ge_scope": "all"})
     assert both.settings()["boostnet.temperature"] == 0.2
-    with pytest.raises(UserError, match=r"say ge\.variant or boostnet\.variant"):
+    with pytest.raises(UserError, match=r"use ge\.variant or boostnet\.variant"):
         exitkit.build_strategy("ge+boostnet", variant="paper")
     with pytest.raises(UserError, match="did you mean temperature"):
         exitkit.build_strategy("boostnet", temprature=0.2)

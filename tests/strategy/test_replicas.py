@@ -120,7 +120,7 @@ def test_epochs_of_metagf_side_by_side_are_those_in_turn(name, method):
 
 @pytest.mark.parametrize("variant", ["released", "released-channel"])
 def test_released_drivers_go_side_by_side_where_nothing_leaks(variant):
-    with pytest.raises(UserError, match=f"variant={variant} hands momentum .* expected branches=one-by-one"):
+    with pytest.raises(UserError, match=f"variant={variant} keeps momentum .* expected branches=one-by-one"):
         exitkit.build_strategy("metagf", variant=variant, branches="side-by-side")
     states = []
     for branches in ("one-by-one", "side-by-side"):
@@ -183,14 +183,14 @@ def test_the_form_is_no_part_of_what_a_run_is_and_progress_goes_on(tmp_path):
 
 def test_what_would_not_be_the_same_is_refused_in_one_line():
     network = chain(2)
-    with pytest.raises(UserError, match="side by side can't train by Adam; expected SGD"):
+    with pytest.raises(UserError, match="side by side does not support Adam; expected SGD"):
         local(network, branches="side-by-side", optimizer=torch.optim.Adam(network.parameters()))
     with pytest.raises(UserError, match="fp16"):
         strategy = exitkit.build_strategy("metagf", branches="side-by-side")
         strategy.prepare(Run(network, strategy, sgd(network), Engine(torch.device("cpu"), "fp16")))
-    with pytest.raises(UserError, match="exit 1 counts nothing in some replicas"):
+    with pytest.raises(UserError, match="exit 1 has the weight zero in some replicas"):
         local(network, branches="side-by-side", auxiliary_weight=0)
-    with pytest.raises(UserError, match="every exit's weight is zero"):
+    with pytest.raises(UserError, match="the weights of all exits are zero"):
         Replicas(local(network, "joint"), [[0.0, 0.0]])
 
 
@@ -204,6 +204,6 @@ class Undecided(nn.Module):
 def test_a_network_that_decides_by_its_data_is_refused_before_training():
     stage = nn.Sequential(nn.Flatten(), nn.Linear(4, 5), Undecided())
     network = MultiExitNetwork([stage], [Head(nn.Identity(), nn.Linear(5, 4))], (1, 2, 2), 4).double()
-    with pytest.raises(UserError, match=r"data-dependent control flow\); expected one by one") as error:
+    with pytest.raises(UserError, match=r"data-dependent control flow\); expected one-by-one") as error:
         local(network, branches="side-by-side")
     assert "\n" not in str(error.value)

@@ -1,1 +1,1 @@
-"""Export: a program per stage, the exit policy, and a runner that does not need exitkit."""
+"""Export: one program per stage, the exit policy, and a runner that does not need exitkit."""

@@ -1,4 +1,4 @@
-"""A run for deployment: a program a stage and head, the exit policy, and a runner that needs nothing of exitkit."""
+"""Export for deployment: one program per stage with its head, the exit policy, and a runner without exitkit."""
 
 from __future__ import annotations
 
@@ -29,35 +29,35 @@ from exitkit.networks.cascade import MultiExitNetwork
 Format = Literal["onnx", "torch-export"]
 ENDINGS = {"onnx": ".onnx", "torch-export": ".pt2"}
 TOLERANCE = 1e-3
-"""How far an exported program may be off, in units of the largest logit: other kernels add in another order."""
+"""Largest deviation of an exported program, in units of the largest logit: other kernels sum in another order."""
 
 
 def export(
     network: MultiExitNetwork, rule: ExitRule, out: Path, images: Tensor, about: Mapping[str, Any], form: Format
 ) -> dict[str, Any]:
-    """Export a network, and check what was exported on real images; the folder appears whole or not at all.
+    """Export a network, and check the exported programs on real images; the folder is complete or does not appear.
 
     Args:
-        network: adapted and trained, on the CPU.
-        rule: who leaves where.
-        out: the folder, which is not there yet.
-        images: at least two, normalised [N, *input_shape].
-        about: what else is to stand in `policy.json`: `mean`, `std`, `class_names`, ...
+        network: the network, adapted and trained, on the CPU.
+        rule: the exit rule.
+        out: the folder, which must not exist.
+        images: at least two images, normalised [N, *input_shape].
+        about: further entries of `policy.json`: `mean`, `std`, `class_names`, ...
         form: `onnx` or `torch-export`.
 
     Returns:
-        what stands in `policy.json`.
+        the content of `policy.json`.
 
     Raises:
-        UserError: the folder is there; onnx is not installed; a network that torch can't export, or whose programs
-            do not answer as it does.
+        UserError: the folder exists; onnx is not installed; torch can't export the network; or the outputs of the
+            exported programs differ from the network's.
     """
     if form not in ENDINGS:
         raise UserError(f"format is {form!r}; expected {' or '.join(ENDINGS)}")
     if exists(out):
-        raise UserError(f"{out} is there already; name another folder by --out")
+        raise UserError(f"{out} exists already; give another folder by --out")
     if len(rule.thresholds) != network.num_exits:
-        raise UserError(f"the rule has {len(rule.thresholds)} thresholds; expected {network.num_exits}, one an exit")
+        raise UserError(f"the rule has {len(rule.thresholds)} thresholds; expected {network.num_exits}, one per exit")
     if form == "onnx":
         _check_installed()
     make_folder(out.parent)
@@ -100,7 +100,7 @@ def _export(piece: Piece, path: Path, form: Format) -> None:
     batch = torch.export.Dim("batch", min=1)
     sizes: Any = {0: batch}
     shapes = ((sizes,) * len(piece.inputs),)
-    # What torch thinks of its own export is not for whoever runs ours.
+    # Warnings of torch's exporter do not concern the user of exitkit.
     logger = logging.getLogger("torch.onnx")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -120,7 +120,7 @@ def _export(piece: Piece, path: Path, form: Format) -> None:
                 external_data=False,
                 verbose=False,
             )
-    except Exception as error:  # whatever the tracer, the converter or a library of theirs throws
+    except Exception as error:  # the tracer and the converter raise errors of many types
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"torch can't export {path.stem} as {form}: {type(error).__name__}: {reason}") from error
     finally:
@@ -129,28 +129,34 @@ def _export(piece: Piece, path: Path, form: Format) -> None:
 
 @torch.inference_mode()
 def check(folder: Path, network: MultiExitNetwork, rule: ExitRule, images: Tensor) -> None:
-    """Compare what was exported with the network, on real images: every exit's logits, and who leaves where.
+    """Compare the exported programs with the network on real images: the logits of all exits, and the exits used.
 
-    An image may leave elsewhere only if it would within the rounding of a score.
+    An image may leave at another exit only if one of its scores is within `TOLERANCE` of the threshold.
 
     Raises:
         UserError: they differ.
     """
     expected = torch.stack(network.eval()(images).logits, 1).numpy()
     policy = json.loads((folder / "policy.json").read_text(encoding="utf-8"))
-    whole = np.stack(runner.load(folder / policy["all_exits"])([images.numpy()]), 1)
-    _compare("all exits at once", whole, expected)
+    all_logits = np.stack(runner.load(folder / policy["all_exits"])([images.numpy()]), 1)
+    _compare("all exits at once", all_logits, expected)
     logits, exits = runner.Runner(folder)(images.numpy())
     _compare("exit by exit", logits, expected[np.arange(len(exits)), exits])
-    sure = scores(expected, rule.score, rule.temperatures)
-    elsewhere = exits != leave_at(sure, [rule.thresholds])[0]
+    values = scores(expected, rule.score, rule.temperatures)
+    differs = exits != leave_at(values, [rule.thresholds])[0]
     if rule.score != "patience":
-        elsewhere &= ~(np.abs(sure - rule.thresholds) <= TOLERANCE).any(1)
-    if elsewhere.any():
-        raise UserError(f"exported, {elsewhere.sum()} of {len(images)} images leave elsewhere; nothing was exported")
+        differs &= ~(np.abs(values - rule.thresholds) <= TOLERANCE).any(1)
+    if differs.any():
+        raise UserError(
+            f"in the exported network {differs.sum()} of {len(images)} images leave at another exit; "
+            "nothing was exported"
+        )
 
 
-def _compare(what: str, found: np.ndarray, expected: np.ndarray) -> None:
-    off = float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-12))
-    if not off <= TOLERANCE:
-        raise UserError(f"the exported network, {what}, is off by {off:.2g} of the largest logit; nothing was exported")
+def _compare(what: str, actual: np.ndarray, expected: np.ndarray) -> None:
+    error = float(np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-12))
+    if not error <= TOLERANCE:
+        raise UserError(
+            f"the logits of the exported network ({what}) differ by {error:.2g} of the largest logit; "
+            "nothing was exported"
+        )

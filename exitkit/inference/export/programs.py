@@ -1,4 +1,4 @@
-"""A cascade in pieces that can be exported: one program a stage and head, tensors in and tensors out."""
+"""Exportable parts of a cascade: one program per stage with its head, from tensors to tensors."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from exitkit.networks.cascade import MultiExitNetwork
 
 
 class Piece(NamedTuple):
-    """What is exported as one program.
+    """A part that is exported as one program.
 
     Attributes:
-        module: tensors -> tensors, of whatever batch.
-        inputs: an example of what it reads.
-        names: of these, and of what it gives.
+        module: tensors -> tensors, of any batch size.
+        inputs: example inputs.
+        names: names of the inputs, and of the outputs.
     """
 
     module: nn.Module
@@ -28,27 +28,28 @@ class Piece(NamedTuple):
 
 
 class _Step(nn.Module):
-    """One stage with its head: flat tensors of state and carry -> the exit's logits, then those of the next stage.
+    """One stage with its head: tensors of state and carry -> the exit's logits, then the tensors for the next stage.
 
     Args:
-        network, index: which stage.
-        given: an example of (state, carry) before it.
+        network: the network.
+        index: the stage, from 0.
+        example: (state, carry) before the stage.
     """
 
-    def __init__(self, network: MultiExitNetwork, index: int, given: tuple[Any, Any]) -> None:
+    def __init__(self, network: MultiExitNetwork, index: int, example: tuple[Any, Any]) -> None:
         super().__init__()
         self.network, self.index = network, index
-        self.leaves, self.structure = pytree.tree_flatten(pytree.tree_map_only(Tensor, lambda _: Tensor, given))
+        self.leaves, self.structure = pytree.tree_flatten(pytree.tree_map_only(Tensor, lambda _: Tensor, example))
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run the stage."""
-        following = iter(tensors)
-        leaves = [next(following) if leaf is Tensor else leaf for leaf in self.leaves]
+        remaining = iter(tensors)
+        leaves = [next(remaining) if leaf is Tensor else leaf for leaf in self.leaves]
         state, carry = pytree.tree_unflatten(leaves, self.structure)
-        output, *given = self.network.step(self.index, state, carry)
-        # A program's results are told apart by name, so that one tensor can't be two of them.
-        onward = () if self.index == self.network.num_exits - 1 else _tensors(given)
-        return (output.logits, *(tensor.clone() for tensor in onward))
+        output, *after = self.network.step(self.index, state, carry)
+        # Each output of a program has its own name, which one tensor can't have twice; so they are cloned.
+        following = () if self.index == self.network.num_exits - 1 else _tensors(after)
+        return (output.logits, *(tensor.clone() for tensor in following))
 
 
 class _AllExits(nn.Module):
@@ -59,13 +60,13 @@ class _AllExits(nn.Module):
         self.network = network
 
     def forward(self, *images: Tensor) -> tuple[Tensor, ...]:
-        """Run the whole network; the one input is given as every piece's are."""
+        """Run the whole network on the one input."""
         logits: tuple[Tensor, ...] = self.network(*images).logits
         return tuple(tensor.clone() for tensor in logits)
 
 
 def without_taps(network: MultiExitNetwork) -> MultiExitNetwork:
-    """Return the network as it answers: what changes gradients only is left out."""
+    """Return the network in evaluation mode, without gradient taps."""
     bare = copy.copy(network)
     bare.taps = []
     return bare.eval()
@@ -79,13 +80,13 @@ def all_exits(network: MultiExitNetwork, images: Tensor) -> Piece:
 
 @torch.no_grad()
 def pieces(network: MultiExitNetwork, images: Tensor) -> Iterator[Piece]:
-    """Yield the program of each stage and head; each reads, in order, what the one before gives behind its logits."""
-    given: tuple[Any, Any] = (images, None)
+    """Yield the program of each stage with its head; its inputs are the outputs of the one before except the logits."""
+    example: tuple[Any, Any] = (images, None)
     for index in range(network.num_exits):
-        module, inputs = _Step(network, index, given), _tensors(given)
-        _, *after = network.step(index, *given)
-        given = (after[0], after[1])
-        outputs = () if index == network.num_exits - 1 else _names(index + 1, len(_tensors(given)))
+        module, inputs = _Step(network, index, example), _tensors(example)
+        _, *after = network.step(index, *example)
+        example = (after[0], after[1])
+        outputs = () if index == network.num_exits - 1 else _names(index + 1, len(_tensors(example)))
         names = ("images",) if index == 0 else _names(index, len(inputs))
         yield Piece(module, inputs, (names, (f"logits_{index + 1}", *outputs)))
 

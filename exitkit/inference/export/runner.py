@@ -1,12 +1,12 @@
-"""Runs an exported network so that nothing is computed for what is answered already.
+"""Runs an exported network with early exit: a stage is computed only for the images that have not left before it.
 
 usage: python run.py IMAGES.npy
 
-Prints each image's number, class, and the exit where it left.
+Prints the number, the predicted class and the exit of each image.
 
-IMAGES.npy: an array [N, C, H, W] as numpy.save writes it; C, H and W are `input_shape` in policy.json. Either uint8,
-the images as they are (0 to 255), which are normalised here; or floats that are normalised already: each channel
-divided by 255, less its `mean`, divided by its `std` (both in policy.json).
+IMAGES.npy: an array [N, C, H, W] written by numpy.save; C, H and W are `input_shape` in policy.json. Either uint8
+images (0 to 255), which this program normalises, or floats that are already normalised: each channel divided by 255,
+minus its `mean`, divided by its `std` (both in policy.json).
 
 Needs numpy, and onnxruntime or (for torch-export) torch; exitkit itself is not needed.
 """
@@ -31,16 +31,16 @@ def load(path: Path) -> Program:
         import onnxruntime
 
         session = onnxruntime.InferenceSession(str(path), providers=onnxruntime.get_available_providers())
-        names = [given.name for given in session.get_inputs()]
+        names = [node.name for node in session.get_inputs()]
         return lambda arrays: session.run(None, dict(zip(names, arrays, strict=True)))
     import torch
 
     module = torch.export.load(path).module()
-    return lambda arrays: [found.detach().numpy() for found in module(*map(torch.from_numpy, arrays))]
+    return lambda arrays: [output.detach().numpy() for output in module(*map(torch.from_numpy, arrays))]
 
 
-def sureness(logits: Any, score: str) -> Any:
-    """Return how sure an exit is of each sample [N], from logits [N, C]: the larger, the surer."""
+def exit_scores(logits: Any, score: str) -> Any:
+    """Return the score of each sample at an exit, [N], from its logits [N, C]; patience is not among these scores."""
     p = np.exp(logits - logits.max(1, keepdims=True))
     p /= p.sum(1, keepdims=True)
     if score == "confidence":
@@ -58,15 +58,15 @@ class Runner:
         self.programs = [load(folder / name) for name in self.policy["programs"]]
 
     def normalised(self, images: Any) -> Any:
-        """Return bytes [N, C, H, W] as the floats that the network was trained on."""
+        """Return uint8 images [N, C, H, W] as normalised floats."""
         mean, std = (np.array(self.policy[key], np.float32).reshape(1, -1, 1, 1) for key in ("mean", "std"))
         return (images.astype(np.float32) / 255 - mean) / std
 
     def checked(self, images: Any) -> Any:
-        """Return bytes, or floats that are normalised already, as what the network reads.
+        """Return uint8 images, or normalised floats, as input of the network.
 
         Raises:
-            ValueError: they are no such images; the message is one line.
+            ValueError: shape, dtype or values are wrong; the message is one line.
         """
         shape = self.policy["input_shape"]
         if list(images.shape[1:]) != shape or not len(images):
@@ -75,17 +75,17 @@ class Runner:
         if images.dtype == np.uint8:
             return self.normalised(images)
         if images.dtype.kind != "f":
-            raise ValueError(f"holds {images.dtype}; expected uint8, or floats that are normalised already")
+            raise ValueError(f"has the dtype {images.dtype}; expected uint8, or normalised floats")
         if not np.isfinite(images).all():
-            raise ValueError("holds numbers that are not finite")
+            raise ValueError("has values that are not finite")
         return images.astype(np.float32)
 
     def __call__(self, images: Any) -> tuple[Any, Any]:
-        """Return each image's logits [N, C] at the exit where it left, and that exit [N], from 0."""
+        """Return each image's logits [N, C] at the exit where it leaves, and that exit [N], from 0."""
         limits = [float(limit) for limit in self.policy["thresholds"]]
-        heat = self.policy["temperatures"] or [1.0] * len(limits)
+        temperatures = self.policy["temperatures"] or [1.0] * len(limits)
         rows, state = np.arange(len(images)), [images]
-        answers, exits = [None] * len(images), np.zeros(len(images), np.int64)
+        outputs, exits = [None] * len(images), np.zeros(len(images), np.int64)
         before, streak = np.full(len(images), -1), np.zeros(len(images))
         for index, program in enumerate(self.programs):
             if not len(rows):
@@ -93,37 +93,40 @@ class Runner:
             logits, *state = program(state)
             predicted = logits.argmax(1)
             streak, before = np.where(predicted == before, streak, 0) + 1, predicted
-            patient = self.policy["score"] == "patience"
-            sure = streak if patient else sureness(logits.astype(np.float64) / heat[index], self.policy["score"])
-            stay = ~(sure >= limits[index])
-            for row, answer in zip(rows[~stay], logits[~stay], strict=True):
-                answers[row], exits[row] = answer, index
-            rows, before, streak, state = rows[stay], before[stay], streak[stay], [part[stay] for part in state]
-        return np.array(answers), exits
+            if self.policy["score"] == "patience":
+                scores = streak
+            else:
+                scores = exit_scores(logits.astype(np.float64) / temperatures[index], self.policy["score"])
+            remain = ~(scores >= limits[index])
+            for row, output in zip(rows[~remain], logits[~remain], strict=True):
+                outputs[row], exits[row] = output, index
+            rows, before, streak = rows[remain], before[remain], streak[remain]
+            state = [part[remain] for part in state]
+        return np.array(outputs), exits
 
 
 def read(path: str) -> Any:
     """Return the array of an .npy file.
 
     Raises:
-        ValueError: it can't be read, or is none; the message is one line.
+        ValueError: the file can't be read, or is no array; the message is one line.
     """
     try:
         images = np.load(path, allow_pickle=False)
     except OSError as error:
         raise ValueError(f"can't be read: {error.strerror or error}") from None
-    except Exception:  # numpy raises many kinds for a file that is none of its own, or a damaged one
+    except Exception:  # numpy raises errors of many types for a damaged file
         images = None
-    if not isinstance(images, np.ndarray):  # an .npz file, which holds several, is none either
-        raise ValueError("is no array; expected a file that numpy.save wrote")
+    if not isinstance(images, np.ndarray):  # an .npz file contains several arrays
+        raise ValueError("is not an array; expected a file written by numpy.save")
     return images
 
 
-def opened(folder: Path) -> Runner:
-    """Return what runs the programs in a folder.
+def open_runner(folder: Path) -> Runner:
+    """Return the runner of the export in a folder.
 
     Raises:
-        RuntimeError: they are missing or damaged, or what runs them is not installed; the message is one line.
+        RuntimeError: files are missing or damaged, or a package is not installed; the message is one line.
     """
     try:
         return Runner(folder)
@@ -131,22 +134,22 @@ def opened(folder: Path) -> Runner:
         raise RuntimeError(f"{error}; pip install {error.name}") from None
     except OSError as error:
         raise RuntimeError(f"{error.filename}: {error.strerror}; run.py works in its own folder only") from None
-    except Exception as error:  # json, onnxruntime and torch raise many kinds
+    except Exception as error:  # json, onnxruntime and torch raise errors of many types
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise RuntimeError(f"{folder} holds no whole export ({reason}); export the run again") from None
+        raise RuntimeError(f"{folder} has no complete export ({reason}); export the run again") from None
 
 
 def main(arguments: list[str], folder: Path) -> int:
-    """Answer the images of a file with what lies in a folder; return the exit code."""
+    """Predict the images of a file by the export in a folder, print the predictions, and return the exit code."""
     if {"-h", "--help"} & set(arguments):
         print(__doc__.strip())
         return 0
     if len(arguments) != 1:
-        print("usage: python run.py IMAGES.npy (--help says what it holds)", file=sys.stderr)
+        print("usage: python run.py IMAGES.npy (see --help)", file=sys.stderr)
         return 2
     try:
         images = read(arguments[0])
-        runner = opened(folder)
+        runner = open_runner(folder)
         images = runner.checked(images)
     except ValueError as error:
         print(f"run.py: {arguments[0]} {error}", file=sys.stderr)
@@ -155,8 +158,8 @@ def main(arguments: list[str], folder: Path) -> int:
         print(f"run.py: {error}", file=sys.stderr)
         return 2
     logits, exits = runner(images)
-    for number, (answer, left) in enumerate(zip(logits.argmax(1), exits, strict=True)):
-        print(number, runner.policy["class_names"][answer], f"exit {left + 1}")
+    for number, (predicted, exit_index) in enumerate(zip(logits.argmax(1), exits, strict=True)):
+        print(number, runner.policy["class_names"][predicted], f"exit {exit_index + 1}")
     return 0
 
 

@@ -1,0 +1,1 @@
+"""Exit policies compared on the stored outputs of finished runs."""

@@ -1,0 +1,192 @@
+"""The comparison of exit policies as a table on the terminal, a figure and an HTML page."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any, cast
+
+import matplotlib
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from exitkit.benchmarks.policies.compare import BASELINE, PLAIN
+from exitkit.benchmarks.report import page
+from exitkit.benchmarks.report.figures import COLOURS, DASHES, HEIGHT, MARKERS, STYLE, WIDTH
+from exitkit.benchmarks.report.wide_tables import unit_for
+
+NAMES = ["combination", "score", "rule"]
+CAPTION = (
+    "Operating points are selected on validation, cross-fitted in 5 folds. Cells: test accuracy (%) within the budget "
+    "and, below it, the difference to plain confidence with the half width of its 95 % interval over images; * "
+    "significant at 0.05 after Holm's correction. falls: steps between exits at which the true class's probability "
+    "falls (%); ECE: expected calibration error, mean over the exits (%); s: seconds to fit."
+)
+
+
+def print_table(frame: pd.DataFrame, console: Console, most: int | None) -> None:
+    """Print the policies by mean accuracy over the budgets; at most `most` rows besides the baseline."""
+    unit, size = unit_for(frame["budget"])
+    table = Table(box=box.SIMPLE_HEAVY, padding=(0, 1, 0, 0), header_style="bold cyan")
+    table.add_column("policy")
+    for budget in frame["budget"].unique():
+        table.add_column(f"{budget / size:.3g}{unit}", justify="right", no_wrap=True)
+    for name in ("falls", "ECE", "s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    ranked = _ranked(frame)
+    best = frame.groupby("budget")["accuracy"].max()
+    for number, (names, rows) in enumerate(ranked):
+        if most is not None and number >= most and names != _BASELINE:
+            continue
+        cells = []
+        for row in _records(rows):
+            cell = Text(f"{row['accuracy']:.2f}", style="bold green" if row["accuracy"] == best[row["budget"]] else "")
+            if names != _BASELINE:
+                cell.append(f"\n{_difference(row)}", style="not bold dim default")
+            cells.append(cell)
+        last = rows.iloc[0]
+        facts = [f"{last['falls']:.1f}", f"{last['calibration']:.1f}", f"{last['seconds']:.2g}"]
+        table.add_row(Text(label(names)), *cells, *facts)
+    console.print(table)
+    if most is not None and len(ranked) > most:
+        console.print(
+            Text(f" the best {most} of {len(ranked)} policies and the baseline; --all prints them all", "dim")
+        )
+    console.print(Text(f" {CAPTION}", style="dim"))
+
+
+_BASELINE = (BASELINE.combination, BASELINE.score, BASELINE.rule)
+
+
+def label(names: Sequence[str]) -> str:
+    """Return the parts of a policy that differ from the baseline, as text."""
+    parts = [name for name, usual in zip(names, _BASELINE, strict=True) if name not in ("", usual)]
+    return ", ".join(parts) or "plain confidence"
+
+
+def _ranked(frame: pd.DataFrame) -> list[tuple[tuple[str, ...], pd.DataFrame]]:
+    groups = [(tuple(map(str, _tuple(names))), rows) for names, rows in frame.groupby(NAMES, sort=False)]
+    return sorted(groups, key=lambda group: -group[1]["accuracy"].mean())
+
+
+def _tuple(names: Hashable) -> tuple[Any, ...]:
+    return names if isinstance(names, tuple) else (names,)
+
+
+def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    return cast("list[dict[str, Any]]", frame.to_dict("records"))
+
+
+def _accuracy(row: dict[str, Any], best: pd.Series) -> page.Cell:
+    return page.Cell(f"{row['accuracy']:.2f}", row["accuracy"], row["accuracy"] == best[row["budget"]])
+
+
+def _difference(row: dict[str, Any]) -> str:
+    star = "*" if row["p_holm"] < 0.05 else ""
+    width = "" if pd.isna(row["high"]) else f" ±{row['high'] - row['difference']:.2f}"
+    return f"{row['difference']:+.2f}{width}{star}".replace("-", "\N{MINUS SIGN}")
+
+
+def curves_figure(curves: pd.DataFrame, cost: str = "macs") -> Figure:
+    """Plot test accuracy against cost: on the left the rules on plain outputs, on the right the combinations."""
+    plain = curves[(curves["combination"] == PLAIN) & curves["score"].isin(["confidence", ""])]
+    shares = curves[(curves["score"] == BASELINE.score) & (curves["rule"] == BASELINE.rule)]
+    panels = {
+        "rule": ("exit rules, without a combination", plain),
+        "combination": ("combinations, by confidence and shares", shares),
+    }
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(2 * WIDTH, HEIGHT + 0.5), layout="constrained")
+        label, size = _axis(curves, cost)
+        for axes, (column, (title, rows)) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
+            for index, (name, group) in enumerate(rows.groupby(column, sort=False)):
+                _line(axes, group.sort_values("cost"), size, str(name), index)
+            axes.set_title(title)
+            axes.set_xlabel(label)
+            axes.grid(True)
+            axes.legend(frameon=False, loc="lower right")
+        figure.axes[0].set_ylabel("accuracy (%)")
+    return figure
+
+
+def _axis(curves: pd.DataFrame, cost: str) -> tuple[str, float]:
+    """Return the label of the cost axis and the size of its unit."""
+    if cost == "latency":
+        return "milliseconds per image", 1.0
+    unit, size = unit_for(curves["cost"])
+    return f"multiply-adds ({unit})" if unit else "multiply-adds", size
+
+
+def _line(axes: Axes, rows: pd.DataFrame, size: float, label: str, index: int) -> None:
+    axes.plot(
+        rows["cost"] / size,
+        rows["accuracy"],
+        label=label,
+        color=COLOURS[index % len(COLOURS)],
+        marker=MARKERS[index % len(MARKERS)],
+        ls=DASHES[index % len(DASHES)],
+        markevery=max(1, len(rows) // 8),
+    )
+
+
+def html(groups: Sequence[tuple[str, pd.DataFrame, pd.DataFrame]], lead: Sequence[str], cost: str = "macs") -> str:
+    """Return the comparison as one HTML page.
+
+    Args:
+        groups: (title, table of `compare.comparison`, table of `compare.curves`) of each group of runs.
+        lead: paragraphs of the introduction.
+        cost: macs or latency.
+    """
+    sections = [page.Section(title, [_table(frame), *_charts(curves, cost)]) for title, frame, curves in groups]
+    return page.html_page("Comparison of exit policies", list(lead), sections)
+
+
+def _charts(curves: pd.DataFrame, cost: str) -> list[page.Chart]:
+    label, size = _axis(curves, cost)
+    charts = []
+    for combination, rows in curves.groupby("combination", sort=False):
+        series = []
+        for index, (names, group) in enumerate(rows.groupby(["score", "rule"], sort=False)):
+            name = ", ".join(filter(None, map(str, _tuple(names))))
+            points = [
+                page.Point(
+                    row["cost"] / size,
+                    row["accuracy"],
+                    None,
+                    None,
+                    [
+                        ("policy", name),
+                        ("point", str(row["point"])),
+                        ("cost", f"{row['cost'] / size:.3g}"),
+                        ("accuracy", f"{row['accuracy']:.2f} %"),
+                        ("on validation", f"{row['validation_accuracy']:.2f} %"),
+                    ],
+                )
+                for row in _records(group.sort_values("cost"))
+            ]
+            series.append(page.Series(name, points, index))
+        charts.append(page.Chart(f"Combination: {combination}", label, "accuracy (%)", series))
+    return charts
+
+
+def _table(frame: pd.DataFrame) -> page.Table:
+    unit, size = unit_for(frame["budget"])
+    budgets = frame["budget"].unique()
+    heads = ["policy", *(f"{budget / size:.3g}{unit}" for budget in budgets)]
+    heads += [f"difference at {budget / size:.3g}{unit}" for budget in budgets] + ["falls", "ECE", "seconds"]
+    best = frame.groupby("budget")["accuracy"].max()
+    rows = []
+    for names, group in _ranked(frame):
+        last = group.iloc[0]
+        cells = [_accuracy(row, best) for row in _records(group)]
+        if names == _BASELINE:
+            cells += [page.Cell("", 0.0) for _ in budgets]
+        else:
+            cells += [page.Cell(_difference(row), row["difference"]) for row in _records(group)]
+        facts = [page.Cell(f"{last[key]:.3g}", float(last[key])) for key in ("falls", "calibration", "seconds")]
+        rows.append([page.Cell(label(names)), *cells, *facts])
+    return page.Table("Accuracy within budgets", heads, rows, CAPTION)

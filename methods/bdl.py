@@ -1,0 +1,106 @@
+"""Block-dependent losses: each stage is trained on the losses of the next few exits only.
+
+Paper: Han et al., Improving Low-Latency Predictions in Multi-Exit Neural Networks via Block-Dependent Losses, IEEE
+Transactions on Neural Networks and Learning Systems 2023, https://doi.org/10.1109/TNNLS.2023.3282249
+
+With exits k = 0..K-1, their weights a_k (all 1) and mean losses L_k, window w and gradients g of stage i and head k:
+
+    g(stage i) = sum_{k = i}^{min(i + w, K) - 1} a_k dL_k   (+ a_{K-1} dL_{K-1}, with `final`)
+    g(head k)  = a_k dL_k
+
+With `groups`, stages are divided into groups of consecutive stages, and exit k trains the stages of its group up to k:
+joint training inside a group. A logit link and side networks are trained by every exit that reads them.
+
+What differs from the published code (https://github.com/savertm/Block-Dependent-Losses-for-Multi-Exit-Networks): it
+runs blocks again on detached inputs, which gives the same gradients, but updates batch norm's statistics up to four
+times per batch; here they are updated once. It uses w = 3 on CIFAR (7 exits) and w = 2 on ImageNet (5 exits); its
+other modes are
+`window = 1` ("local error") and `groups = 3,4` without `final` ("no overlap").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import ClassVar
+
+from torch import Tensor
+
+from exitkit.networks import MultiExitNetwork
+from exitkit.strategy import UPDATE, Batch, Run, TrainingStrategy, UserError, setting
+
+
+@dataclass(eq=False)
+class BlockDependentLosses(TrainingStrategy):
+    """Block-dependent losses: exit k trains its head and the last few stages before it; the last exit trains all.
+
+    Han et al., IEEE Transactions on Neural Networks and Learning Systems 2023,
+    https://doi.org/10.1109/TNNLS.2023.3282249
+
+    For the parameters theta_i [D_i] of stage i: g_i = sum_{k=i}^{i+w-1} dL_k / dtheta_i + dL_{K-1} / dtheta_i, where
+    exits k = 0..K-1 have the losses L_k = mean_i CE(z_k,i, y_i) for logits z_k [B, C] and labels y [B].
+
+    Example:
+        >>> strategy = exitkit.build_strategy("bdl", window=2)
+        >>> [list(strategy.trained_stages(index, exits=4)) for index in range(4)]
+        [[0], [0, 1], [1, 2], [0, 1, 2, 3]]
+    """
+
+    slots: ClassVar[frozenset[str]] = frozenset({UPDATE})
+    paper: ClassVar[str] = (
+        "Han et al., Improving Low-Latency Predictions in Multi-Exit Neural Networks via Block-Dependent Losses, "
+        "TNNLS 2023"
+    )
+
+    window: int = setting(3, "stages that an exit trains, its own and those before it")
+    final: bool = setting(True, "let the last exit train all stages")
+    groups: tuple[int, ...] | None = setting(
+        None, "numbers of stages per group, first to last: exits train the stages of their group, instead of a window"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window < 1:
+            raise UserError(f"window is {self.window}; expected at least 1 (the paper's is 3 on CIFAR)")
+        if self.groups is not None and not (self.groups and min(self.groups) > 0):
+            raise UserError(f"groups is {self.groups}; expected numbers of at least 1")
+
+    def adapt(self, network: MultiExitNetwork) -> None:
+        """Check that the groups contain all stages; the network does not change."""
+        if self.groups is not None and sum(self.groups) != network.num_exits:
+            raise UserError(f"groups is {self.groups}; expected a sum of {network.num_exits}, the number of exits")
+
+    def trained_stages(self, index: int, exits: int) -> range:
+        """Return the stages that exit `index` trains, in a network of `exits` exits."""
+        if self.final and index == exits - 1:
+            return range(exits)
+        if self.groups is None:
+            return range(max(0, index - self.window + 1), index + 1)
+        return range(max(start for start in (0, *accumulate(self.groups)) if start <= index), index + 1)
+
+    def train_step(self, run: Run, batch: Batch) -> None:
+        """Make one step on the sum of the exits' gradients, each over the parameters that the exit trains."""
+        names = {id(parameter): name for name, parameter in run.network.named_parameters()}
+        parameters = run.parameters
+        total: list[Tensor | None] = [None] * len(parameters)
+        for index, (loss, weight) in enumerate(zip(run.losses(batch), run.weights(), strict=True)):
+            stages = self.trained_stages(index, run.network.num_exits)
+            trained = [place for place, p in enumerate(parameters) if _trains(index, stages, names.get(id(p), ""))]
+            if not weight or not trained:
+                continue
+            gradients = run.gradients(loss.mean() * weight, [parameters[place] for place in trained])
+            for place, gradient in zip(trained, gradients, strict=True):
+                earlier = total[place]
+                if gradient is not None:
+                    total[place] = gradient if earlier is None else earlier + gradient
+        run.apply(total)
+
+
+def _trains(index: int, stages: Collection[int], name: str) -> bool:
+    """Whether exit `index` trains a parameter; parameters outside stages and heads are trained by every exit."""
+    kind, _, rest = name.partition(".")
+    if kind not in ("stages", "heads"):
+        return True
+    number = int(rest.partition(".")[0])
+    return number in stages if kind == "stages" else number == index

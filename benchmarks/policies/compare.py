@@ -71,6 +71,7 @@ def policies(
             if name not in names:
                 raise unknown(kind, name, names)
     basis = (BASELINE.combination, BASELINE.score, BASELINE.rule)
+    made: Iterable[tuple[str, ...]]
     if any(given) or full:
         otherwise = tuple(known.values()) if full else tuple((name,) for name in basis)
         made = product(*(chosen or names for chosen, names in zip(given, otherwise, strict=True)))
@@ -173,16 +174,16 @@ def _unchanged(logits: np.ndarray) -> np.ndarray:
 
 
 def _measured(policy: Policy, combined: _Combined, costs: Floats) -> Measured:
-    options = {"score": policy.score} if policy.score else {}
+    score = policy.score or BASELINE.score
     begun = time.perf_counter()
-    rule = fit_rule(policy.rule, combined.validation, combined.labels, costs, **options)
+    rule = fit_rule(policy.rule, combined.validation, combined.labels, costs, score=score)
     seconds = combined.seconds + time.perf_counter() - begun
     leaves = rule.leave_at(combined.test)
     point = realised(leaves, combined.test_correct, costs)
     unseen = np.empty((len(leaves), len(combined.labels)), dtype=np.int64)
     hits = np.empty(unseen.shape, dtype=bool)
     for fitting, labels, measured, places in combined.folds:
-        at = fit_rule(policy.rule, fitting, labels, costs, **options).leave_at(measured)
+        at = fit_rule(policy.rule, fitting, labels, costs, score=score).leave_at(measured)
         unseen[:, places] = at
         hits[:, places] = correct(measured, combined.labels[places])[np.arange(len(places)), at]
     return Measured(
@@ -221,7 +222,8 @@ def _softmax(logits: np.ndarray) -> Floats:
 
 def default_budgets(costs: Floats) -> Floats:
     """Return the default budgets, [B], see `FRACTIONS`."""
-    return costs[0] + np.array(FRACTIONS) * (costs[-1] - costs[0])
+    budgets: Floats = costs[0] + np.array(FRACTIONS) * (costs[-1] - costs[0])
+    return budgets
 
 
 def check_same_images(runs: Iterable[Outputs]) -> None:
@@ -267,7 +269,7 @@ def comparison(seeds: Sequence[Sequence[Measured]], budgets: Floats) -> pd.DataF
                 }
             )
     frame = pd.DataFrame(rows)
-    frame.insert(frame.columns.get_loc("p") + 1, "p_holm", holm(frame["p"]))
+    frame.insert(list(frame).index("p") + 1, "p_holm", holm(frame["p"]))
     return frame
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
@@ -115,17 +116,22 @@ def torchrun_variables() -> tuple[int, int, int]:
 def join_ranks(world: int, rank: int, backend: str) -> Iterator[Ranks]:
     """Join the other ranks until the end of the block.
 
-    The process group is destroyed at the end, so that no rank waits for one that has exited; a group that the caller
-    created is kept.
+    The process group is created once and kept until the process exits: a second group of one process would read the
+    first one's addresses in torchrun's store, and hang. At exit it is destroyed, so that no rank waits for another.
     """
     if world == 1:
         yield Ranks()
         return
-    created = not dist.is_initialized()
-    if created:
+    if not dist.is_initialized():
         dist.init_process_group(backend)
+        atexit.register(_leave)
+    waiting = dist.new_group(backend="gloo", timeout=_PATIENCE)
     try:
-        yield Ranks(rank, world, dist.new_group(backend="gloo", timeout=_PATIENCE))
+        yield Ranks(rank, world, waiting)
     finally:
-        if created:
-            dist.destroy_process_group()
+        dist.destroy_process_group(waiting)
+
+
+def _leave() -> None:
+    if dist.is_initialized():  # the caller may have destroyed it
+        dist.destroy_process_group()

@@ -61,6 +61,13 @@ def probe(run: Run, batch: Batch) -> dict[str, Tensor]:
         losses [B, K]: loss of each image; and weights [B, K], if the method weights the images.
     """
     run.batch = LocalBatch.of(batch)
+    try:
+        return _measure(run, batch)
+    finally:
+        run.batch = None
+
+
+def _measure(run: Run, batch: Batch) -> dict[str, Tensor]:
     network, weights = run.network, list(run.weights())
     with run.seeded("probe", alike=False), torch.enable_grad():
         outputs = run.functional({}, batch.images, batchnorm="kept")

@@ -75,11 +75,11 @@ class AdaLoss(TrainingStrategy):
     def observe(self, run: Run, losses: Sequence[Tensor], batch: Batch) -> None:
         """Update the weights every `period` steps, and then the running means by the losses of this batch."""
         if self._means is not None and self._steps % self.period == 0:
-            self._weights = balanced(self._means, self.gamma, self.final_extra).tolist()
+            self._weights = balanced(self._means, self.gamma, self.final_extra).nan_to_num(nan=1.0).tolist()
         means = run.mean(torch.stack([loss.mean() for loss in losses]), batch)
-        before = torch.ones_like(means) if self._means is None else self._means
-        after = means if self._means is None else self.ema * before + (1 - self.ema) * means
-        # Chosen on the device, since reading a value from a GPU in every step would wait for it.
+        # Chosen on the device, since reading a value from a GPU in every step would wait for it. NaN: none yet.
+        before = torch.full_like(means, torch.nan) if self._means is None else self._means
+        after = torch.where(before.isnan(), means, self.ema * before + (1 - self.ema) * means)
         self._means = torch.where(after.isfinite().all(), after, before)
         self._steps += 1
 

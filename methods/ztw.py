@@ -108,7 +108,7 @@ class ZeroTimeWaste(TrainingStrategy):
         last = exits - 1
         smoothing = self.label_smoothing
         trunk = Chosen(exits=(last,), label_smoothing=smoothing)
-        phases = [Phase("trunk", trunk, epochs, train=("stages.", f"heads.{last}."))]
+        phases = [Phase("trunk", trunk, epochs, ("stages.", f"heads.{last}."), batchnorm="frozen")]
         if last:
             trained = ("link.", *(f"heads.{index}.embed." for index in range(last)))
             length = max(round(self.ratio * epochs), 1)

@@ -92,7 +92,7 @@ def _amounts(budgets: Sequence[str], cost: str) -> list[float]:
         if text.endswith("ms") != (cost == "latency"):
             expected = "milliseconds, such as 1.5ms" if cost == "latency" else "multiply-adds, such as 40M"
             raise UserError(f"--budget is {text} and the cost is {cost}; expected {expected}")
-    return sorted(map(read_budget, budgets))
+    return sorted(set(map(read_budget, budgets)))
 
 
 Groups = dict[str, "tuple[pd.DataFrame, pd.DataFrame]"]

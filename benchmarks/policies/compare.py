@@ -18,7 +18,7 @@ from itertools import product
 import numpy as np
 import pandas as pd
 
-from exitkit.benchmarks.report.statistics import holm, paired_difference
+from exitkit.benchmarks.report.statistics import Difference, holm, paired_difference
 from exitkit.errors import UserError, unknown
 from exitkit.inference.calibration import calibration_error
 from exitkit.inference.combinations import COMBINATIONS, fit_combination
@@ -32,6 +32,10 @@ PLAIN = "plain"
 FOLDS = 5
 FRACTIONS = (0.25, 0.5, 0.75)
 """Default budgets: these fractions of the way from the first exit's cost to the last one's."""
+
+
+UNKNOWN = Difference(np.nan, np.nan, np.nan, np.nan, 0)
+"""The difference to the baseline where one of the two has no operating point within the budget."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +81,21 @@ def policies(
         made = product(*(chosen or names for chosen, names in zip(given, otherwise, strict=True)))
     else:
         made = ((*basis[:k], name, *basis[k + 1 :]) for k, names in enumerate(known.values()) for name in names)
+    if rules and scores and not any(_reads(rule, score) for rule in rules for score in scores):
+        raise UserError(f"{_text(rules)} can't use the score {_text(scores)}; rules with a score: {', '.join(SCORED)}")
     policies = (Policy(combination, score if rule in SCORED else "", rule) for combination, score, rule in made)
-    return tuple(
-        dict.fromkeys(
-            (BASELINE, *(policy for policy in policies if (policy.score, policy.rule) != ("patience", "stopping")))
-        )
-    )
+    return tuple(dict.fromkeys((BASELINE, *(policy for policy in policies if _reads(policy.rule, policy.score)))))
+
+
+def _reads(rule: str, score: str) -> bool:
+    """Whether a rule can be combined with a score; "" is the score of a rule with its own features."""
+    if rule not in SCORED:
+        return score in ("", BASELINE.score)
+    return (rule, score) != ("stopping", "patience")
+
+
+def _text(names: Sequence[str]) -> str:
+    return " and ".join(names)
 
 
 @dataclass(frozen=True)
@@ -130,6 +143,8 @@ def measure(
         done: called with the finished share, 0..1.
     """
     labels = outputs.validation[1]
+    if len(labels) < FOLDS:
+        raise UserError(f"there are {len(labels)} validation images; expected at least {FOLDS}, one per fold")
     folds = np.random.default_rng(0).permutation(len(labels)) % FOLDS
     parts = [(np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)) for fold in range(FOLDS)]
     results: dict[Policy, Measured] = {}
@@ -243,14 +258,15 @@ def comparison(seeds: Sequence[Sequence[Measured]], budgets: Floats) -> pd.DataF
     Returns:
         a row per policy and budget: combination, score, rule, budget, cost and accuracy (%) on the test images,
         difference to the baseline in percentage points with its 95 % interval (low, high), p and p_holm, falls (%),
-        calibration (%), seconds.
+        calibration (%), seconds. Cost, accuracy and difference are NaN where no operating point is within the budget.
     """
     rows = []
     per_image = [list(_per_image(runs, budgets)) for runs in zip(*seeds, strict=True)]
     for runs, at_budgets in zip(zip(*seeds, strict=True), per_image, strict=True):
         policy = runs[0].policy
         for budget, (cost, hits), (_, baseline) in zip(budgets, at_budgets, per_image[0], strict=True):
-            gain = paired_difference(100 * hits, 100 * baseline)
+            known = not (np.isnan(hits).any() or np.isnan(baseline).any())
+            gain = paired_difference(100 * hits, 100 * baseline) if known else UNKNOWN
             rows.append(
                 {
                     "combination": policy.combination,
@@ -274,11 +290,18 @@ def comparison(seeds: Sequence[Sequence[Measured]], budgets: Floats) -> pd.DataF
 
 
 def _per_image(runs: Sequence[Measured], budgets: Floats) -> Iterator[tuple[float, Floats]]:
-    """Yield, for each budget, the mean test cost and each image's correctness [N], averaged over the seeds."""
+    """Yield, for each budget, the mean test cost and each image's correctness [N], averaged over the seeds.
+
+    Both are NaN where no operating point of a seed is within the budget on validation.
+    """
     points = [most_accurate_within(run.validation_cost, run.validation_accuracy, budgets) for run in runs]
-    for index in range(len(budgets)):
-        at = [(run.cost[point[index]], run.hits[point[index]]) for run, point in zip(runs, points, strict=True)]
-        yield float(np.mean([cost for cost, _ in at])), np.mean([hits for _, hits in at], axis=0)
+    for index, budget in enumerate(budgets):
+        at = [(run, point[index]) for run, point in zip(runs, points, strict=True)]
+        if any(run.validation_cost[point] > budget for run, point in at):
+            yield np.nan, np.full(runs[0].hits.shape[1], np.nan)
+        else:
+            costs, hits = [run.cost[point] for run, point in at], [run.hits[point] for run, point in at]
+            yield float(np.mean(costs)), np.mean(hits, axis=0)
 
 
 def curves(seeds: Sequence[Sequence[Measured]]) -> pd.DataFrame:

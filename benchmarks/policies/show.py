@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, cast
 
 import matplotlib
@@ -17,14 +17,15 @@ from rich.text import Text
 from exitkit.benchmarks.policies.compare import BASELINE, PLAIN
 from exitkit.benchmarks.report import page
 from exitkit.benchmarks.report.figures import COLOURS, DASHES, HEIGHT, MARKERS, STYLE, WIDTH
-from exitkit.benchmarks.report.wide_tables import unit_for
+from exitkit.benchmarks.report.wide_tables import MISSING, unit_for
 
 NAMES = ["combination", "score", "rule"]
 CAPTION = (
-    "Operating points are selected on validation, cross-fitted in 5 folds. Cells: test accuracy (%) within the budget "
-    "and, below it, the difference to plain confidence with the half width of its 95 % interval over images; * "
-    "significant at 0.05 after Holm's correction. falls: steps between exits at which the true class's probability "
-    "falls (%); ECE: expected calibration error, mean over the exits (%); s: seconds to fit."
+    "Operating points are selected on validation, cross-fitted in 5 folds, within the budget there; the cost on test "
+    "images is in policies.csv. Test accuracy (%), and "
+    "the difference to plain confidence with the half width of its 95 % interval over images; * significant at 0.05 "
+    "after Holm's correction. falls: steps between exits at which the true class's probability falls (%); ECE: "
+    "expected calibration error, mean over the exits (%); s: seconds to fit."
 )
 
 
@@ -44,12 +45,12 @@ def print_table(frame: pd.DataFrame, console: Console, most: int | None) -> None
             continue
         cells = []
         for row in _records(rows):
-            cell = Text(f"{row['accuracy']:.2f}", style="bold green" if row["accuracy"] == best[row["budget"]] else "")
-            if names != _BASELINE:
+            cell = Text(_number(row["accuracy"]), style="bold green" if row["accuracy"] == best[row["budget"]] else "")
+            if names != _BASELINE and not pd.isna(row["difference"]):
                 cell.append(f"\n{_difference(row)}", style="not bold dim default")
             cells.append(cell)
         last = rows.iloc[0]
-        facts = [f"{last['falls']:.1f}", f"{last['calibration']:.1f}", f"{last['seconds']:.2g}"]
+        facts = [f"{last['falls']:.1f}", f"{last['calibration']:.1f}", f"{last['seconds']:.2f}"]
         table.add_row(Text(label(names)), *cells, *facts)
     console.print(table)
     if most is not None and len(ranked) > most:
@@ -82,10 +83,16 @@ def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _accuracy(row: dict[str, Any], best: pd.Series) -> page.Cell:
-    return page.Cell(f"{row['accuracy']:.2f}", row["accuracy"], row["accuracy"] == best[row["budget"]])
+    return page.Cell(_number(row["accuracy"]), row["accuracy"], row["accuracy"] == best[row["budget"]])
+
+
+def _number(value: float) -> str:
+    return MISSING if pd.isna(value) else f"{value:.2f}"
 
 
 def _difference(row: dict[str, Any]) -> str:
+    if pd.isna(row["difference"]):
+        return MISSING
     star = "*" if row["p_holm"] < 0.05 else ""
     width = "" if pd.isna(row["high"]) else f" ±{row['high'] - row['difference']:.2f}"
     return f"{row['difference']:+.2f}{width}{star}".replace("-", "\N{MINUS SIGN}")
@@ -101,12 +108,12 @@ def curves_figure(curves: pd.DataFrame, cost: str = "macs") -> Figure:
     }
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(2 * WIDTH, HEIGHT + 0.5), layout="constrained")
-        label, size = _axis(curves, cost)
+        axis, size = _axis(curves, cost)
         for axes, (column, (title, rows)) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
             for index, (name, group) in enumerate(rows.groupby(column, sort=False)):
                 _line(axes, group.sort_values("cost"), size, str(name), index)
             axes.set_title(title)
-            axes.set_xlabel(label)
+            axes.set_xlabel(axis)
             axes.grid(True)
             axes.legend(frameon=False, loc="lower right")
         figure.axes[0].set_ylabel("accuracy (%)")
@@ -146,38 +153,42 @@ def html(groups: Sequence[tuple[str, pd.DataFrame, pd.DataFrame]], lead: Sequenc
 
 
 def _charts(curves: pd.DataFrame, cost: str) -> list[page.Chart]:
-    label, size = _axis(curves, cost)
-    charts = []
-    for combination, rows in curves.groupby("combination", sort=False):
-        series = []
-        for index, (names, group) in enumerate(rows.groupby(["score", "rule"], sort=False)):
-            name = ", ".join(filter(None, map(str, _tuple(names))))
-            points = [
-                page.Point(
-                    row["cost"] / size,
-                    row["accuracy"],
-                    None,
-                    None,
-                    [
-                        ("policy", name),
-                        ("point", str(row["point"])),
-                        ("cost", f"{row['cost'] / size:.3g}"),
-                        ("accuracy", f"{row['accuracy']:.2f} %"),
-                        ("on validation", f"{row['validation_accuracy']:.2f} %"),
-                    ],
-                )
-                for row in _records(group.sort_values("cost"))
-            ]
-            series.append(page.Series(name, points, index))
-        charts.append(page.Chart(f"Combination: {combination}", label, "accuracy (%)", series))
-    return charts
+    axis, size = _axis(curves, cost)
+    plain = curves["combination"] == PLAIN
+    baseline = plain & (curves["score"] == BASELINE.score) & (curves["rule"] == BASELINE.rule)
+    charts = {"Scores and rules, without a combination": curves[plain], "Combinations": curves[~plain | baseline]}
+    return [
+        page.Chart(
+            title, axis, "accuracy (%)", [_series(names, group, size, k) for k, (names, group) in _numbered(rows)]
+        )
+        for title, rows in charts.items()
+        if len(rows)
+    ]
+
+
+def _numbered(rows: pd.DataFrame) -> Iterable[tuple[int, tuple[tuple[str, ...], pd.DataFrame]]]:
+    return enumerate((tuple(map(str, _tuple(names))), group) for names, group in rows.groupby(NAMES, sort=False))
+
+
+def _series(names: tuple[str, ...], rows: pd.DataFrame, size: float, index: int) -> page.Series:
+    points = []
+    for row in _records(rows.sort_values("cost")):
+        facts = [
+            ("policy", label(names)),
+            ("point", str(row["point"])),
+            ("cost", f"{row['cost'] / size:.3g}"),
+            ("accuracy", f"{row['accuracy']:.2f} %"),
+            ("on validation", f"{row['validation_accuracy']:.2f} %"),
+        ]
+        points.append(page.Point(row["cost"] / size, row["accuracy"], None, None, facts))
+    return page.Series(label(names), points, index)
 
 
 def _table(frame: pd.DataFrame) -> page.Table:
     unit, size = unit_for(frame["budget"])
     budgets = frame["budget"].unique()
     heads = ["policy", *(f"{budget / size:.3g}{unit}" for budget in budgets)]
-    heads += [f"difference at {budget / size:.3g}{unit}" for budget in budgets] + ["falls", "ECE", "seconds"]
+    heads += [f"difference at {budget / size:.3g}{unit}" for budget in budgets] + ["falls", "ECE", "s"]
     best = frame.groupby("budget")["accuracy"].max()
     rows = []
     for names, group in _ranked(frame):
@@ -187,6 +198,7 @@ def _table(frame: pd.DataFrame) -> page.Table:
             cells += [page.Cell("", 0.0) for _ in budgets]
         else:
             cells += [page.Cell(_difference(row), row["difference"]) for row in _records(group)]
-        facts = [page.Cell(f"{last[key]:.3g}", float(last[key])) for key in ("falls", "calibration", "seconds")]
+        facts = [page.Cell(f"{last[key]:.1f}", float(last[key])) for key in ("falls", "calibration")]
+        facts.append(page.Cell(f"{last['seconds']:.2f}", float(last["seconds"])))
         rows.append([page.Cell(label(names)), *cells, *facts])
     return page.Table("Accuracy within budgets", heads, rows, CAPTION)

@@ -145,7 +145,7 @@ def _print_entries(kind: str) -> None:
         listed = sorted(listed, key=lambda entry: (order.index(entry["group"]), entry["name"]))
     group = ""
     for entry in listed:
-        if entry.get("group", "") != group:
+        if kind == "methods" and entry["group"] != group:
             group = entry["group"]
             console.rule(f"[bold]{group}", align="left")
         if entry.get("family"):

@@ -125,6 +125,8 @@ def join_ranks(world: int, rank: int, backend: str) -> Iterator[Ranks]:
     if not dist.is_initialized():
         dist.init_process_group(backend)
         atexit.register(_leave)
+    if dist.get_backend() != backend:
+        raise UserError(f"these ranks communicate by {dist.get_backend()}, which the device can't; use one device")
     waiting = dist.new_group(backend="gloo", timeout=_PATIENCE)
     try:
         yield Ranks(rank, world, waiting)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isfinite, nan
 from typing import Protocol
 
 import numpy as np
@@ -43,6 +44,9 @@ def read_budget(text: str) -> float:
     number = text.removesuffix("ms")
     size = UNITS.get(number[-1:].upper(), 1.0) if number == text else 1.0
     try:
-        return float(number[:-1] if size > 1 else number) * size
+        budget = float(number[:-1] if size > 1 else number) * size
     except ValueError:
-        raise UserError(f"budget {text!r} is not a cost; expected one such as 40M, 1.5G or 2.5ms") from None
+        budget = nan
+    if not (isfinite(budget) and budget > 0):
+        raise UserError(f"budget {text!r} is not a cost; expected one such as 40M, 1.5G or 2.5ms")
+    return budget

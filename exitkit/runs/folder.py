@@ -111,7 +111,7 @@ class RunFolder:
         """Hold the run's lock, and delete what a killed process was writing; the lock ends with the process.
 
         Raises:
-            HeldError: another process holds the lock.
+            UserError: another process holds the lock.
         """
         try:
             lock = FileLock(self.path / _LOCK, timeout=_LOCK_PATIENCE)

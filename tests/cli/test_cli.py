@@ -8,6 +8,8 @@ import sys
 import pytest
 
 import exitkit
+from exitkit import plugins
+from exitkit.cli import catalogue
 from exitkit.cli.catalogue import GROUPS
 
 
@@ -59,6 +61,16 @@ def test_methods_are_listed_in_groups_with_venue_and_year(cli):
     known = {entry["name"]: entry for entry in json.loads(cli("list", "methods", "--json"))}
     chosen = ("imta", "isc", "kd", "joint", "ge", "pcgrad")
     assert [known[name]["group"] for name in chosen] == list(GROUPS.values())
+
+
+@pytest.mark.parametrize("kind", ["methods", "backbones", "datasets"])
+def test_an_entry_that_does_not_load_does_not_hide_the_others(kind, cli, monkeypatch):
+    usable = [entry for entry in json.loads(cli("list", kind, "--json"))]
+    monkeypatch.setattr(plugins, "load", lambda *_: 1 / 0)
+    broken = catalogue._entry(kind.removesuffix("s"), "broken")
+    monkeypatch.setattr(catalogue, "entries", lambda _: [broken, *usable])
+    shown = cli("list", kind)
+    assert "not usable: division by zero" in shown and all(entry["name"] in shown for entry in usable)
 
 
 def test_cost_as_json_and_as_a_table(cli):

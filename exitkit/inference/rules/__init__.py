@@ -81,7 +81,10 @@ def rule_from_json(text: str) -> PointRule:
             return ExitRule.from_json(text)
         if name not in _SEQUENTIAL:
             raise unknown("rule", name, _SEQUENTIAL)
-        return _SEQUENTIAL[name].from_parts(parts)
+        rule = _SEQUENTIAL[name].from_parts(parts)
+        if rule.points != 1 or rule.exits < 1:
+            raise ValueError(f"{rule.points} operating points")
+        return rule
     except UserError:
         raise
     except (AttributeError, TypeError, ValueError, LookupError) as error:

@@ -65,7 +65,7 @@ def test_methods_are_listed_in_groups_with_venue_and_year(cli):
 
 @pytest.mark.parametrize("kind", ["methods", "backbones", "datasets"])
 def test_an_entry_that_does_not_load_does_not_hide_the_others(kind, cli, monkeypatch):
-    usable = [entry for entry in json.loads(cli("list", kind, "--json"))]
+    usable = json.loads(cli("list", kind, "--json"))
     monkeypatch.setattr(plugins, "load", lambda *_: 1 / 0)
     broken = catalogue._entry(kind.removesuffix("s"), "broken")
     monkeypatch.setattr(catalogue, "entries", lambda _: [broken, *usable])

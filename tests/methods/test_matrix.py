@@ -88,7 +88,7 @@ def begin(network, phase, number, engine):
         whole = {"all": True, "new": name not in before}
         parameter.requires_grad_(whole[phase.train] if isinstance(phase.train, str) else name.startswith(phase.train))
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    run = Run(network, phase.strategy, torch.optim.SGD(trained, 0.01, 0.9, weight_decay=1e-4), engine)
+    run = Run(network, phase.strategy, torch.optim.SGD(trained, 0.001, 0.9, weight_decay=1e-4), engine)
     run.position.phase, run.position.epochs = number, 2
     torch.manual_seed(number)
     phase.strategy.prepare(run)

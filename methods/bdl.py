@@ -14,8 +14,8 @@ joint training inside a group. A logit link and side networks are trained by eve
 What differs from the published code (https://github.com/savertm/Block-Dependent-Losses-for-Multi-Exit-Networks): it
 runs blocks again on detached inputs, which gives the same gradients, but updates batch norm's statistics up to four
 times per batch; here they are updated once. It uses w = 3 on CIFAR (7 exits) and w = 2 on ImageNet (5 exits); its
-other modes are
-`window = 1` ("local error") and `groups = 3,4` without `final` ("no overlap").
+other modes are `window = 1` ("local error") and `groups = 3,4` without `final` ("no overlap"). Its self-distillation is
+the composition with kd and joint (the page of this method gives the settings).
 """
 
 from __future__ import annotations

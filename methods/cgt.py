@@ -16,9 +16,9 @@ lambda_k u_ik + eps.
 
 What differs from the published code (https://github.com/gunki-geek/CG-Training), which `variant = "released"` follows:
 it changes lambda over the epochs from (1, .7, .4, .1) to (.2, .5, .8, 1), with the same tau and eps as here; for other
-numbers of exits these values are interpolated. It also smooths labels by 0.1 (`label_smoothing`). With its s = 1 and
-tau = 0.9 a soft gate is between 0.475 and 0.711 for any image, so that the default is the hard gate; `sharpness=10`
-makes the soft gate depend on the image.
+numbers of exits these values are interpolated. It also smooths labels by 0.1, which the variant does not set
+(`label_smoothing=0.1` does). With its s = 1 and tau = 0.9 a soft gate is between 0.475 and 0.711 for any image, so that
+the default is the hard gate; `sharpness=10` makes the soft gate depend on the image.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ inference. Dense layers append their channels, so that S are the newest ones of 
 What differs from the published code (https://github.com/GongCheng1919/dfs): on MSDNet its heads train all channels that
 they read; `variant = "released"` does the same. On VGG it implements [P, sg(S)] by two convolutions without bias, each
 with its own initialisation, which is not reproduced. In all networks it partitions only the tensor that the head reads,
-as `scope = "coarsest"` does; `scope = "all"` is an addition.
+as `scope = "coarsest"` does; `scope = "all"` is an addition. Its MSDNet has dropout of 0.5 before every classifier, and
+its ResNet-18 also trains with Be Your Own Teacher's distillation; neither is part of this method.
 """
 
 from __future__ import annotations

@@ -175,6 +175,7 @@ def on_this_rank(cases, out):
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1800)  # all methods, three times, in one test
 @pytest.mark.parametrize("family", NETWORKS)
 def test_two_ranks_equal_one(family, tmp_path):
     cases = [f"{method}:{family}" for method in METHODS]

@@ -15,7 +15,6 @@ ROOMS = (
     "exitkit.benchmarks.speed",
     "exitkit.benchmarks.campaign",
     "exitkit.benchmarks.diagnose",
-    "exitkit.benchmarks.policies",
     "exitkit.benchmarks.report",
     "exitkit.benchmarks.timing",
     "exitkit.benchmarks.published",

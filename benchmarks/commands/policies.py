@@ -17,7 +17,7 @@ from exitkit.errors import UserError, unknown
 if TYPE_CHECKING:
     import pandas as pd
 
-    from exitkit.benchmarks.policies.compare import Outputs, Policy
+    from exitkit.benchmarks.report.policies import Outputs, Policy
     from exitkit.runs.folder import RunFolder
 
 COSTS = ("macs", "latency")
@@ -70,7 +70,7 @@ def policies_command(
     folders = [RunFolder(name) for name in only_runs(list(dict.fromkeys(runs)))]
     for folder in folders:
         folder.results()  # raises for an unfinished run
-    from exitkit.benchmarks.policies.compare import policies
+    from exitkit.benchmarks.report.policies import policies
 
     chosen = policies(combinations, scores, rules, full=full)
     with working("comparing exit policies") as report:
@@ -108,8 +108,8 @@ def _compare(
 ) -> Groups:
     import numpy as np
 
-    from exitkit.benchmarks.policies.compare import check_same_images, comparison, curves, default_budgets, measure
     from exitkit.benchmarks.report.labels import name_runs
+    from exitkit.benchmarks.report.policies import check_same_images, comparison, curves, default_budgets, measure
 
     names = name_runs([folder.identity for folder in folders])
     grouped: dict[str, list[RunFolder]] = {}
@@ -140,7 +140,7 @@ def _report(report: Callable[[float], None], done: int, runs: int, share: float)
 
 
 def _outputs(run: RunFolder, cost: str) -> Outputs:
-    from exitkit.benchmarks.policies.compare import Outputs
+    from exitkit.benchmarks.report.policies import Outputs
     from exitkit.inference.budgets import exit_costs
 
     parts = [run.outputs(part) for part in ("validation", "test")]
@@ -152,7 +152,7 @@ def _print(groups: Mapping[str, tuple[Any, Any]], most: int | None) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from exitkit.benchmarks.policies.show import print_table
+    from exitkit.benchmarks.report.policy_tables import print_table
 
     console = Console(highlight=False)
     for title, (frame, _) in groups.items():
@@ -163,8 +163,8 @@ def _print(groups: Mapping[str, tuple[Any, Any]], most: int | None) -> None:
 def _write(groups: Groups, folders: Sequence[RunFolder], folder: Path, cost: str) -> None:
     import pandas as pd
 
-    from exitkit.benchmarks.policies.show import curves_figure, html
     from exitkit.benchmarks.report.figures import save_figure
+    from exitkit.benchmarks.report.policy_tables import curves_figure, html
     from exitkit.files import make_folder, written_whole
 
     tables = {

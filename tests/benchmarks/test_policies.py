@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 import exitkit
-from exitkit.benchmarks.policies.compare import (
+from exitkit.benchmarks.report.policies import (
     BASELINE,
     Outputs,
     Policy,

@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from exitkit.benchmarks.policies.compare import BASELINE, PLAIN
 from exitkit.benchmarks.report import page
 from exitkit.benchmarks.report.figures import COLOURS, DASHES, HEIGHT, MARKERS, STYLE, WIDTH
+from exitkit.benchmarks.report.policies import BASELINE, PLAIN
 from exitkit.benchmarks.report.wide_tables import MISSING, unit_for
 
 NAMES = ["combination", "score", "rule"]

@@ -1,1 +1,0 @@
-"""Exit policies compared on the stored outputs of finished runs."""

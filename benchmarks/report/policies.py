@@ -20,7 +20,7 @@ import pandas as pd
 
 from exitkit.benchmarks.report.statistics import Difference, holm, paired_difference
 from exitkit.errors import UserError, unknown
-from exitkit.inference.calibration import calibration_error
+from exitkit.inference.calibration import exit_calibration
 from exitkit.inference.combinations import COMBINATIONS, fit_combination
 from exitkit.inference.operating_points import most_accurate_within
 from exitkit.inference.rules import RULES, SCORED, fit_rule
@@ -177,7 +177,8 @@ class _Combined:
             fold = _fitted(name, logits[fitting], labels[fitting], outputs.costs)
             self.folds.append((fold(logits[fitting]), labels[fitting], fold(logits[measuring]), measuring))
         self.correct, self.test_correct = correct(self.validation, labels), correct(self.test, self.test_labels)
-        self.falls, self.calibration = _falls(self.test, self.test_labels), _calibration(self.test, self.test_correct)
+        self.falls = _falls(self.test, self.test_labels)
+        self.calibration = float(exit_calibration(self.test, self.test_labels).mean())
 
 
 def _fitted(name: str, logits: np.ndarray, labels: np.ndarray, costs: Floats) -> Callable[[np.ndarray], np.ndarray]:
@@ -217,22 +218,15 @@ def _measured(policy: Policy, combined: _Combined, costs: Floats) -> Measured:
 
 def _falls(outputs: np.ndarray, labels: np.ndarray) -> float:
     """Return the share of steps from exit to exit, [N, K-1], at which the true class's probability falls."""
-    probabilities = np.stack([_softmax(outputs[:, k])[np.arange(len(labels)), labels] for k in range(outputs.shape[1])])
+    # Imported on use: scipy takes a second to load.
+    from scipy.special import softmax
+
+    each = np.arange(len(labels))
+    probabilities = np.stack(
+        [softmax(logits.astype(np.float64), axis=1)[each, labels] for logits in outputs.swapaxes(0, 1)]
+    )
     # Rounding of equal probabilities is no fall.
     return float((np.diff(probabilities, axis=0) < -1e-12).mean()) if len(probabilities) > 1 else 0.0
-
-
-def _calibration(outputs: np.ndarray, hits: np.ndarray) -> float:
-    errors = [calibration_error(_softmax(outputs[:, k]).max(axis=1), hits[:, k]) for k in range(hits.shape[1])]
-    return float(np.mean(errors))
-
-
-def _softmax(logits: np.ndarray) -> Floats:
-    z = np.asarray(logits, dtype=np.float64)
-    weights = np.exp(z - z.max(axis=1, keepdims=True))
-    # A largest value of exactly 1 may exceed it by rounding.
-    shares: Floats = np.minimum(weights / weights.sum(axis=1, keepdims=True), 1.0)
-    return shares
 
 
 def default_budgets(costs: Floats) -> Floats:

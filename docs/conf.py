@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -77,11 +78,15 @@ pygments_style = "friendly"
 pygments_dark_style = "monokai"
 
 
+PAGE = "sort-and-filter.html"
+"""Name in the site of the page of a study."""
+
 EVIDENCE = (
     "performance",
     "robustness",
     "reproducibility",
     "results/README",
+    "claims",
     "results/*/report",
 )
 """Pages of measurements and results, for the section "Evidence" of the contents; those that exist are listed."""
@@ -94,6 +99,27 @@ def _evidence(app: Any, name: str, source: list[str]) -> None:
         source[0] = source[0].replace("EVIDENCE\n", "".join(f"{name}\n" for name in names))
 
 
+def _open_in_browser(app: Any, doctree: Any, name: str) -> None:
+    """Links to the page of a study open it; Sphinx would offer it as a download."""
+    # Imported when used: a test reads this file where Sphinx is not installed.
+    from docutils import nodes
+    from sphinx import addnodes
+
+    for link in list(doctree.findall(addnodes.download_reference)):
+        folder, _, file = link["reftarget"].rpartition("/")
+        if file == "report.html":
+            link.replace_self(nodes.reference("", "", *link.children, refuri=f"{folder}/{PAGE}", internal=True))
+
+
+def _copy_pages(app: Any, error: Exception | None) -> None:
+    for page in HERE.glob("results/*/report.html"):  # the site has a report.html of its own, made of report.md
+        target = Path(app.outdir) / page.relative_to(HERE).with_name(PAGE)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(page, target)
+
+
 def setup(app: Any) -> None:
-    """Fill in the table of contents."""
+    """Fill in the table of contents, and take the pages of the studies into the site."""
     app.connect("source-read", _evidence)
+    app.connect("doctree-resolved", _open_in_browser)
+    app.connect("build-finished", _copy_pages)

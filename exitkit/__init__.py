@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 # Name -> module and name in it: imported on first use, so that the command line answers before torch is loaded.
 _PUBLIC = {
     "AdaptiveInference": ("exitkit.inference.adaptive", "AdaptiveInference"),
+    "ExitPolicy": ("exitkit.inference.policy", "ExitPolicy"),
     "ExitRule": ("exitkit.inference.rule", "ExitRule"),
     "LearnedTable": ("exitkit.strategy.base", "LearnedTable"),
     "MultiExitNetwork": ("exitkit.networks.cascade", "MultiExitNetwork"),
@@ -37,12 +38,18 @@ _PUBLIC = {
     "load_released_weights": ("exitkit.networks.released.weights", "load_released_weights"),
     "load_runs": ("exitkit.runs.table", "load_runs"),
     "prune_to": ("exitkit.networks.pruning", "prune_to"),
+    "register": ("exitkit.plugins", "register"),
+    "run_command": ("exitkit.cli", "run_command"),
     "setting": ("exitkit.plugins", "setting"),
     "train": ("exitkit.training.loop", "train"),
 }
 
 # Constructors of a class that need rooms above its own: class -> its attribute -> where the function is.
 _CONSTRUCTORS = {
+    "ExitPolicy": {
+        "from_run": ("exitkit.inference.choose", "policy_of_run"),
+        "from_outputs": ("exitkit.inference.choose", "policy_of_outputs"),
+    },
     "ExitRule": {
         "from_run": ("exitkit.inference.choose", "rule_of_run"),
         "from_outputs": ("exitkit.inference.choose", "rule_of_outputs"),
@@ -52,8 +59,10 @@ _CONSTRUCTORS = {
 }
 
 if TYPE_CHECKING:
+    from exitkit.cli import run_command
     from exitkit.errors import UserError
     from exitkit.inference.adaptive import AdaptiveInference
+    from exitkit.inference.policy import ExitPolicy
     from exitkit.inference.rule import ExitRule
     from exitkit.networks.attach.exits import attach_exits
     from exitkit.networks.build import build_network
@@ -61,7 +70,7 @@ if TYPE_CHECKING:
     from exitkit.networks.costs import cost
     from exitkit.networks.pruning import prune_to
     from exitkit.networks.released.weights import load_released_weights
-    from exitkit.plugins import setting
+    from exitkit.plugins import register, setting
     from exitkit.runs.evaluate import evaluate
     from exitkit.runs.folder import RunFolder
     from exitkit.runs.job import load_network
@@ -75,6 +84,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdaptiveInference",
+    "ExitPolicy",
     "ExitRule",
     "LearnedTable",
     "MultiExitNetwork",
@@ -95,6 +105,8 @@ __all__ = [
     "load_released_weights",
     "load_runs",
     "prune_to",
+    "register",
+    "run_command",
     "setting",
     "train",
 ]

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import io
 import json
 import os
 import shutil
 import sys
-import uuid
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exitkit.errors import UserError
+from exitkit.errors import DamagedError, UserError
 
 if TYPE_CHECKING:
     import numpy as np
+    from filelock import BaseFileLock
+    from pydantic import TypeAdapter, ValidationError
     from torch import Tensor
+
+SHARED_IMAGES = "EXITKIT_SHARED_IMAGES"
+"""Environment variable: a folder of images that several processes share, see `exitkit.data.sharing`."""
+
+
+DEPTH = 20
+"""Number of levels of lists and dictionaries that a file may have; those of exitkit have at most five."""
 
 
 @contextlib.contextmanager
@@ -30,12 +39,7 @@ def written_whole(path: Path) -> Iterator[Path]:
         UserError: the disk is full, permission is missing, or another disk error occurred.
     """
     # Created by open(), so that the user's umask sets its permissions.
-    temporary = beside(path)
-    try:
-        temporary.open("xb").close()
-    except OSError as error:
-        raise disk_error(path, error) from None
-    with _locked(temporary):
+    with _made_and_locked(path, lambda temporary: temporary.open("xb").close()) as temporary:
         try:
             yield temporary
             with temporary.open("rb") as written:
@@ -52,11 +56,9 @@ def drafted(path: Path) -> Iterator[Path]:
     """Yield an empty folder beside `path`, to be filled and renamed to `path`; otherwise it is removed at the end.
 
     Raises:
-        OSError: the folder can't be created.
+        UserError: the folder can't be created.
     """
-    draft = beside(path)
-    draft.mkdir()
-    with _locked(draft):
+    with _made_and_locked(path, Path.mkdir) as draft:
         try:
             yield draft
         finally:
@@ -65,14 +67,37 @@ def drafted(path: Path) -> Iterator[Path]:
 
 def beside(path: Path) -> Path:
     """Return a unique temporary path in the folder of `path`."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    return path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[bool]:
+def _made_and_locked(path: Path, make: Callable[[Path], object]) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, made by `make` and locked.
+
+    Before it is locked, another process may take it for one that a killed process left, and remove it; it is made again
+    then.
+
+    Raises:
+        UserError: it can't be created.
+    """
+    while True:
+        temporary = beside(path)
+        try:
+            make(temporary)
+        except OSError as error:
+            raise disk_error(path, error) from None
+        with _locked(temporary, wait=True):
+            if temporary.exists():
+                yield temporary
+                return
+
+
+@contextlib.contextmanager
+def _locked(path: Path, wait: bool = False) -> Iterator[bool]:
     """Lock a file or folder until the end of the block or of the process; yield whether the lock was acquired.
 
-    Without file locks (Windows, some file systems) it yields False.
+    If another process has the lock, `wait` waits for it. Without file locks (Windows, some file systems) it yields
+    False.
     """
     if sys.platform == "win32":
         yield False
@@ -83,7 +108,7 @@ def _locked(path: Path) -> Iterator[bool]:
     descriptor, acquired = -1, False
     with contextlib.suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         acquired = True
     try:
         yield acquired
@@ -109,12 +134,32 @@ def exists(path: Path) -> bool:
 
 def disk_error(path: Path, error: OSError) -> UserError:
     """Return the error for a failed write to `path`, with its reason in one line."""
+    again = "free some space, then run the same command again (train: with --resume)"
     reason = {
-        errno.ENOSPC: "the disk is full; free some space, then resume",
+        errno.ENOSPC: f"the disk is full; {again}",
+        getattr(errno, "EDQUOT", -1): f"the disk quota is used up; {again}",  # Windows has no such error
         errno.EACCES: "no permission; choose another --out",
         errno.EROFS: "the file system is read-only; choose another --out",
     }.get(error.errno or 0, error.strerror or str(error))
     return UserError(f"{path} can't be written: {reason}")
+
+
+def acquire(lock: BaseFileLock) -> None:
+    """Acquire a lock; `filelock.Timeout` and a missing folder are errors of their own.
+
+    Raises:
+        UserError: the file system has no locks, or an error of the disk occurred.
+    """
+    # Imported when used: most files need no lock.
+    from filelock import Timeout
+
+    try:
+        lock.acquire()
+    except (Timeout, FileNotFoundError):
+        raise
+    except (OSError, NotImplementedError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else "") or str(error)
+        raise UserError(f"{lock.lock_file} can't be locked: {reason}; expected a file system with locks") from None
 
 
 def make_folder(path: Path) -> None:
@@ -135,6 +180,18 @@ def make_folder(path: Path) -> None:
                 shutil.rmtree(leftover, ignore_errors=True)
             elif abandoned:
                 leftover.unlink(missing_ok=True)
+
+
+def write_files(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
+    """Write files {name: function that writes to a path} to a folder, each atomically; the folder is made if missing.
+
+    Raises:
+        UserError: the folder or a file can't be written.
+    """
+    make_folder(folder)
+    for name, write in writers.items():
+        with written_whole(folder / name) as temporary:
+            write(temporary)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -165,15 +222,74 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        UserError: the file is missing or damaged.
+        DamagedError: the file is missing or damaged, has a number that is not finite, or is nested too deeply.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        # It may have been edited on Windows, and begin with a byte order mark.
+        value = json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=_no_number)
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: {path.parent} is not a complete run folder") from None
+        raise DamagedError(f"{path} is missing: {path.parent} is not a complete run folder") from None
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"{path} can't be read: {reason}") from None
+        raise DamagedError(f"{path} can't be read: {reason}") from None
+    if field := too_deep(value):
+        raise DamagedError(f"{path} is damaged ({field} is nested more than {DEPTH} levels deep)")
+    return value
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is not a number of JSON")
+
+
+def too_deep(value: Any) -> str:
+    """Return the first key or index of lists and dictionaries that are nested more than `DEPTH` levels deep, or ""."""
+    waiting = [(value, "", 0)]
+    while waiting:
+        item, first, depth = waiting.pop()
+        if depth > DEPTH:
+            return first
+        if isinstance(item, dict | list):
+            pairs = item.items() if isinstance(item, dict) else enumerate(item)
+            waiting += [(inner, first or str(key), depth + 1) for key, inner in pairs if isinstance(inner, dict | list)]
+    return ""
+
+
+def checked(where: Path | str, kind: Any, value: Any) -> Any:
+    """Return a value from outside, which must have the type `kind` by pydantic's strict rules.
+
+    Args:
+        where: the file, for the message.
+        kind: the type.
+        value: the value, as JSON has it.
+
+    Raises:
+        DamagedError: it has another type; the message names the first wrong field.
+    """
+    # Imported when used: the help pages must not load pydantic.
+    from pydantic import ValidationError
+
+    try:
+        _adapter(kind).validate_python(value, strict=True)
+    except ValidationError as error:
+        raise DamagedError(f"{where} is damaged ({first_fault(error)})") from None
+    return value
+
+
+@functools.lru_cache(maxsize=64)
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    """Return pydantic's check of a type; to make it takes much longer than to check a small file."""
+    # Imported when used: the help pages must not load pydantic.
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
+
+
+def first_fault(error: ValidationError) -> str:
+    """Return the first fault that pydantic found as "field: what is expected"."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    field = ".".join(str(part) for part in first["loc"])
+    message = str(first["msg"]).replace("Input should be", "expected")
+    return f"{field}: {message}" if field else message
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
@@ -273,6 +389,6 @@ def _safetensors(path: Path, reader: Any) -> Any:
     try:
         return reader(path)
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: {path.parent} is not a complete run folder") from None
+        raise DamagedError(f"{path} is missing: {path.parent} is not a complete run folder") from None
     except Exception as error:  # safetensors' own error type is not public
-        raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+        raise DamagedError(f"{path} is damaged: {str(error).splitlines()[0]}") from None

@@ -1,4 +1,4 @@
-"""Methods, backbones and data sets, found by name through entry points, and their fields.
+"""Methods, backbones and data sets, found by name through entry points or `register`, and their fields.
 
 A plugin is a dataclass; its fields are its settings, each declared with `setting(default, meaning)`. An entry
 point refers to the class or to a `functools.partial` of it (the same fields with other defaults). A class may also have
@@ -12,14 +12,18 @@ import dataclasses
 import functools
 import inspect
 import re
+import sys
 import types
 import typing
 import warnings
 from collections.abc import Callable, Mapping
-from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any
 
+from exitkit import registration
+from exitkit.entry_points import Point, by_name, foreign, installed, reason, several
 from exitkit.errors import Note, UserError, unknown
+from exitkit.registration import Registration
 
 KINDS = {"method": "exitkit.methods", "backbone": "exitkit.backbones", "dataset": "exitkit.datasets"}
 """The entry-point group of each kind of plugin."""
@@ -37,7 +41,9 @@ def setting(
     variant: Mapping[str, Any] | None = None,
     execution: bool = False,
     added: bool = False,
+    earlier: Any = None,
     kw_only: bool = False,
+    search: tuple[float, float] | tuple[float, float, str] | None = None,
 ) -> Any:
     """Declare a field of a plugin.
 
@@ -48,9 +54,19 @@ def setting(
         execution: the field changes how the work is done but no result; it is not part of a run's identity.
         added: the field is newer than the plugin, and its default keeps the earlier behaviour; at its default it is
             not part of a run's identity.
+        earlier: the value of an added field that keeps the earlier behaviour, if its default does not. Recipes of runs
+            of earlier releases, which list all other fields, get this value; it is not part of a run's identity.
         kw_only: the field is common to a whole kind of plugin, and is listed after the plugin's own fields.
+        search: the range that `exitkit tune` searches by default, (low, high) or (low, high, "log").
     """
-    metadata = {"meaning": meaning, "variant": dict(variant or {}), "execution": execution, "added": added}
+    metadata = {
+        "meaning": meaning,
+        "variant": dict(variant or {}),
+        "execution": execution,
+        "added": added,
+        "search": search,
+    }
+    metadata |= {} if earlier is None else {"earlier": earlier}
     return dataclasses.field(default=default, metadata=metadata, kw_only=kw_only)
 
 
@@ -92,15 +108,60 @@ def forwarded(plugin: Any, source: type) -> dict[str, Any]:
     return {name: getattr(plugin, name) for name in fields(source) if name in fields(type(plugin))}
 
 
+def register(kind: str, name: str, plugin: Any) -> None:
+    """Register a data set, a network family or a method of a script, so that it can be used by its name.
+
+    Worker processes of `exitkit compare` import the script by its path, so that everything but imports, definitions and
+    calls of `register` must be below `if __name__ == "__main__":`. Commands import the scripts in the environment
+    variable EXITKIT_SCRIPTS. Packages use entry points instead. Registering the same name again replaces the plugin.
+
+    Args:
+        kind: `dataset`, `backbone` (or `network`), or `method`.
+        name: the name.
+        plugin: a dataclass derived from `DataSet`, `Backbone` or `TrainingStrategy`, or a `functools.partial` of it.
+
+    Raises:
+        UserError: the kind is unknown, the name is that of an installed plugin, or the plugin is not a dataclass.
+    """
+    kind = {"network": "backbone"}.get(kind, kind)
+    if kind not in KINDS:
+        raise unknown("kind of plugin", kind, KINDS)
+    if same := _installed(kind).get(name):
+        raise UserError(f"{WORDS[kind]} {name!r} exists already ({same[0].value}); choose another name")
+    if problem := _problem(plugin):
+        raise UserError(f"{WORDS[kind]} {name!r} {problem}")
+    script = sys._getframe(1).f_globals.get("__file__")
+    registration.add(kind, name, plugin, script and str(Path(script).resolve()))
+    registered.cache_clear()
+    load.cache_clear()
+
+
 @functools.cache
-def registered(kind: str) -> dict[str, EntryPoint]:
-    """Return {name: entry point} of every installed plugin of this kind, sorted by name."""
-    return {point.name: point for point in sorted(entry_points(group=KINDS[kind]), key=lambda point: point.name)}
+def registered(kind: str) -> dict[str, Point | Registration]:
+    """Return {name: entry point} of every installed or registered plugin of this kind, sorted by name."""
+    points: dict[str, Point | Registration] = {**registration.registrations(kind)}
+    points |= {name: same[0] for name, same in _installed(kind).items()}
+    return dict(sorted(points.items()))
 
 
-def _targets(kind: str, name: str) -> list[str]:
-    """Return the objects that entry points called `name` refer to; a package that is on the path twice counts once."""
-    return sorted({point.value for point in entry_points(group=KINDS[kind], name=name)})
+def check_importable(kind: str, name: str) -> None:
+    """Check that other processes can find a plugin.
+
+    Raises:
+        UserError: it was registered in a notebook or an interactive session, which they can't import.
+    """
+    for part in method_parts(name) if kind == "method" else [name.partition(":")[0]]:
+        point = registered(kind).get(part)
+        if isinstance(point, Registration) and point.script is None:
+            raise UserError(
+                f"{WORDS[kind]} {part!r} was registered outside a file, so that worker processes can't import it; "
+                "register it in a script, or use --launcher here"
+            )
+
+
+def _installed(kind: str) -> dict[str, list[Point]]:
+    """Return {name: entry points} of the installed plugins of a kind; several if packages have the same name."""
+    return by_name(installed(KINDS[kind]))
 
 
 @functools.cache
@@ -122,33 +183,38 @@ def load(kind: str, name: str) -> Any:
         if preset is None:
             raise unknown(WORDS[kind], name, names(kind))
         return preset
-    targets = _targets(kind, name)
-    if len(targets) > 1:
-        raise UserError(
-            f"{WORDS[kind]} {name!r} comes from several packages ({', '.join(targets)}); uninstall all but one"
-        )
-    try:
+    same = _installed(kind).get(name, [])
+    if len(same) > 1:
+        raise UserError(several(f"{WORDS[kind]} {name!r}", same))
+    label, package = f"{WORDS[kind]} {name!r} ({points[name].value})", points[name].package
+    with foreign(f"{label} does not load", package):
         plugin = points[name].load()
-    except Exception as error:  # a module may raise any error on import
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{WORDS[kind]} {name!r} ({points[name].value}) does not load: {reason}") from error
+        problem = _problem(plugin)
+    if problem:
+        raise UserError(f"{label} {problem}" + (f" (package {package})" if package else ""))
+    return plugin
+
+
+def _problem(plugin: Any) -> str:
+    """Return why an object can't be a plugin, or ""."""
     cls = underlying(plugin)
+    if not isinstance(cls, type):
+        return f"is not a dataclass but {cls!r:.60}; expected a class decorated with @dataclass(eq=False)"
     # Without the decorator a class inherits its base's fields, and its own fields would be ignored.
     unused = [key for key, value in vars(cls).items() if isinstance(value, dataclasses.Field)]
-    if not dataclasses.is_dataclass(cls) or unused:
-        ignored = f": its settings ({', '.join(unused)}) would be ignored" if unused else ""
-        problem = f"{WORDS[kind]} {name!r} ({points[name].value}) is not a dataclass{ignored}"
-        raise UserError(f"{problem}; decorate it with @dataclass(eq=False)")
-    return plugin
+    if dataclasses.is_dataclass(cls) and not unused:
+        return ""
+    ignored = f": its settings ({', '.join(unused)}) would be ignored" if unused else ""
+    return f"is not a dataclass{ignored}; decorate it with @dataclass(eq=False)"
 
 
 def presets(kind: str, family: str) -> Mapping[str, Any]:
     """Return the presets {name: preset} of an installed family; empty if its package does not load."""
     try:
-        by_name: Mapping[str, Any] = vars(underlying(load(kind, family))).get("presets", {})
+        known: Any = vars(underlying(load(kind, family))).get("presets", {})
     except UserError:
         return {}
-    return by_name
+    return {str(name): preset for name, preset in known.items()} if isinstance(known, Mapping) else {}
 
 
 def _find_preset(kind: str, name: str) -> Any:
@@ -170,21 +236,35 @@ def identifying(kind: str, name: str, values: Mapping[str, Any]) -> dict[str, An
 
     Settings of execution, and added settings at their default, are excluded. Removed settings of earlier releases are
     included with their fixed value. A run therefore keeps its identity across releases. If the plugin is not installed,
-    all settings are returned.
+    or can't be used (which gives a `Note`), all settings are returned.
     """
     try:
         plugin = load(kind, name)
-    except UserError:
+    except UserError as error:
+        if name in registered(kind):
+            warnings.warn(Note(f"all settings of runs are compared: {error}"), stacklevel=2)
         return dict(values)
     known, usual = fields(plugin), defaults(plugin)
     kept = {
         key: value
         for key, value in values.items()
-        if key not in known
-        or not (known[key].metadata.get("execution") or (known[key].metadata.get("added") and value == usual[key]))
+        if key not in known or not (known[key].metadata.get("execution") or _as_before(known[key], value, usual[key]))
     }
     removed: Mapping[str, Any] = getattr(underlying(plugin), "removed", {})
     return {**removed, **kept}
+
+
+def _as_before(field: dataclasses.Field[Any], value: Any, default: Any) -> bool:
+    """Whether a value of an added field keeps the behaviour that the plugin had before it."""
+    return bool(field.metadata.get("added")) and value in (default, field.metadata.get("earlier", default))
+
+
+def _completed(known: Mapping[str, dataclasses.Field[Any]], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a run, which list all fields, with those of fields that its release did not have."""
+    later = {name: field.metadata["earlier"] for name, field in known.items() if "earlier" in field.metadata}
+    first = {name for name, field in known.items() if not field.metadata.get("added")}
+    whole = bool(later) and first <= values.keys()
+    return {**later, **values} if whole else dict(values)
 
 
 def underlying(plugin: Any) -> Any:
@@ -201,7 +281,11 @@ def fields(plugin: Any) -> dict[str, dataclasses.Field[Any]]:
 def defaults(plugin: Any) -> dict[str, Any]:
     """Return the default of each field; a preset's values override those of its class."""
     overrides = plugin.keywords if isinstance(plugin, functools.partial) else {}
-    return {name: overrides.get(name, field.default) for name, field in fields(plugin).items()}
+    return {name: overrides.get(name, _default(field)) for name, field in fields(plugin).items()}
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def configure(kind: str, name: str, values: Mapping[str, Any]) -> Any:
@@ -222,17 +306,18 @@ def instantiate(plugin: Any, label: str, values: Mapping[str, Any]) -> Any:
     Raises:
         UserError: see `configure`.
     """
-    known = fields(plugin)
-    removed: Mapping[str, Any] = getattr(underlying(plugin), "removed", {})
+    with foreign(label):
+        known = fields(plugin)
+        removed: Mapping[str, Any] = dict(getattr(underlying(plugin), "removed", {}))
+        hints = typing.get_type_hints(underlying(plugin))
     for name in removed.keys() & values.keys():
         if values[name] != removed[name]:
             notice = f"{name}={values[name]} of {label} no longer exists and is ignored: it changed no result"
             warnings.warn(Note(notice), stacklevel=3)
-    values = {name: value for name, value in values.items() if name not in removed}
+    values = _completed(known, {name: value for name, value in values.items() if name not in removed})
     for name in values:
         if name not in known:
             raise unknown(f"field of {label}", name, known)
-    hints = typing.get_type_hints(underlying(plugin))
     checked = {name: check_value(f"{label}: {name}", hints[name], value) for name, value in values.items()}
     try:
         return plugin(**checked)
@@ -240,6 +325,8 @@ def instantiate(plugin: Any, label: str, values: Mapping[str, Any]) -> Any:
         raise
     except (ValueError, TypeError) as error:
         raise UserError(f"{label}: {error}") from error
+    except (Exception, SystemExit) as error:  # a plugin of another package may raise anything
+        raise UserError(f"{label}: {reason(error)}") from error
 
 
 def check_value(label: str, kind: Any, value: Any) -> Any:
@@ -253,7 +340,8 @@ def check_value(label: str, kind: Any, value: Any) -> Any:
     # Imported when used: the help pages must not load pydantic.
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-    adapter = TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False))
+    with foreign(f"{label} has a type that can't be checked"):
+        adapter = TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False))
     candidates = [value]
     if isinstance(value, str) and value.lower() in ("none", "null"):
         candidates = [None, value]

@@ -49,8 +49,8 @@ class AdaLoss(TrainingStrategy):
     )
 
     ema: float = setting(0.9, "mu, weight of the previous running mean in a step")
-    gamma: float = setting(0.07, "share of equal weights in the weights")
-    period: int = setting(100, "steps between two computations of the weights")
+    gamma: float = setting(0.07, "share of equal weights in the weights", search=(0.0, 0.5))
+    period: int = setting(100, "steps between two computations of the weights", search=(1, 200, "log"))
     final_extra: float = setting(0.0, "added to the last exit's weight, where the largest is 1")
 
     _means: Tensor | None = field(default=None, init=False, repr=False)

@@ -62,9 +62,14 @@ class Aggregated(TrainingStrategy):
     def train_step(self, run: Run, batch: Batch) -> None:
         """Step along the direction that combines the exits' gradients."""
         pairs = zip(run.losses(batch), run.weights(), strict=True)
-        rows = run.exit_gradients([weight * loss for loss, weight in pairs if weight != 0])
-        if not rows:
+        weighted = [weight * loss for loss, weight in pairs if weight != 0]
+        if not weighted:
             raise UserError("the weights of all exits are zero; expected at least one above zero")
+        trained = [loss for loss in weighted if loss.requires_grad]
+        if not trained:
+            raise UserError("the exits with a weight above zero have frozen parameters only; expected one to train")
+        # A row of zeros, from an exit whose parameters are all frozen, would be a direction that conflicts with none.
+        rows = run.exit_gradients(trained)
         sizes = [parameter.numel() for parameter in run.parameters]
         matrix = torch.stack([torch.cat(list(map(_flat, row, run.parameters))) for row in rows])
         # A solver can't use a gradient that overflowed (fp16); the engine skips such a step.
@@ -143,7 +148,7 @@ class CAGrad(Aggregated):
     paper: ClassVar[str] = "Liu et al., Conflict-Averse Gradient Descent for Multi-task Learning, NeurIPS 2021"
 
     variant: Variant = setting("paper", "convex solver, or gradient descent as in the code of Meta-GF's comparison")
-    c: float = setting(0.5, "largest distance from the mean gradient, as a multiple of its length")
+    c: float = setting(0.5, "largest distance from the mean gradient, as a multiple of its length", search=(0.1, 0.9))
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -20,7 +20,8 @@ the composition with kd and joint (the page of this method gives the settings).
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import defaultdict
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import ClassVar
@@ -53,7 +54,7 @@ class BlockDependentLosses(TrainingStrategy):
         "TNNLS 2023"
     )
 
-    window: int = setting(3, "stages that an exit trains, its own and those before it")
+    window: int = setting(3, "stages that an exit trains, its own and those before it", search=(1, 5))
     final: bool = setting(True, "let the last exit train all stages")
     groups: tuple[int, ...] | None = setting(
         None, "numbers of stages per group, first to last: exits train the stages of their group, instead of a window"
@@ -81,12 +82,13 @@ class BlockDependentLosses(TrainingStrategy):
 
     def train_step(self, run: Run, batch: Batch) -> None:
         """Make one step on the sum of the exits' gradients, each over the parameters that the exit trains."""
-        names = {id(parameter): name for name, parameter in run.network.named_parameters()}
-        parameters = run.parameters
+        parameters, names = run.parameters, defaultdict[int, list[str]](list)
+        for name, parameter in run.network.named_parameters(remove_duplicate=False):  # stages may share parameters
+            names[id(parameter)].append(name)
         total: list[Tensor | None] = [None] * len(parameters)
         for index, (loss, weight) in enumerate(zip(run.losses(batch), run.weights(), strict=True)):
             stages = self.trained_stages(index, run.network.num_exits)
-            trained = [place for place, p in enumerate(parameters) if _trains(index, stages, names.get(id(p), ""))]
+            trained = [place for place, p in enumerate(parameters) if _trains(index, stages, names[id(p)])]
             if not weight or not trained:
                 continue
             gradients = run.gradients(loss.mean() * weight, [parameters[place] for place in trained])
@@ -97,10 +99,9 @@ class BlockDependentLosses(TrainingStrategy):
         run.apply(total)
 
 
-def _trains(index: int, stages: Collection[int], name: str) -> bool:
-    """Whether exit `index` trains a parameter; parameters outside stages and heads are trained by every exit."""
-    kind, _, rest = name.partition(".")
-    if kind not in ("stages", "heads"):
-        return True
-    number = int(rest.partition(".")[0])
-    return number in stages if kind == "stages" else number == index
+def _trains(index: int, stages: Collection[int], names: Iterable[str]) -> bool:
+    """Whether exit `index` trains a parameter of these names; every exit trains those outside stages and heads."""
+    parts = [name.split(".") for name in names]
+    inside = {(part[0], int(part[1])) for part in parts if part[0] in ("stages", "heads")}
+    trained = {("heads", index), *(("stages", stage) for stage in stages)}
+    return not inside or bool(inside & trained)

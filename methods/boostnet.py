@@ -80,6 +80,7 @@ class BoostNet(TrainingStrategy):
     temperature: float | tuple[float, ...] = setting(
         0.5,
         "t, factor of the output of the exit before: one number, or one per exit (0: independent exits, 1: boosting)",
+        search=(0.0, 1.0),
     )
     stop_gradient: bool = setting(True, "stop the gradient of the output of the exit before")
     rescale: bool = setting(True, "rescale gradients as Gradient Equilibrium does")

@@ -75,9 +75,11 @@ class BeYourOwnTeacher(TrainingStrategy):
     )
 
     variant: Variant = setting("paper", "follow the paper's equations or the released code")
-    alpha: float = setting(0.3, "a, weight of the distillation loss; that of the label loss is 1 - a")
+    alpha: float = setting(
+        0.3, "a, weight of the distillation loss; that of the label loss is 1 - a", search=(0.1, 0.9)
+    )
     hint_weight: float = setting(0.03, "l, weight of the distance to the last exit's feature; 0: no hints")
-    temperature: float = setting(3.0, "T, temperature of both softmaxes")
+    temperature: float = setting(3.0, "T, temperature of both softmaxes", search=(1.0, 5.0))
     divergence: Literal["divergence", "cross-entropy"] | None = setting(
         None,
         "form of D: both have the same gradient, and differ by the teacher's entropy",

@@ -24,7 +24,7 @@ the default is the hard gate; `sharpness=10` makes the soft gate depend on the i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -71,7 +71,7 @@ class ConfidenceGated(TrainingStrategy):
     variant: Variant = setting("paper", "follow the paper's equations or the released code")
     gate: Literal["hard", "soft"] = setting("hard", "an image passes an exit or not, or by a sigmoid of p(label)")
     threshold: float | None = setting(None, "tau, the confidence that closes a gate; none: 0.5 (hard), 0.9 (soft)")
-    sharpness: float = setting(1.0, "s, the slope of the soft gate")
+    sharpness: float = setting(1.0, "s, the slope of the soft gate", search=(0.5, 20.0, "log"))
     epsilon: float = setting(1e-3, "weight that is added for every image at every exit")
     exit_share: Literal["constant", "moving"] | None = setting(
         None,
@@ -93,6 +93,10 @@ class ConfidenceGated(TrainingStrategy):
             raise UserError(f"sharpness is {self.sharpness}; expected above 0")
         if not (self.epsilon >= 0 and math.isfinite(self.epsilon)):
             raise UserError(f"epsilon is {self.epsilon}; expected a number of at least 0")
+
+    def refuses(self) -> Mapping[str, str]:
+        """Refuse mixed images: the gates need one label per image."""
+        return dict.fromkeys(("mixup", "cutmix"), "its gates need one label per image")
 
     def train_step(self, run: Run, batch: Batch) -> None:
         """Make a step on the losses, weighted by the gates of each image."""

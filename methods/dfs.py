@@ -16,8 +16,10 @@ inference. Dense layers append their channels, so that S are the newest ones of 
 What differs from the published code (https://github.com/GongCheng1919/dfs): on MSDNet its heads train all channels that
 they read; `variant = "released"` does the same. On VGG it implements [P, sg(S)] by two convolutions without bias, each
 with its own initialisation, which is not reproduced. In all networks it partitions only the tensor that the head reads,
-as `scope = "coarsest"` does; `scope = "all"` is an addition. Its MSDNet has dropout of 0.5 before every classifier, and
-its ResNet-18 also trains with Be Your Own Teacher's distillation; neither is part of this method.
+as `scope = "coarsest"` does; `scope = "all"` is an addition. Its MSDNet has dropout of 0.5 before every classifier. Its
+ResNet-18 has the exits of Be Your Own Teacher and trains with its losses as well (weight 0.3, T = 3), with hints of
+weight 0.03 at all exits but the last. Neither is part of this method; `dfs+byot` trains with both on the heads of the
+given network.
 """
 
 from __future__ import annotations
@@ -114,7 +116,7 @@ class DeepFeatureSurgery(TrainingStrategy):
     )
 
     variant: Variant = setting("paper", "follow the paper's partition or the released code")
-    beta: float = setting(0.5, "share of the channels that the later exits train")
+    beta: float = setting(0.5, "share of the channels that the later exits train", search=(0.1, 0.9))
     head: HeadInput | None = setting(
         None,
         "channels that the exit trains: its own part, or all",

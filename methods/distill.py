@@ -57,8 +57,10 @@ class SelfDistillation(TrainingStrategy):
     slots: ClassVar[frozenset[str]] = frozenset({OBJECTIVE})
     paper: ClassVar[str] = "Phuong and Lampert, Distillation-Based Training for Multi-Exit Architectures, ICCV 2019"
 
-    weight: float = setting(0.5, "w, weight of the teachers; in the divergence form, the weight of the label is 1 - w")
-    temperature: float = setting(2.0, "T, temperature of both softmaxes")
+    weight: float = setting(
+        0.5, "w, weight of the teachers; in the divergence form, the weight of the label is 1 - w", search=(0.1, 0.9)
+    )
+    temperature: float = setting(2.0, "T, temperature of both softmaxes", search=(1.0, 5.0))
     teacher: str | None = setting(
         None,
         "another run as teacher: its folder, or a method (trained first, with the same recipe); none: later exits",

@@ -20,7 +20,10 @@ The paper trains language models; it gives no D (`width`) for networks of images
 
 What differs from the published code (https://github.com/lancopku/Early-Exit): it applies dropout to S, and early in
 training it stops the gradients of the first layers at random. Here there is no dropout, no other gradients are stopped
-than above, and weights have PyTorch's initialisation of linear layers.
+than above, and weights have PyTorch's initialisation of linear layers. The port for images
+(https://github.com/kamadforge/early-exit-benchmark) has ReLU in place of each tanh, initial weights of standard
+deviation 1 / sqrt(D), and no factor 2 before the two sums. The network's own last head remains outside of it, and
+counts in the mean of the losses.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ the weights are not updated, and the batch is one step on L.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -88,7 +89,7 @@ class HarmonisedDistillation(TrainingStrategy):
         "after Wang and Li, Harmonized Dense Knowledge Distillation Training for Multi-Exit Architectures, AAAI 2021"
     )
 
-    temperature: float = setting(1.0, "T, temperature of both softmaxes")
+    temperature: float = setting(1.0, "T, temperature of both softmaxes", search=(1.0, 5.0))
     learn: bool = setting(True, "learn the weights of the terms; false: all 1")
     meta_lr: float = setting(1e-3, "learning rate of the weights (Adam)")
 
@@ -102,10 +103,15 @@ class HarmonisedDistillation(TrainingStrategy):
         """Claim the update only if the weights are learned."""
         return self.slots if self.learn else frozenset({OBJECTIVE})
 
+    def refuses(self) -> Mapping[str, str]:
+        """Refuse other optimisers than SGD, whose step is linear in the gradient."""
+        return {"optimizer": "its pseudo steps are steps of SGD"} if self.learn else {}
+
     def prepare(self, run: Run) -> None:
         """Make eta."""
         exits = run.network.num_exits
         if self.learn:
+            run.check_pseudo_steps()
             weights = TermWeights(exits * (exits + 1) // 2).to(next(run.network.parameters()).dtype)
             run.auxiliary("terms", weights, lambda parameters: torch.optim.Adam(parameters, self.meta_lr))
 

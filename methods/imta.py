@@ -148,7 +148,9 @@ class OneForAll(TrainingStrategy):
     paper: ClassVar[str] = PAPER
 
     variant: Variant = setting("paper", "follow the paper's equations or the released code")
-    gamma: float = setting(0.1, "weight of the distillation loss; that of the label loss is 1 - gamma")
+    gamma: float = setting(
+        0.1, "weight of the distillation loss; that of the label loss is 1 - gamma", search=(0.01, 0.9, "log")
+    )
     temperature: float = setting(1.0, "T, temperature of both softmaxes")
     kd_reduction: Literal["batchmean", "mean"] | None = setting(
         None,
@@ -203,7 +205,7 @@ class IMTA(TrainingStrategy):
     variant: Variant = setting("paper", "follow the paper's equations or the released code")
     first: str = setting("ge", "method of the first phase, or several as a+b")
     second: str = setting("isc+ofa", "method of the second phase, on new classifiers; none: no second phase")
-    ratio: float = setting(0.6, "length of the second phase, as a multiple of the first")
+    ratio: float = setting(0.6, "length of the second phase, as a multiple of the first", search=(0.2, 1.0))
     batchnorm: Literal["frozen", "train"] | None = setting(
         None, "batch norm of the frozen network", variant={"paper": "frozen", "released": "train"}
     )

@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from exitkit.escaping import counted
 from exitkit.networks import MultiExitNetwork, cost
 from exitkit.strategy import EXIT_WEIGHTS, Run, TrainingStrategy, UserError, setting
 
@@ -108,7 +109,9 @@ class Joint(TrainingStrategy):
                 f"weights=sdn is for up to {len(SDN_SHARES) + 1} exits; the network has {network.num_exits}"
             )
         if isinstance(self.weights, tuple) and len(self.weights) != network.num_exits:
-            raise UserError(f"weights has {len(self.weights)} values; expected {network.num_exits}, one per exit")
+            raise UserError(
+                f"weights has {counted(len(self.weights), 'value')}; expected {network.num_exits}, one per exit"
+            )
 
     def prepare(self, run: Run) -> None:
         """Compute the weights of a name, for which the network must be complete."""

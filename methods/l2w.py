@@ -71,8 +71,8 @@ class LearnedWeights(TrainingStrategy):
     normalise: Literal["exits", "samples", "all"] = setting(
         "exits", "the weights average 1 over an image's exits (CIFAR), an exit's batch, or both (ImageNet)"
     )
-    epsilon: float = setting(0.8, "range of the weights around 1 (CIFAR 0.8, ImageNet 0.3)")
-    q: float = setting(0.75, "ratio of the shares of neighbouring exits in the meta half")
+    epsilon: float = setting(0.8, "range of the weights around 1 (CIFAR 0.8, ImageNet 0.3)", search=(0.2, 1.0))
+    q: float = setting(0.75, "ratio of the shares of neighbouring exits in the meta half", search=(0.5, 1.5))
     objective: Literal["allocated", "vanilla"] = setting(
         "allocated", "meta loss of each exit: on the images that would leave there, or on all images"
     )
@@ -94,10 +94,16 @@ class LearnedWeights(TrainingStrategy):
         if self.meta_weight_decay < 0:
             raise UserError(f"meta_weight_decay is {self.meta_weight_decay}; expected at least 0")
 
+    def refuses(self) -> Mapping[str, str]:
+        """Refuse other optimisers than SGD, whose step is linear in the gradient."""
+        return {"optimizer": "its pseudo steps are steps of SGD"} if self.weights == "predicted" else {}
+
     def prepare(self, run: Run) -> None:
         """Make the weight prediction network, if it is used."""
         if self.weights not in ("predicted", "frozen"):
             return
+        if self.weights == "predicted":
+            run.check_pseudo_steps()
         exits = run.network.num_exits
         reads = exits * (2 if self.inputs == "both" else 1)
         layers = [nn.Linear(reads, self.hidden), nn.ReLU(), nn.Linear(self.hidden, exits), nn.Tanh()]

@@ -73,7 +73,7 @@ class MetaGF(TrainingStrategy):
     variant: Literal["paper", "released", "released-channel"] = setting(
         "paper", "follow the paper, or the released layer-wise or channel-wise driver"
     )
-    auxiliary_weight: float = setting(0.1, "weight of the other exits' losses in a branch")
+    auxiliary_weight: float = setting(0.1, "weight of the other exits' losses in a branch", search=(0.01, 1.0, "log"))
     fusion_lr: float = setting(0.1, "learning rate of the fusion weights (Adam)")
     fuse_batchnorm: bool | None = setting(
         None, "also learn the fusion of batch norm's scales and shifts", variant=_of_driver("fuse_batchnorm")
@@ -128,6 +128,13 @@ class MetaGF(TrainingStrategy):
     def passes(self, exits: int) -> int:
         """Return K + 1: the branches and the fusion."""
         return exits + 1
+
+    def refuses(self) -> Mapping[str, str]:
+        """Refuse averages of the weights, and side by side other optimisers than SGD."""
+        average = {"weight_ema": "the fusion, not the optimiser, makes the weights of an epoch"}
+        if self.branches == "one-by-one":
+            return average
+        return average | {"optimizer": "branches train side by side by SGD only; expected branches=one-by-one"}
 
     def prepare(self, run: Run) -> None:
         """Determine the owners of each parameter, and make the fusion weights."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from exitkit.escaping import counted
 from exitkit.strategy import EXIT_WEIGHTS, Run, TrainingStrategy, UserError, setting
 
 
@@ -36,7 +37,10 @@ def split_epochs(epochs: int, shares: Sequence[float], name: str) -> list[int]:
     """
     count = len(shares)
     if epochs < count:
-        raise UserError(f"{name} has {count} phases and {epochs} epochs; expected at least one epoch per phase")
+        raise UserError(
+            f"{name} has {counted(count, 'phase')} and {counted(epochs, 'epoch')}; "
+            "expected at least one epoch per phase"
+        )
     bounds = [round(epochs * sum(shares[: index + 1]) / sum(shares)) for index in range(count)]
     lengths = [after - before for before, after in zip([0, *bounds], bounds, strict=False)]
     while 0 in lengths:

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from exitkit.escaping import counted
 from exitkit.methods.phases import Chosen, split_epochs
 from exitkit.strategy import EXIT_WEIGHTS, PHASES, Phase, Run, TrainingStrategy, UserError, setting
 
@@ -79,5 +80,5 @@ class Separate(TrainingStrategy):
         """Return the number of epochs of each phase."""
         shares = self.shares or (1.0,) * count
         if len(shares) != count:
-            raise UserError(f"shares has {len(shares)} values; expected {count}, one per phase")
+            raise UserError(f"shares has {counted(len(shares), 'value')}; expected {count}, one per phase")
         return split_epochs(epochs, shares, "separate training")

@@ -76,10 +76,11 @@ class ZeroTimeWaste(TrainingStrategy):
 
     Example:
         >>> [(phase.name, phase.optimizer) for phase in exitkit.build_strategy("ztw").phases(epochs=100, exits=4)]
-        [('trunk', 'sgd'), ('heads', 'adam')]
+        [('trunk', None), ('heads', 'adam')]
     """
 
     slots: ClassVar[frozenset[str]] = frozenset({PHASES, LOGIT_LINK, EXIT_WEIGHTS, UPDATE})
+    yields: ClassVar[frozenset[str]] = frozenset({PHASES})
     paper: ClassVar[str] = (
         "Wolczyk et al., Zero Time Waste: Recycling Predictions in Early Exit Neural Networks, NeurIPS 2021"
     )

@@ -24,6 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook  # noqa: E402
 
 register_optimizer_step_pre_hook(lambda *_: happens("step"))
 
+os.fsync = lambda descriptor: None  # it dies by signals alone, which what is written survives without a flush
 write_bytes, replace, rename = Path.write_bytes, Path.replace, Path.rename
 
 

@@ -1,7 +1,9 @@
-"""Turn the result of the whole matrix into docs/matrix.md.
+"""Turn the result of the matrix into docs/matrix.md.
 
 pytest tests/methods/test_matrix.py -m "full or not full" --junitxml=matrix.xml
 python tests/matrix_table.py matrix.xml
+
+With results of some methods only (pytest's -k), the rows of the others stay as they are.
 """
 
 import re
@@ -19,6 +21,11 @@ ends in the same bits; and the method trains for two epochs in bf16.
 """
 
 
+PAGE = Path(__file__).parent.parent / "docs/matrix.md"
+RANKS = "all of them: two ranks make the updates of one"
+MARK = {True: "✓", False: "**fails**"}
+
+
 def main(files):
     """Read what pytest wrote; what a later file says of a test counts."""
     cells, ranks = {}, {}
@@ -31,17 +38,24 @@ def main(files):
         pair = re.fullmatch(r"test_two_ranks_equal_one\[(\w+)\]", case.get("name"))
         if pair:
             ranks[pair[1]] = not failed
-    methods, families = (
-        sorted({key[place] for key in cells}, key=lambda name: ("+" in name, name)) for place in (0, 1)
-    )
-    mark = {True: "✓", False: "**fails**"}
+    heading, rows = written()
+    families = sorted({family for _, family in cells} | {*ranks} | {*heading})
+    for method in {method for method, _ in cells}:
+        results = [cells.get((method, family), []) for family in families]
+        rows[f"`{method}`"] = [MARK[len(each) == 2 and all(each)] for each in results]
+    if ranks:
+        rows[RANKS] = [MARK[ranks.get(family, False)] for family in families]
     lines = ["| method | " + " | ".join(families) + " |", "|---|" + ":-:|" * len(families)]
-    for method in methods:
-        fields = [cells.get((method, family), []) for family in families]
-        lines.append(f"| `{method}` | " + " | ".join(mark[len(each) == 2 and all(each)] for each in fields) + " |")
-    equal = " | ".join(mark[ranks.get(family, False)] for family in families)
-    lines.append("| all of them: two ranks make the updates of one | " + equal + " |")
-    Path(__file__).parent.parent.joinpath("docs/matrix.md").write_text(HEAD + "\n".join(lines) + "\n", encoding="utf-8")
+    for name in sorted(rows, key=lambda name: (name == RANKS, "+" in name, name)):
+        lines.append(f"| {name} | " + " | ".join(rows[name]) + " |")
+    PAGE.write_text(HEAD + "\n".join(lines) + "\n", encoding="utf-8")
+
+
+def written():
+    """Return the families, and {name: marks} of the rows, that the page has."""
+    text = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
+    table = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return (table[0][1:], {name: marks for name, *marks in table[1:]}) if table else ([], {})
 
 
 if __name__ == "__main__":

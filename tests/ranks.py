@@ -31,7 +31,7 @@ class Shares:
         self.run = run
 
     def __iter__(self):
-        whole = [*batches(3, size=8), *batches(1, size=5, seed=9)]
+        whole = [*batches(1, size=8), *batches(1, size=5, seed=9)]
         for images, labels in whole:
             shares = torch.arange(len(labels)).tensor_split(world)
             mine = shares[rank]
@@ -55,9 +55,10 @@ def trained(method, mode, settings):
         engine.place(network)
         for name, parameter in network.named_parameters():
             names = {"all": ("",), "new": tuple(set(dict(network.named_parameters())) - before) or ("!",)}
-            parameter.requires_grad_(name.startswith(names.get(phase.train, phase.train)))
-        if mode == "eval":
-            for module in network.modules():
+            held = mode == "frozen" and name.startswith("stages.0.")
+            parameter.requires_grad_(not held and name.startswith(names.get(phase.train, phase.train)))
+        if mode != "train":
+            for module in (network if mode == "eval" else network.stages[0]).modules():
                 if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
                     module.eval()
         run = Run(network, phase.strategy, sgd(network), engine)
@@ -82,7 +83,7 @@ cases += [("adaloss", {"period": 1}), ("cgt", {"gate": "soft", "sharpness": 10.0
 results = {
     (method, mode, str(settings)): trained(method, mode, settings)
     for method, settings in cases
-    for mode in ("train", "eval")
+    for mode in ("train", "eval", *["frozen"] * (not settings))
 }
 engine = Engine(torch.device("cpu"), ranks=Ranks(rank, world))
 ragged = [torch.arange(length, dtype=torch.float64)[:, None] + 10 * length for length in (1, 2)]

@@ -46,7 +46,7 @@ TABLE = {
     "weights of a wrong length": ("train --set weights=1,2", "expected 4, one per exit"),
     "all weights zero": ("train --set weights=0,0,0,0", "at least one above 0"),
     "network of no sense": ("train --set growth=3 --set growth_factors=1,1,1 --set bottleneck_factors=1,1,1", "odd"),
-    "validation too large": ("train --set validation=1290", "a validation set of 1290 images can't be drawn"),
+    "validation too large": ("train --set validation=1290", "a validation set of 1,290 images can't be drawn"),
     "no validation": ("train --set validation=0", "validation is 0; expected at least 1"),
     "epochs": ("train --epochs 0", "epochs is 0; expected greater than or equal to 1"),
     "learning rate": ("train --lr -1", "lr is -1.0; expected greater than 0"),
@@ -90,9 +90,17 @@ TABLE = {
     "out of a name too long": (f"train --epochs 1 --out {'x' * 300}", "can't be accessed"),
     "comparison with a name too long": (f"compare --epochs 1 --out {'x' * 300}", "can't be accessed"),
     "key of a recipe": (
-        "train --set weight_decay=0.1",
-        "weight_decay is a key of a recipe, not a field; set weight_decay",
+        "train --set seed=1",
+        "seed is a key of a recipe, not a field; set seed",
     ),
+    "optimiser that does not exist": ("train --set optimizer=adam", "optimizer is 'adam'; expected sgd | adamw"),
+    "decay of an average": ("train --set weight_ema=1", "weight_ema is 1.0; expected"),
+    "pseudo steps of AdamW": ("train --method l2w --set optimizer=adamw", "pseudo steps are steps of SGD"),
+    "mixed images with one label": ("train --method ge+cgt --set mixup=1", "cgt: its gates need one label per image"),
+    "average of fused weights": ("train --method metagf --set weight_ema=0.9", "the fusion, not the optimiser"),
+    "rate of a fixed trunk": ("train --method heads --set trunk_lr_factor=0.1", "its trunk is not trained"),
+    "mixed images of stored features": ("train --method heads --set cutmix=1", "fixed views of the images"),
+    "warm-up without end": ("train --epochs 2 --set warmup=2", "phase train has 2 epochs; expected fewer"),
     "run of a name too long": (f"show {'x' * 300}", "can't be accessed"),
     "no images at all": ("train --data-dir=", "data_dir"),
     "run that is a file": ("show broken.toml", "folder broken.toml is a file"),
@@ -160,8 +168,8 @@ def unfinished(cli, monkeypatch, tmp_path):
     """A run that was stopped after its first epoch."""
     save, calls = Checkpoints.save, []
 
-    def stop(self, run, history):
-        calls.append(save(self, run, history))
+    def stop(self, run, history, **options):
+        calls.append(save(self, run, history, **options))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Checkpoints, "save", stop)

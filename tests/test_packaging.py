@@ -47,7 +47,7 @@ def test_every_module_and_recipe_is_there_and_nothing_else(wheel):
     wanted = {
         f"{place}/{path.relative_to(ROOT / folder).as_posix()}"
         for folder, place in WINGS.items()
-        for pattern in ("*.py", "*.toml", "*.csv", "*.html", "py.typed")
+        for pattern in ("*.py", "*.toml", "*.csv", "*.html", "*.c", "py.typed")
         for path in (ROOT / folder).rglob(pattern)
     }
     assert "exitkit/benchmarks/recipes/digits.toml" in wanted and "exitkit/py.typed" in wanted

@@ -224,12 +224,13 @@ def test_its_mistakes_are_one_line_too(command, says, someones, visible, cli, tm
     assert not (tmp_path / "runs").exists()
 
 
-def package(place, name, points, module=""):
+def package(place, name, points, module="", group="methods"):
     """What pip leaves of a package: its module, and which plugins it has."""
     info = place / f"{name}-1.0.dist-info"
     info.mkdir(parents=True, exist_ok=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[exitkit.methods]\n{points}\n")
+    text = f"[exitkit.{group}]\n{points}\n" if group else points
+    (info / "entry_points.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
     (place / f"{name}.py").write_text(module)
 
 
@@ -260,6 +261,130 @@ def test_a_broken_package_hides_no_other_and_says_what_is_wrong(visible, cli, tm
         (line,) = errors.splitlines()
         assert code == 2 and f"method '{name}'" in line and says in line, line
     assert not (tmp_path / "runs").exists()
+
+
+DATACLASS = """
+import dataclasses, exitkit
+from exitkit.data.base import DataSet
+from exitkit.networks.families.base import Backbone
+@dataclasses.dataclass(eq=False, kw_only=True)
+class X({base}):
+    "A summary."
+    {body}
+"""
+
+
+def dataclass_of(base, body):
+    return DATACLASS.format(base=base, body=body)
+
+
+STRANGE = {  # what an entry point may be: [groups that it may be in, module]
+    "number": [("methods", "backbones", "datasets", "commands"), "X = 42"],
+    "leaves": [("methods", "backbones", "datasets", "commands"), "import sys\nprint('a word')\nsys.exit('bye')"],
+    "odd": [("methods", "backbones", "datasets", "commands"), "class E(BaseException): pass\nraise E('odd')"],
+    "plain": [("methods", "backbones", "datasets"), dataclass_of("object", "")],
+    "leaves-late": [
+        ("methods", "backbones", "datasets"),
+        dataclass_of("exitkit.TrainingStrategy", "def __post_init__(self): raise SystemExit(3)"),
+    ],
+    "untyped": [("methods",), dataclass_of("exitkit.TrainingStrategy", "a: 'Nothing' = 3")],
+    "numbers": [("methods",), dataclass_of("exitkit.TrainingStrategy", "paper = 5")],
+    "slots": [("methods",), dataclass_of("exitkit.TrainingStrategy", "slots = 7")],
+    "required": [("methods",), dataclass_of("exitkit.TrainingStrategy", "a: int")],
+    "unbuilt": [("backbones",), dataclass_of("Backbone", "").replace("eq=False", "frozen=True")],
+    "unloaded": [("datasets",), dataclass_of("DataSet", "").replace("eq=False", "frozen=True")],
+    "homeless": [
+        ("datasets",),
+        dataclass_of("DataSet", "house = 5\n    def load(self, *_): pass").replace("eq=False", "frozen=True"),
+    ],
+    "helpless": [("commands",), "import click\nX = click.Command('helpless', help=42)"],
+}
+LISTS = {
+    "no-sign": "[exitkit.methods]\nthis line has no equals sign\n",
+    "no-text": b"[exitkit.methods]\nx = \xff\xfe\n",
+    "elsewhere": "[console_scripts]\nnor does this\n",
+}
+
+
+@pytest.fixture(scope="module")
+def strange(tmp_path_factory):
+    """Packages with every strange entry point, and with lists of them that can't be read; [(group, name, package)]."""
+    place, found = tmp_path_factory.mktemp("strange"), []
+    for kind, (groups, module) in STRANGE.items():
+        for group in groups:
+            name = f"{kind}-{group}".replace("-", "_")
+            package(place, name, f"{name} = {name}:X", module, group)
+            found.append((group, name, name))
+    for group in ("methods", "backbones", "datasets", "commands", "recipes"):
+        package(place, f"gone_{group}", f"gone_{group} = no_such_module:X", "", group)
+        package(place, f"value_{group}", f"value_{group} = no value at all!", "", group)
+        found += [(group, f"{word}_{group}", f"{word}_{group}") for word in ("gone", "value")]
+    (place / "recipes_folder").mkdir()
+    (place / "recipes_folder" / "__init__.py").write_text("")
+    for name, text in (("no_toml", b"= = ="), ("no_text", b"\xff\xfe"), ("dated", b"when = 2031-01-01")):
+        (place / "recipes_folder" / f"{name}.toml").write_bytes(text)
+        found.append(("recipes", name, "recipes_folder"))
+    package(place, "someones_recipes", "someones = recipes_folder", "", "recipes")
+    for name, text in LISTS.items():
+        package(place, name, text, "", None)
+    return place, found
+
+
+def test_no_package_can_stop_or_hide_another_and_each_is_named(strange, visible, cli, monkeypatch, tmp_path):
+    """As `help`, `list`, `doctor` and a run print it; an interpreter of its own, since torch reads all lists, too."""
+    place, found = strange
+    environment = os.environ | {"PYTHONPATH": str(place), "XDG_CACHE_HOME": str(tmp_path / "cache"), "COLUMNS": "999"}
+
+    def exitkit(*words):
+        command = [sys.executable, "-m", "exitkit", *words]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert "Traceback" not in done.stderr, done.stderr
+        for name in LISTS:
+            assert f"package {name} is left out" in done.stderr
+        return done.returncode, done.stdout
+
+    code, shown = exitkit("--help")
+    assert code == 0 and "Train and evaluate one run." in shown
+    for _, name, of in (entry for entry in found if entry[0] == "commands"):
+        assert f"{name}  Not usable (package {of})" in " ".join(shown.split()).replace(f"{name} Not", f"{name}  Not")
+    code, shown = exitkit("list", "--json")
+    entries = {(f"{entry['kind']}s", entry["name"]): entry["summary"] for entry in json.loads(shown)}
+    for group, name, of in (entry for entry in found if entry[0] != "commands"):
+        summary = entries[group, name]
+        assert summary.startswith("not usable: ") and of in summary and "\n" not in summary, summary
+    usable = [name for (_, name), summary in entries.items() if not summary.startswith("not usable: ")]
+    assert len(usable) == len(entries) - len([entry for entry in found if entry[0] != "commands"])
+    code, shown = exitkit("doctor", "--json")
+    wrong = {finding["check"]: finding["detail"] for finding in json.loads(shown) if finding["state"] == "wrong"}
+    checks = {f"{group.removesuffix('s')} {name}": of for group, name, of in found}
+    assert code == 1 and wrong.keys() == checks.keys() | {f"package {name}" for name in LISTS}
+    assert all(of in wrong[check] for check, of in checks.items())
+    few = ["--epochs", "1", "--batch-size", "32", "--set", "per_class=4", "--set", "validation=40"]
+    assert exitkit("train", *few)[0] == 0
+
+
+def test_a_command_of_ours_is_kept_and_names_that_two_others_share_are_refused(visible, cli, tmp_path):
+    verb = "import click\nX = click.Command('x', help='Of another package.')\n"
+    for name in ("first", "second"):
+        package(tmp_path / "place", name, f"doctor = {name}:X\nshared = {name}:X", verb, "commands")
+    visible(tmp_path / "place")
+    code, shown, errors = cli("--help")
+    assert code == 0 and "Check the installation" in shown and "Not usable (package first, second)" in shown
+    assert errors.count("command 'doctor' comes from several packages") == 1 and "that of exitkit is used" in errors
+    assert "shared' comes from several packages (first:X of first, second:X of second)" in cli("shared").errors
+
+
+def test_runs_of_a_method_that_two_packages_have_are_reported_and_the_clash_is_named(visible, cli, tmp_path):
+    recipe = {"method": "ge", "epochs": 1, "batch_size": 32, "dataset_settings": {"per_class": 4, "validation": 40}}
+    importlib.import_module("exitkit").train(recipe, tmp_path / "runs")
+    package(tmp_path / "place", "other_ge", "ge = other_ge:Mine", "Mine = 1")
+    visible(tmp_path / "place")
+    code, shown, errors = cli("report", tmp_path / "runs", "--format", "csv")
+    assert code == 0 and "Anytime accuracy" in shown
+    assert errors.count("method 'ge' comes from several packages") == 1 and "other_ge:Mine of other_ge" in errors
+    for command in ("show", "watch"):
+        (run,) = (path.parent for path in (tmp_path / "runs").glob("*/recipe.json"))
+        assert cli(command, *([run] if command == "show" else [tmp_path / "runs", "--once"])).code == 0
 
 
 def test_one_name_from_two_packages_is_refused_and_the_same_package_seen_twice_is_not(visible, tmp_path):

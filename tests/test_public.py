@@ -33,6 +33,19 @@ def test_a_run_gives_its_network_and_its_images(tmp_path):
         assert torch.allclose(torch.stack(network(batch.images).logits, 1), stored, atol=1e-5)
 
 
+def test_a_script_runs_commands_in_its_own_process(capsys):
+    exitkit.run_command("list", "datasets")
+    assert "digits" in capsys.readouterr().out
+    for words, message in (
+        (("train", "--epochs", 0), "epochs"),
+        (("trian",), "train"),
+        (("train", "--epoch"), "--epochs"),
+    ):
+        with pytest.raises(exitkit.UserError, match=message) as caught:
+            exitkit.run_command(*words)
+        assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("module", "name", "place"),
     [

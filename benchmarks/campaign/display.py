@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -16,6 +16,8 @@ from rich.table import Table
 from exitkit.benchmarks.campaign.estimate import in_words, wall_time
 from exitkit.benchmarks.campaign.launchers import Event
 from exitkit.benchmarks.report.labels import name_runs
+from exitkit.cli.terminal import Console
+from exitkit.escaping import counted
 from exitkit.runs.recipe import flat_identity
 
 if TYPE_CHECKING:
@@ -51,7 +53,7 @@ class CampaignDisplay:
 
     def __enter__(self) -> Self:
         if self._finished:
-            self._print(f"{self._finished} of {self._planned} runs are already finished")
+            self._print(f"already finished: {self._finished} of {counted(self._planned, 'run')}")
         self._bars.start()
         self._refresh()
         return self
@@ -62,7 +64,7 @@ class CampaignDisplay:
         self._bars.stop()
         if error is None and self._shares:
             minutes, seconds = divmod(round(time.monotonic() - self._began), 60)
-            self._print(f"trained {len(self._shares)} runs in {minutes} min {seconds} s")
+            self._print(f"trained {counted(len(self._shares), 'run')} in {minutes} min {seconds} s")
 
     def __call__(self, event: Event) -> None:
         """Show one event."""
@@ -89,31 +91,44 @@ class CampaignDisplay:
     def _progress(self, event: Event) -> None:
         facts = event.facts
         self._shares[event.index] = facts["fraction"]
-        last = f"last exit {100 * facts['accuracies'][-1]:.1f} %"
-        note = f"epoch {facts['epoch']}/{facts['epochs']}  {facts['rate']:.0f} steps/s  {last}"
+        note = f"epoch {facts['epoch']}/{facts['epochs']}  {facts['rate']:.0f} steps/s"
+        if accuracies := facts["accuracies"]:  # none while features are stored
+            note += f"  last exit {100 * accuracies[-1]:.1f} %"
         self._bars.update(self._tasks[event.index], completed=facts["fraction"], note=note)
 
     def _refresh(self) -> None:
-        description = f"[bold]{self._finished} of {self._planned} runs"
+        description = f"[bold]{self._finished} of {counted(self._planned, 'run')}"
         self._bars.update(self._whole, completed=sum(self._shares), description=description)
 
     def _print(self, line: str) -> None:
         self._bars.console.print(line, soft_wrap=True, markup=False)
 
 
-def announce(recipes: Sequence[ResolvedRecipe], seconds: Mapping[str, float], jobs: int, whole: bool) -> None:
-    """Print the plan of a campaign and its estimated time.
+def announce(
+    recipes: Sequence[ResolvedRecipe],
+    images: Mapping[str, Sequence[str]],
+    seconds: Mapping[str, float],
+    peaks: Mapping[str, float],
+    jobs: int,
+    whole: bool,
+) -> None:
+    """Print the images and the plan of a campaign, and its estimated time and memory.
 
     Args:
         recipes: the recipes of all runs.
-        seconds: {name: estimated seconds} of the runs that are not finished.
+        images: {data set: lines that describe its images}.
+        seconds: {name: estimated seconds} of the runs that are not finished; NaN: unknown.
+        peaks: {name: estimated peak memory in MiB} of these runs, where it is known.
         jobs: number of parallel runs.
         whole: print a table with one row per method, network and data set before the summary line.
     """
     console = Console(stderr=not whole, highlight=False)
     done = len(recipes) - len(seconds)
     finished = f", {done} of them finished" if done else ""
-    about = f"about {in_words(wall_time(list(seconds.values()), jobs))}" if seconds else "nothing to train"
+    about = _about(list(seconds.values()), jobs)
+    for name, lines in images.items():
+        for line in lines:
+            console.print(f"{name}: {line}" if line == lines[0] else f"  {line}", markup=False)
     if whole:
         table = Table(box=box.SIMPLE_HEAVY, padding=(0, 1, 0, 0), header_style="bold cyan")
         for head in ("method", "network", "data", "epochs", "seeds", "finished", "to train"):
@@ -125,10 +140,26 @@ def announce(recipes: Sequence[ResolvedRecipe], seconds: Mapping[str, float], jo
         for names_of_group, seeds in groups.items():
             remaining = [seconds[recipe.id] for recipe in seeds if recipe.id in seconds]
             cells = [str(seeds[0].epochs), ",".join(str(r.seed) for r in seeds), str(len(seeds) - len(remaining))]
-            table.add_row(*map(escape, names_of_group), *cells, in_words(sum(remaining)) if remaining else "–")
+            table.add_row(*map(escape, names_of_group), *cells, _in_words(remaining))
         console.print(table)
     parallel = f", {min(jobs, len(seconds))} at a time" if len(seconds) > 1 else ""
-    console.print(f"plan: {len(recipes)} runs{finished}; {about}{parallel}", soft_wrap=True)
+    memory = f", up to {max(peaks.values()) / 1024:.1f} GiB of memory each" if peaks else ""
+    console.print(f"plan: {counted(len(recipes), 'run')}{finished}; {about}{parallel}{memory}", soft_wrap=True)
+
+
+def _about(seconds: Sequence[float], jobs: int) -> str:
+    """Return the time of all runs as text; `seconds` of each run, NaN if it is unknown."""
+    known = [each for each in seconds if not math.isnan(each)]
+    if not seconds:
+        return "nothing to train"
+    if not known:
+        return "unknown time (give --seconds-per-run)"
+    rest = f", and {counted(len(seconds) - len(known), 'run')} of unknown time (give --seconds-per-run)"
+    return f"about {in_words(wall_time(known, jobs))}{rest if len(known) < len(seconds) else ''}"
+
+
+def _in_words(seconds: Sequence[float]) -> str:
+    return "–" if not seconds else "unknown" if any(map(math.isnan, seconds)) else in_words(sum(seconds))
 
 
 def _names(recipes: Sequence[ResolvedRecipe]) -> list[str]:

@@ -11,18 +11,22 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from exitkit import plugins
 from exitkit.benchmarks.campaign.worker import outcome
-from exitkit.errors import UserError, unknown
+from exitkit.errors import Note, UserError, unknown
+from exitkit.files import SHARED_IMAGES
 
 if TYPE_CHECKING:
     from exitkit.runs.recipe import ResolvedRecipe
 
 LAUNCHERS = ("processes", "here", "slurm", "submitit-local")
+_USABLE = 0.9  # share of the free memory that runs may use
 _LAUNCHED = ("WORLD_SIZE", "RANK", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
 
 
@@ -77,6 +81,17 @@ def make_launcher(name: str, jobs: int, recipe: ResolvedRecipe, out: Path, slurm
     return Submitit("slurm" if name == "slurm" else "local", jobs, out, slurm)
 
 
+def check_importable(recipes: Iterable[ResolvedRecipe]) -> None:
+    """Check that other processes can find the methods, networks and data sets of recipes.
+
+    Raises:
+        UserError: one was registered in a notebook or an interactive session.
+    """
+    for recipe in recipes:
+        for kind in plugins.KINDS:
+            plugins.check_importable(kind, getattr(recipe, kind))
+
+
 def default_jobs(device: str, threads: int) -> int:
     """Return the number of parallel runs: one per GPU, or the number of cores divided by the threads per run."""
     # Imported when used: the command line's help must not load torch.
@@ -90,6 +105,32 @@ def default_jobs(device: str, threads: int) -> int:
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(cores // threads, 1)
+
+
+def fit_memory(launcher: Launcher, peaks: Sequence[float], *, fixed: bool) -> None:
+    """Limit the parallel runs of worker processes to those that fit into the memory of this machine.
+
+    Args:
+        launcher: the launcher; only `Processes` is limited.
+        peaks: estimated peak memory of each run in MiB.
+        fixed: keep the number of parallel runs, and only warn.
+    """
+    # Imported when used: the command line's help must not load torch.
+    from exitkit.engine.memory import available_mib
+
+    free = available_mib()
+    if not isinstance(launcher, Processes) or not peaks or free != free:
+        return
+    fitting, parallel = max(int(_USABLE * free / max(peaks)), 1), min(launcher.slots, len(peaks))
+    if parallel <= fitting:
+        return
+    about = f"a run needs about {max(peaks) / 1024:.1f} GiB, and {free / 1024:.1f} GiB are free"
+    if fixed:
+        message = f"{about}: {parallel} runs at a time may not fit; expected at most --jobs {fitting}"
+    else:
+        launcher.slots = fitting
+        message = f"{about}: {fitting} at a time"
+    warnings.warn(Note(message), stacklevel=2)
 
 
 class Here:
@@ -124,19 +165,20 @@ class Here:
 
 
 class _Worker:
-    """A worker process and the thread that reads its events."""
+    """A worker process and the thread that reads its events; `images` is the folder of the shared images."""
 
     def __init__(
         self,
         number: int,
         threads: int,
         gpu: str | None,
+        images: str,
         answers: queue.SimpleQueue[tuple[_Worker, dict[str, Any] | None]],
     ) -> None:
         self.index, self.number = -1, number
         # Remove variables of a distributed launcher: each run here is a single process.
         environment = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHED)}
-        environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), SHARED_IMAGES: images}
         if gpu is not None:  # the recipe then needs no GPU index of this machine
             environment["CUDA_VISIBLE_DEVICES"] = gpu
         self.process = subprocess.Popen(
@@ -182,6 +224,7 @@ class Processes:
 
     def __init__(self, slots: int, threads: int) -> None:
         self.slots, self._threads = slots, threads
+        self._images: tempfile.TemporaryDirectory[str] | None = None
         self._answers: queue.SimpleQueue[tuple[_Worker, dict[str, Any] | None]] = queue.SimpleQueue()
         self._idle: list[_Worker] = []
         self._busy: list[_Worker] = []
@@ -192,7 +235,9 @@ class Processes:
             taken = {worker.number for worker in self._busy}
             number = next(n for n in range(self.slots) if n not in taken)
             gpu = gpu_of(number) if recipe.device in ("auto", "cuda") else None
-            self._idle.append(_Worker(number, self._threads, gpu, self._answers))
+            if self._images is None:
+                self._images = tempfile.TemporaryDirectory(prefix="exitkit-images-", ignore_cleanup_errors=True)
+            self._idle.append(_Worker(number, self._threads, gpu, self._images.name, self._answers))
         worker = self._idle.pop(0)
         self._busy.append(worker)
         worker.give(index, recipe, out)
@@ -220,6 +265,8 @@ class Processes:
         """See `Launcher`."""
         for worker in [*self._busy, *self._idle]:
             worker.end()
+        if self._images is not None:
+            self._images.cleanup()
 
 
 def gpu_of(number: int) -> str | None:

@@ -14,6 +14,7 @@ parts                tables of these keys and a run's keys, which override the k
 static               true: also train one static network per exit, for reference
 figures              "diagnose" (`exitkit diagnose` for each method), or "toy" (only the toy problem of two exits)
 report               options of `exitkit report`
+policy               exit policies to compare on the outputs of every method, as `policy` of report
 """
 
 from __future__ import annotations
@@ -23,15 +24,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from exitkit.cli.options import COMPARISON_KEYS
+from exitkit.cli.options import BASELINE, COMPARISON_KEYS, DEFAULT_METHODS
 from exitkit.errors import UserError, unknown
 from exitkit.plugins import check_value
 
 if TYPE_CHECKING:
     from exitkit.runs.recipe import Recipe, ResolvedRecipe
 
-BASELINE = "joint"
-DEFAULT_METHODS = "ge,boostnet,metagf"
 FIGURES = ("diagnose", "toy")
 
 
@@ -204,6 +203,7 @@ _TYPES: dict[str, tuple[str, Any]] = {
     "published": ("published", list[str]),
     "figures": ("figures", list[str]),
     "report": ("report", dict[str, Any]),
+    "policy": ("policy", list[str]),
     "title": ("title", str),
     "note": ("note", str),
 }
@@ -226,10 +226,15 @@ def _checked(given: Mapping[str, Any]) -> dict[str, Any]:
                 errors.append(str(error))
     if errors:
         raise UserError("; ".join(errors))
+    if policy := values.pop("policy", None):
+        values["report"] = {**values.get("report", {}), "policy": policy}
     return values
 
 
-_VALUES = {"epochs", "batch_size", "lr", "schedule", "decay", "momentum", "weight_decay", "precision", "milestones"}
+_VALUES = {
+    *("epochs", "batch_size", "lr", "schedule", "decay", "momentum", "weight_decay", "precision", "milestones"),
+    *("optimizer", "warmup", "trunk_lr_factor", "mixup", "cutmix", "weight_ema"),
+}
 """Keys of a run's recipe that an entry or a sweep may set."""
 
 
@@ -321,14 +326,5 @@ def _applicable(sets: Mapping[str, Any], method: str, settable: set[str]) -> dic
 def _with_fields(recipe: Recipe, fields: Mapping[str, Any]) -> Recipe:
     values = {key: value for key, value in fields.items() if key in _VALUES}
     settings = {key: value for key, value in fields.items() if key not in _VALUES}
-    return recipe.with_values(**{key: _typed(key, value) for key, value in values.items()}).with_settings(settings)
-
-
-def _typed(key: str, value: Any) -> Any:
-    """Convert text from the command line to the type of a recipe's key."""
-    if not isinstance(value, str):
-        return value
-    # Imported when used: the command line's help must not load torch.
-    from exitkit.runs.recipe import Recipe
-
-    return check_value(key, Recipe.model_fields[key].annotation, value)
+    typed = {key: recipe.typed(key, value) for key, value in values.items()}
+    return recipe.with_values(**typed).with_settings(settings)

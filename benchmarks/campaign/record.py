@@ -1,15 +1,26 @@
-"""Files of a comparison besides its runs: the plan, and the reasons of failed runs."""
+"""Files of a comparison besides its runs: its plan, and the reasons of failed runs.
+
+A folder may hold several comparisons. Each has a file of its own, `comparison-DIGEST.json`; the digest is that of the
+planned runs, the title, the note and the options of the report.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired
+
+# Before Python 3.12 pydantic takes no other.
+from typing_extensions import TypedDict
 
 from exitkit.benchmarks.report.comparison import Context, Missing
-from exitkit.errors import UserError
-from exitkit.files import exists, make_folder, read_json, write_json
+from exitkit.errors import DamagedError, UserError
+from exitkit.files import checked, exists, make_folder, read_json, write_json
 from exitkit.runs.folder import RESULTS
 from exitkit.runs.recipe import flat_identity
 
@@ -17,55 +28,166 @@ if TYPE_CHECKING:
     from exitkit.benchmarks.campaign.plan import Plan, Planned
     from exitkit.runs.recipe import ResolvedRecipe
 
-PLAN = "comparison.json"
+_OLD_PLAN = "comparison.json"
+"""The file of a folder's only plan, in earlier releases."""
 FAILURES = "failures"
+BESIDE = ("report", "slurm", "comparison*.json", FAILURES)
+"""Patterns of the names of what a comparison writes beside its runs."""
+_PLANS = (_OLD_PLAN, f"comparison-{'[0-9a-f]' * 8}.json")
 
 
-def write_plan(out: Path, plan: Plan, runs: Sequence[Planned], line: str) -> None:
-    """Write the planned runs and the command line to the folder of the comparison."""
+class _PlannedRun(TypedDict):
+    """A planned run as the file of the plan has it."""
+
+    run: str
+    recipe: dict[str, Any]
+    stands_for: dict[str, str]
+
+
+class _Plan(TypedDict):
+    """The content of the file of a plan."""
+
+    command: NotRequired[str]
+    title: str
+    note: str
+    published: list[str]
+    report: dict[str, Any]
+    runs: list[_PlannedRun]
+
+
+def write_plan(out: Path, plan: Plan, runs: Sequence[Planned], line: str) -> Path:
+    """Write the planned runs and the command line to the folder of the comparison, and return the file."""
     make_folder(out)
     planned = [
         {"run": run.recipe.id, "recipe": run.recipe.model_dump(mode="json"), "stands_for": dict(run.stands_for)}
         for run in runs
     ]
-    about = {"command": line, "title": plan.title, "note": plan.note, "published": list(plan.published)}
-    report = dict(plan.report) | ({} if "baseline" in plan.report else {"baseline": plan.baseline})
-    write_json(out / PLAN, about | {"report": report, "runs": planned})
+    about = {"title": plan.title, "note": plan.note, "published": list(plan.published)}
+    content = about | {"report": report_options(plan), "runs": planned}
+    path = out / f"comparison-{_digest(content)}.json"
+    write_json(path, {"command": line} | content)
+    _replace_old(out, content)
+    return path
 
 
-def read_plan(out: Path) -> tuple[Context, dict[str, Any], list[str]]:
-    """Return the context, the report options and the names of the planned runs, in order, of a folder's plan.
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
-    All are empty for a folder without a plan.
+
+def _replace_old(out: Path, content: Mapping[str, Any]) -> None:
+    """Delete the file in which an earlier release wrote the same plan."""
+    with contextlib.suppress(DamagedError):
+        if exists(out / _OLD_PLAN):
+            old = read_json(out / _OLD_PLAN)
+            if isinstance(old, dict) and {key: value for key, value in old.items() if key != "command"} == content:
+                (out / _OLD_PLAN).unlink(missing_ok=True)
+
+
+def report_options(plan: Plan) -> dict[str, Any]:
+    """Return the options of the report of a plan."""
+    return dict(plan.report) | ({} if "baseline" in plan.report else {"baseline": plan.baseline})
+
+
+def context_of(out: Path, plan: Plan, runs: Sequence[Planned], line: str = "") -> Context:
+    """Return the context of a comparison's report from its own plan, and the command line."""
+    stands_for = {run.recipe.id: dict(run.stands_for) for run in runs}
+    recipes = [run.recipe for run in runs]
+    return Context(
+        plan.title, plan.note, list(plan.published), stands_for, missing(out, recipes), [line] if line else []
+    )
+
+
+def plans(folder: Path) -> list[Path]:
+    """Return the files of the plans in a folder of runs, the oldest first."""
+    files = {path for pattern in _PLANS for path in folder.glob(pattern)}
+    return sorted(files, key=lambda path: (path.stat().st_mtime_ns, path.name))
+
+
+class Comparisons(NamedTuple):
+    """The comparisons that a report is about.
+
+    Attributes:
+        folder: the folder of the runs.
+        context: what the run folders do not contain; without title and note if several comparisons differ in them.
+        report: options of the report that all comparisons agree on.
+        order: names of the planned runs, in order.
+        only: whether the report is about these runs only, and not about all runs of the folder.
+        files: the files of the plans.
+    """
+
+    folder: Path
+    context: Context
+    report: dict[str, Any]
+    order: list[str]
+    only: bool
+    files: list[Path]
+
+
+def read_plan(source: Path) -> Comparisons:
+    """Return the comparisons in a folder of runs, or that of one file of a plan.
 
     Raises:
-        UserError: the plan is damaged.
+        UserError: a plan is damaged.
     """
+    if source.suffix == ".json" and source.is_file():
+        context, report, order = _read(source, source.parent)
+        return Comparisons(source.parent, context, report, order, True, [source])
+    files = plans(source)
+    contents = [_read(path, source) for path in files]
+    if len(contents) == 1:
+        return Comparisons(source, *contents[0], False, files)
+    return Comparisons(source, *_merged(contents), False, files)
+
+
+def _merged(contents: Sequence[tuple[Context, dict[str, Any], list[str]]]) -> tuple[Context, dict[str, Any], list[str]]:
+    """Return what several plans agree on, and the runs of all of them; nothing for no plan."""
+    if not contents:
+        return Context(), {}, []
+    contexts = [context for context, _, _ in contents]
+    first, options = contents[0][:2]
+    agreed = {key: value for key, value in options.items() if all(o.get(key) == value for _, o, _ in contents)}
+    same = {
+        name: getattr(first, name) if len({getattr(context, name) for context in contexts}) == 1 else ""
+        for name in ("title", "note")
+    }
+    # A missing run of several plans is missing once.
+    absent = {json.dumps(dict(run.identity), sort_keys=True): run for c in contexts for run in c.missing}
+    stands_for = {name: values for context in contexts for name, values in context.stands_for.items()}
+    published = [] if any(not c.published for c in contexts) else [table for c in contexts for table in c.published]
+    context = Context(same["title"], same["note"], list(dict.fromkeys(published)), stands_for, list(absent.values()))
+    order = list(dict.fromkeys(name for _, _, names in contents for name in names))
+    commands = list(dict.fromkeys(line for c in contexts for line in c.commands))
+    return replace(context, commands=commands), agreed, order
+
+
+def _read(path: Path, out: Path) -> tuple[Context, dict[str, Any], list[str]]:
+    """Return the context, the options of the report and the names of the planned runs of one plan."""
     # Imported when used: the command line's help must not load torch.
     from exitkit.runs.recipe import ResolvedRecipe
 
-    if not exists(out / PLAN):
-        return Context(), {}, []
-    plan = read_json(out / PLAN)
+    plan = checked(path, _Plan, read_json(path))
     try:
-        if not isinstance(plan["report"], dict) or not all(isinstance(plan[key], str) for key in ("title", "note")):
-            raise TypeError("report, title or note has the wrong type")
         recipes = [ResolvedRecipe.make(**run["recipe"]) for run in plan["runs"]]
-        stands_for = {recipe.id: run["stands_for"] for recipe, run in zip(recipes, plan["runs"], strict=True)}
-        report: dict[str, Any] = plan["report"]
-        context = Context(plan["title"], plan["note"], plan["published"], stands_for, missing(out, recipes))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{out / PLAN} is damaged ({error}); delete it, or run exitkit compare again") from None
-    return context, report, [recipe.id for recipe in recipes]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it, or run exitkit compare again") from None
+    stands_for = {recipe.id: run["stands_for"] for recipe, run in zip(recipes, plan["runs"], strict=True)}
+    line = plan.get("command", "exitkit compare")
+    context = Context(plan["title"], plan["note"], plan["published"], stands_for, missing(out, recipes), [line])
+    return context, plan["report"], [recipe.id for recipe in recipes]
 
 
-def command(out: Path) -> str:
-    """Return the command line that trained the runs of a folder."""
-    if not exists(out / PLAN):
-        return f"exitkit train --recipe RUN/recipe.json --out {out.name}"
-    plan = read_json(out / PLAN)
-    line = plan.get("command") if isinstance(plan, dict) else None
-    return line if isinstance(line, str) else "exitkit compare"
+def copy_plan(comparisons: Comparisons, target: Path) -> None:
+    """Copy the plans and the reasons of failed runs, if there are any, to another folder of runs.
+
+    The copies do not have the folder of the images, which is one of this machine.
+    """
+    for path in comparisons.files:
+        plan = read_json(path)
+        runs = [run | {"recipe": run["recipe"] | {"data_dir": None}} for run in plan["runs"]]
+        write_json(target / path.name, plan | {"runs": runs})
+    for path in sorted((comparisons.folder / FAILURES).glob("*.json")):
+        make_folder(target / FAILURES)
+        write_json(target / FAILURES / path.name, read_json(path))
 
 
 def missing(out: Path, recipes: Sequence[ResolvedRecipe]) -> list[Missing]:

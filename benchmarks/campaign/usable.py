@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from exitkit.errors import UserError
+from exitkit.escaping import one_line
 from exitkit.plugins import configure
 
 
@@ -15,7 +16,7 @@ def usable(names: list[str]) -> list[str]:
         try:
             configure("method", name, {})
         except UserError as error:
-            click.echo(f"skipped {name}: {error}", err=True)
+            click.echo(f"skipped {name}: {one_line(str(error))}", err=True)
         else:
             available.append(name)
     return available

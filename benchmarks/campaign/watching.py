@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
-import json
+import math
 import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
-from exitkit.benchmarks.campaign.record import FAILURES, PLAN
-from exitkit.runs.folder import RESULTS, RunFolder
+from pydantic import Field
+
+# Before Python 3.12 pydantic takes no other.
+from typing_extensions import TypedDict
+
+from exitkit.benchmarks.campaign.record import FAILURES, plans
+from exitkit.errors import DamagedError
+from exitkit.files import checked, exists, read_json
+from exitkit.runs.folder import METRICS, RESULTS, RunFolder
 from exitkit.training.progress import INTERVAL, PROGRESS
 
 STATES = ("running", "stalled", "failed", "waiting", "finished")
@@ -21,6 +29,58 @@ STATES = ("running", "stalled", "failed", "waiting", "finished")
 _FRESH = 3 * INTERVAL  # seconds after a run's folder was created during which its lock is not checked
 _PATIENCE = 120.0  # seconds; no progress is reported at the start and during validation
 _NAMES = ("method", "backbone", "dataset", "seed")
+
+
+Count = Annotated[int, Field(ge=0, le=10**18)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1 + 1e-6, allow_inf_nan=False)]
+Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
+
+
+class _Recipe(TypedDict):
+    """What is shown of a recipe; other keys are not checked here."""
+
+    method: str
+    backbone: str
+    dataset: str
+    seed: Count
+    epochs: NotRequired[Count | None]
+    method_settings: NotRequired[dict[str, Any]]
+    backbone_settings: NotRequired[dict[str, Any]]
+    dataset_settings: NotRequired[dict[str, Any]]
+
+
+class _PlannedRun(TypedDict):
+    run: Annotated[str, Field(pattern=r"^[^/\\]+$", max_length=255)]
+    recipe: NotRequired[_Recipe]
+
+
+class _Plan(TypedDict, total=False):
+    runs: list[_PlannedRun]
+
+
+class _Progress(TypedDict, total=False):
+    """The content of the file that `exitkit.training.progress` writes."""
+
+    phase: str
+    epoch: Count
+    epochs: Count
+    fraction: Share
+    rate: Number | None
+    losses: list[Number | None]
+    accuracies: list[Number | None]
+    seconds_left: Annotated[float, Field(ge=-1, le=10**10)] | None
+    host: str
+    when: Number
+
+
+class _Results(TypedDict):
+    validation: NotRequired[list[Percent]]
+    test: list[Percent]
+
+
+class _Failure(TypedDict, total=False):
+    reason: str
 
 
 @dataclass
@@ -57,15 +117,26 @@ class Watched:
 
 
 def look(folder: Path) -> list[Watched]:
-    """Return the planned and started runs of a folder, planned ones first; unreadable files leave default values."""
-    planned = _read(folder / PLAN).get("runs")
+    """Return the planned and started runs of a folder, planned ones first.
+
+    Files that are missing leave default values. A run with a damaged file has failed, and its note names the file.
+    """
     recipes: dict[str, Mapping[str, Any]] = {}
-    for run in planned if isinstance(planned, list) else ():
-        if isinstance(run, dict) and isinstance(run.get("run"), str):
-            recipes[run["run"]] = run.get("recipe") or {}
+    for plan in plans(folder):
+        with contextlib.suppress(DamagedError):
+            for run in _read(plan, _Plan).get("runs", ()):
+                recipes[run["run"]] = run.get("recipe", {})
     for path in sorted(folder.glob("[!.]*/recipe.json")):
-        recipes.setdefault(path.parent.name, _read(path))
-    return [_watched(folder, name, recipe) for name, recipe in recipes.items()]
+        recipes.setdefault(path.parent.name, {})
+    return [_checked(folder, name, recipe) for name, recipe in recipes.items()]
+
+
+def _checked(folder: Path, name: str, planned: Mapping[str, Any]) -> Watched:
+    try:
+        recipe = _read(folder / name / "recipe.json", _Recipe)
+        return _watched(folder, name, planned or recipe)
+    except DamagedError as error:
+        return Watched(name, planned, "failed", note=str(error))
 
 
 def seconds_left(runs: Sequence[Watched]) -> float | None:
@@ -123,8 +194,8 @@ def _plain(value: Any) -> Any:
 def _watched(folder: Path, name: str, recipe: Mapping[str, Any]) -> Watched:
     path = folder / name
     watched = Watched(name, recipe, epochs=recipe.get("epochs"))
-    progress = _read(path / PROGRESS)
-    metrics = _rows(path / "metrics.csv")
+    progress = _read(path / PROGRESS, _Progress)
+    metrics = _rows(path / METRICS)
     watched.seconds = sum(_number(row.get("seconds")) for row in _rows(path / "timing.csv"))
     if metrics:
         last = metrics[-1]
@@ -135,10 +206,13 @@ def _watched(folder: Path, name: str, recipe: Mapping[str, Any]) -> Watched:
     if progress:
         watched.phase, watched.epoch = str(progress.get("phase")), progress.get("epoch", 0)
         watched.epochs, watched.fraction = progress.get("epochs"), _number(progress.get("fraction"))
-        watched.train_losses = progress.get("losses") or watched.train_losses
-    results = _read(path / RESULTS)
+        losses = [math.nan if loss is None else loss for loss in progress.get("losses", ())]
+        watched.train_losses = losses or watched.train_losses
+    results = _read(path / RESULTS, _Results)
     if results:
-        watched.state, watched.fraction, watched.test_accuracies = "finished", 1.0, results.get("test") or []
+        if exists(path / METRICS) and not metrics:
+            raise DamagedError(f"{path / METRICS} is damaged (it has no epoch)")
+        watched.state, watched.fraction, watched.test_accuracies = "finished", 1.0, results["test"]
         watched.phase, watched.epoch, watched.epochs = "", len(metrics), len(metrics)
         return watched
     watched.state, watched.note = _state(folder, path, progress, watched.seconds / len(metrics) if metrics else 0.0)
@@ -150,7 +224,7 @@ def _watched(folder: Path, name: str, recipe: Mapping[str, Any]) -> Watched:
 def _state(folder: Path, path: Path, progress: Mapping[str, Any], epoch_seconds: float) -> tuple[str, str]:
     """Return the state of an unfinished run, and the reason."""
     failure = folder / FAILURES / f"{path.name}.json"
-    reason = str(_read(failure).get("reason", ""))
+    reason = str(_read(failure, _Failure).get("reason", ""))
     if not (path / "recipe.json").is_file():
         return ("failed", reason) if reason else ("waiting", "")
     last_report = max(_number(progress.get("when")), _changed(path))
@@ -167,20 +241,46 @@ def _state(folder: Path, path: Path, progress: Mapping[str, Any], epoch_seconds:
     return "running", ""
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; {} if the file is missing, incomplete or contains no object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+def _read(path: Path, kind: Any) -> dict[str, Any]:
+    """Return the object of type `kind` in a JSON file; {} if the file is missing.
+
+    Raises:
+        DamagedError: the content has another type.
+    """
+    if not exists(path):
         return {}
-    return content if isinstance(content, dict) else {}
+    content: dict[str, Any] = checked(path, kind, read_json(path))
+    return content
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
-    try:
-        return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
-    except (OSError, ValueError, csv.Error):
+    """Return the rows of a table of epochs; [] if the file is missing.
+
+    Raises:
+        DamagedError: it is no such table: a column is missing, a row has another length, or a value is no number.
+    """
+    if not exists(path):
         return []
+    try:
+        reader = csv.DictReader(path.read_text(encoding="utf-8").splitlines(), restval="")
+        rows = list(reader)
+    except (OSError, ValueError, csv.Error) as error:
+        raise DamagedError(f"{path} can't be read ({error})") from None
+    for name in ("phase", "epoch"):
+        if name not in (reader.fieldnames or ()):
+            raise DamagedError(f"{path} is damaged (it lacks the column {name})")
+    for line, row in enumerate(rows, 2):
+        for name, value in row.items():
+            if name != "phase" and not _is_number(value):  # what is beyond the columns is a list named None
+                raise DamagedError(f"{path} is damaged (line {line}: {name or 'one value more'} is {value!r:.60})")
+    return rows
+
+
+def _is_number(value: object) -> bool:
+    try:
+        return isinstance(value, str) and math.isfinite(float(value))
+    except ValueError:
+        return False
 
 
 def _exits(row: Mapping[str, str], prefix: str) -> list[float]:
@@ -188,10 +288,12 @@ def _exits(row: Mapping[str, str], prefix: str) -> list[float]:
 
 
 def _number(value: Any) -> float:
+    """Return a finite number that a table or file contains, otherwise 0."""
     try:
-        return float(value)
-    except (TypeError, ValueError):
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
         return 0.0
+    return number if math.isfinite(number) else 0.0
 
 
 def _changed(path: Path) -> float:

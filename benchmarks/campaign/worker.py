@@ -12,11 +12,12 @@ import os
 import queue
 import threading
 import traceback
-import warnings
 from collections.abc import Callable, Mapping
 from typing import IO, Any
 
-from exitkit.errors import format_warning
+from exitkit.entry_points import reason
+from exitkit.errors import print_warnings
+from exitkit.plugins import registered
 
 
 def outcome(request: Mapping[str, Any], report: Callable[..., None]) -> None:
@@ -37,9 +38,9 @@ def outcome(request: Mapping[str, Any], report: Callable[..., None]) -> None:
         report("held")
     except UserError as error:
         report("failed", message=str(error))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         traceback.print_exception(error)
-        report("failed", message=f"{type(error).__name__}: {error}")
+        report("failed", message=reason(error))
 
 
 def serve(requests: IO[str], answers: IO[str]) -> None:
@@ -67,7 +68,8 @@ def main() -> None:
     os.dup2(2, 1)
     # Data-loading processes close standard input as they start, and would deadlock with a thread that reads from it.
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    warnings.formatwarning = format_warning
+    print_warnings()
+    registered("method")  # first: leaves out the packages on whose metadata the imports of libraries would fail
     serve(requests, answers)
 
 

@@ -7,20 +7,23 @@ import shlex
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from exitkit.benchmarks.campaign.plan import BASELINE, DEFAULT_METHODS, Plan
+from exitkit.benchmarks.commands.report import POLICY_HELP
 from exitkit.cli.completion import names, one_of
 from exitkit.cli.interrupts import interruptible
-from exitkit.cli.options import json_option, parse_sets, read_recipe, recipe_options
+from exitkit.cli.options import BASELINE, DEFAULT_METHODS, json_option, parse_sets, read_recipe, recipe_options
 from exitkit.errors import Interrupted, Note, UserError
+from exitkit.escaping import counted
 from exitkit.files import exists
 
 if TYPE_CHECKING:
-    from exitkit.benchmarks.campaign.plan import Planned
+    from exitkit.benchmarks.campaign.launchers import Launcher
+    from exitkit.benchmarks.campaign.plan import Plan, Planned
     from exitkit.benchmarks.report.options import ReportOptions
+    from exitkit.runs.folder import RunFolder
     from exitkit.runs.recipe import ResolvedRecipe
 
 
@@ -40,8 +43,15 @@ if TYPE_CHECKING:
 @click.option("--seeds", type=int, help="Number of seeds.  [default: 2]")
 @click.option("--seed", type=int, help="First seed.  [default: 0]")
 @click.option("--sweep", "sweeps", metavar="FIELD=A,B,...", multiple=True, help="One run per value; repeatable.")
-@click.option("--static", is_flag=True, help="Also train one static network per exit, for reference.")
+@click.option("--static", is_flag=True, default=None, help="Also train one static network per exit, for reference.")
+@click.option("--policy", metavar="NAME", multiple=True, help=POLICY_HELP)
 @click.option("--plan", "only_plan", is_flag=True, help="Show the planned runs and the estimated time; train nothing.")
+@click.option("--no-data", is_flag=True, help="With --plan: read no images; their numbers are from the catalogue.")
+@click.option(
+    "--seconds-per-run",
+    type=click.FloatRange(0, min_open=True),
+    help="With --plan: training time of a run, such as a GPU's; nothing is timed.",
+)
 @click.option("--jobs", type=int, help="Parallel runs.  [default: one per core, or per GPU]")
 @click.option(
     "--launcher",
@@ -51,7 +61,7 @@ if TYPE_CHECKING:
     help="processes, here, slurm or submitit-local.",
 )
 @click.option("--slurm", "slurm", metavar="KEY=VALUE", multiple=True, help="Parameter of submitit; repeatable.")
-@click.option("--resume", is_flag=True, help="No effect: compare always resumes.")
+@click.option("--resume", is_flag=True, help="No effect, as compare always resumes.")
 @json_option("with --plan the plan, else all tables as in `exitkit report --json`")
 @recipe_options
 def compare(
@@ -60,6 +70,8 @@ def compare(
     recipe_file: str | None,
     out: str,
     only_plan: bool,
+    no_data: bool,
+    seconds_per_run: float | None,
     jobs: int | None,
     launcher: str,
     slurm: tuple[str, ...],
@@ -80,10 +92,18 @@ def compare(
       exitkit compare --methods boostnet --sweep boostnet.temperature=0,0.5,1
       exitkit compare --methods ge --backbone msdnet-cifar-lg4,msdnet-cifar-lg5
       exitkit compare --methods all --dataset cifar100 --data-dir data
+      exitkit compare --methods ge,boostnet --policy mie --policy margin+fitted
       exitkit compare --recipe metagf-table1 --plan --json
+      exitkit compare --recipe dfs-table1 --plan --no-data --seconds-per-run 1800
     """
+    from exitkit.benchmarks.campaign.plan import Plan
     from exitkit.cli.progress import loading
 
+    if resume:
+        warnings.warn(Note("--resume has no effect: compare always resumes"), stacklevel=1)
+    for option, value in (("--no-data", no_data), ("--seconds-per-run", seconds_per_run is not None)):
+        if value and not only_plan:
+            raise UserError(f"{option} is given without --plan; expected both: it changes only the estimates")
     with loading("torch"):
         import torch  # noqa: F401
     plan = Plan.make(_values(read_recipe(recipe_file), given, parse_sets(sets), parse_sweeps(sweeps)))
@@ -98,21 +118,59 @@ def compare(
 
         draw_toy(folder / "report")
         return
-    runs = plan.runs()
+    estimate = Estimates(seconds_per_run, not no_data)
+    carry_out(plan, folder, jobs, launcher, parse_sets(slurm, "--slurm"), only_plan, as_json, estimate)
 
-    from exitkit.benchmarks.campaign.launchers import default_jobs, make_launcher
+
+class Estimates(NamedTuple):
+    """How times are estimated: see `Estimate`."""
+
+    seconds_per_run: float | None = None
+    read_data: bool = True
+
+
+def carry_out(
+    plan: Plan,
+    folder: Path,
+    jobs: int | None = None,
+    launcher: str = "processes",
+    slurm: Mapping[str, str] | None = None,
+    only_plan: bool = False,
+    as_json: bool = False,
+    estimates: Estimates | None = None,
+) -> None:
+    """Train the runs of a plan that are not finished, and write and print their report.
+
+    Args:
+        plan: the plan.
+        folder: the folder of the runs.
+        jobs: parallel runs; None: one per core, or per GPU.
+        launcher, slurm: see `make_launcher`.
+        only_plan: show the planned runs and the estimated time, and train nothing.
+        as_json: print JSON.
+        estimates: how times are estimated; None: by finished runs, or by timed steps.
+
+    Raises:
+        UserError: a run failed, or something is wrong before training; see `_announce`.
+    """
+    from exitkit.benchmarks.campaign.launchers import check_importable, default_jobs, make_launcher
     from exitkit.benchmarks.report.options import ReportOptions
 
+    runs = plan.runs()
     first = runs[0].recipe
     workers = default_jobs(first.device, first.threads) if jobs is None else jobs
     if workers < 1:
         raise UserError(f"--jobs is {workers}; expected at least 1")
     recipes = {planned.recipe.id: planned.recipe for planned in runs}
     needed = recipes | {teacher.id: teacher for teacher in _teachers(list(recipes.values()))}
-    starter = make_launcher(launcher, workers, first, folder, parse_sets(slurm, "--slurm"))
+    starter = make_launcher(launcher, workers, first, folder, slurm or {})
+    if launcher != "here":
+        check_importable(needed.values())
     try:
         with interruptible():
-            todo = _announce(needed, folder, starter.slots, only_plan, as_json, ReportOptions.make(plan.report))
+            options = ReportOptions.make(plan.report)
+            how = estimates or Estimates()
+            todo = _announce(needed, folder, starter, jobs is not None, only_plan, as_json, options, how)
             if only_plan:
                 return
             failed = _train(todo, len(needed), folder, starter, plan, runs)
@@ -121,7 +179,7 @@ def compare(
     errors = [_reasons(failed, len(needed))] if failed else []
     if len(failed) < len(needed):
         try:
-            publish(folder, plan, recipes, as_json)
+            publish(folder, plan, runs, as_json)
         except UserError as error:
             errors.append(str(error))
     if errors:
@@ -132,7 +190,9 @@ def _values(
     values: Mapping[str, Any], given: Mapping[str, Any], sets: Mapping[str, str], sweeps: Mapping[str, list[str]]
 ) -> dict[str, Any]:
     """Override the values of a recipe, and of its parts, with those of the command line."""
-    options = {key: value for key, value in given.items() if value is not None and value is not False}
+    options = {key: value for key, value in given.items() if not (value is None or value == ())}
+    if "policy" in options:
+        options["policy"] = list(options["policy"])
     for key in options.keys() & {"backbone", "dataset"}:
         options[key] = _replaced([name.strip() for name in options[key].split(",") if name.strip()], values.get(key))
 
@@ -174,41 +234,73 @@ def parse_sweeps(sweeps: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _announce(
-    needed: Mapping[str, ResolvedRecipe], folder: Path, workers: int, whole: bool, as_json: bool, options: ReportOptions
+    needed: Mapping[str, ResolvedRecipe],
+    folder: Path,
+    launcher: Launcher,
+    fixed: bool,
+    whole: bool,
+    as_json: bool,
+    options: ReportOptions,
+    how: Estimates,
 ) -> list[ResolvedRecipe]:
-    """Show the plan with the estimated time, and return the recipes that are to be trained.
+    """Show the plan with the estimated time and memory, and return the recipes that are to be trained.
+
+    The parallel runs of the launcher are limited to the memory of the machine, unless their number is `fixed`.
 
     Raises:
-        UserError: images are missing, a network can't be built, or a budget of the report is below the cost of every
-            first exit. All of this is checked before training.
+        UserError: images are missing, a network can't be built, a policy of the report can't be applied to it, or a
+            budget of the report is below the cost of every first exit. All of this is checked before training.
     """
     from exitkit.benchmarks.campaign.display import announce
     from exitkit.benchmarks.campaign.estimate import Estimate, wall_time
+    from exitkit.benchmarks.campaign.launchers import fit_memory
     from exitkit.cli.progress import loading
+    from exitkit.engine.devices import choose_device
     from exitkit.runs.fingerprints import check_same
     from exitkit.runs.folder import RESULTS, RunFolder
 
     todo = [recipe for recipe in needed.values() if not exists(folder / recipe.id / RESULTS)]
-    check_same((RunFolder(folder / name), recipe) for name, recipe in needed.items() if recipe not in todo)
+    if how.read_data:
+        check_same((RunFolder(folder / name), recipe) for name, recipe in needed.items() if recipe not in todo)
     with loading("the data, and timing a few steps"):
-        estimate = Estimate(folder)
+        estimate = Estimate(folder, *how)
+        images = estimate.images(todo, check=not whole)
         seconds = {recipe.id: estimate.seconds(recipe) for recipe in todo}
-        if todo and options.budgets and options.cost != "latency":
-            firsts = [estimate.costs(recipe)[0] for recipe in needed.values()]
-            options.check_reach(min(getattr(first, options.cost) for first in firsts))
+        peaks = {recipe.id: estimate.peak_mib(recipe) for recipe in todo}
+        peaks = {name: peak for name, peak in peaks.items() if peak == peak}  # NaN: unknown
+        if options.reads_embeddings and how.read_data:
+            for recipe in needed.values():
+                estimate.check_linear(recipe)
+        if todo and how.read_data and options.budgets and options.cost != "latency":
+            costs = [[getattr(exit, options.cost) for exit in estimate.costs(recipe)] for recipe in needed.values()]
+            options.check_reach(min(cost[0] for cost in costs), max(cost[-1] for cost in costs))
+    if any(choose_device(recipe.device).type == "cpu" for recipe in todo):
+        fit_memory(launcher, list(peaks.values()), fixed=fixed)
+    workers = launcher.slots
     if whole and as_json:
-        runs = [_planned(name, recipe, seconds.get(name)) for name, recipe in needed.items()]
-        about = {"runs": runs, "at_once": workers, "seconds": wall_time(list(seconds.values()), workers)}
+        runs = [_planned(name, recipe, seconds.get(name), peaks.get(name)) for name, recipe in needed.items()]
+        about = {
+            "images": images,
+            "runs": runs,
+            "at_once": workers,
+            "seconds": wall_time([known for known in seconds.values() if known == known], workers),
+            "unknown": sum(each != each for each in seconds.values()),
+        }
         click.echo(json.dumps(about, indent=2))
     else:
-        announce(list(needed.values()), seconds, workers, whole)
+        announce(list(needed.values()), images, seconds, peaks, workers, whole)
     return todo
 
 
-def _planned(name: str, recipe: ResolvedRecipe, seconds: float | None) -> dict[str, Any]:
-    """Return the entry of a run in `--plan --json`; `seconds` is its estimated time, None if it is finished."""
+def _planned(name: str, recipe: ResolvedRecipe, seconds: float | None, peak: float | None) -> dict[str, Any]:
+    """Return the entry of a run in `--plan --json`; `seconds` and `peak` (MiB) are None if it is finished.
+
+    Seconds that are unknown (NaN) are null.
+    """
     names = {key: getattr(recipe, key) for key in ("method", "backbone", "dataset", "seed", "epochs")}
-    return {"run": name, **names, "finished": seconds is None, "seconds": seconds or 0.0}
+    known = 0.0 if seconds is None else None if seconds != seconds else seconds
+    estimate = {"seconds": known, "peak_mib": peak}
+    return {"run": name, **names, "finished": seconds is None, **estimate}
 
 
 def _train(
@@ -228,14 +320,17 @@ def _train(
     return {todo[index].id: reason for index, reason in failed.items()}
 
 
-_LOCAL = ("out", "data_dir", "device", "jobs", "launcher", "slurm", "resume", "threads", "tensorboard", "as_json")
+_LOCAL = (
+    *("out", "data_dir", "device", "deterministic", "threads", "jobs"),
+    *("launcher", "slurm", "resume", "tensorboard", "as_json"),
+)
 """Options that do not change the results: paths, devices, scheduling and output."""
 
 
 def _command_line() -> str:
     """Return the command line without the options that depend on the machine."""
     context = click.get_current_context()
-    words = ["exitkit", "compare"]
+    words = ["exitkit", str(context.info_name)]
     for parameter in context.command.params:
         value = context.params.get(str(parameter.name))
         if parameter.name in _LOCAL or value in (None, False, ()):
@@ -262,17 +357,19 @@ def _teachers(recipes: list[ResolvedRecipe]) -> list[ResolvedRecipe]:
     return [teacher for recipe in recipes for teacher in teacher_recipes(recipe).values()]
 
 
-def publish(out: Path, plan: Plan, recipes: Mapping[str, ResolvedRecipe], as_json: bool = False) -> None:
-    """Write and print the report of the finished runs, and draw the figures of the plan."""
-    from rich.console import Console
+def publish(out: Path, plan: Plan, planned: Sequence[Planned], as_json: bool = False) -> None:
+    """Write and print the report of the finished runs of this plan, and draw its figures.
 
-    from exitkit.benchmarks.campaign.record import read_plan
+    Other comparisons may have their runs in the same folder; the report is of this one.
+    """
+    from exitkit.benchmarks.campaign.record import context_of, report_options
     from exitkit.benchmarks.commands.report import as_data
-    from exitkit.benchmarks.report import ReportOptions, collect, print_report, write_report
+    from exitkit.benchmarks.report import ReportOptions, collect_intact, print_report, write_report
     from exitkit.cli.progress import working
+    from exitkit.cli.terminal import Console
     from exitkit.runs.folder import DIAGNOSTICS, RESULTS, RunFolder
 
-    context, options, _ = read_plan(out)
+    recipes = {run.recipe.id: run.recipe for run in planned}
     runs = [RunFolder(out / name) for name in recipes if exists(out / name / RESULTS)]
     if "diagnose" in plan.figures:
         from exitkit.benchmarks.commands.diagnose import draw_run, messages_to_stderr
@@ -285,11 +382,26 @@ def publish(out: Path, plan: Plan, recipes: Mapping[str, ResolvedRecipe], as_jso
                     draw_run(run, run.path / DIAGNOSTICS, data_dir=recipes[run.path.name].data_dir)
             except UserError as error:
                 warnings.warn(Note(f"not diagnosed: {error}"), stacklevel=2)
-    with working(f"tables and figures of {len(runs)} runs"):
-        comparison = collect(runs, options=ReportOptions.make(options), context=context)
+    options = ReportOptions.make(report_options(plan))
+    if options.reads_embeddings:
+        _embed([(run, recipes[run.path.name]) for run in runs])
+    with working(f"tables and figures of {counted(len(runs), 'run')}"):
+        context = context_of(out, plan, planned, _command_line())
+        comparison, runs = collect_intact(runs, options, context)
         files = write_report(comparison, out / "report", runs=runs)
     if as_json:
         click.echo(as_data(comparison, files))
     else:
         print_report(comparison, Console())
     click.echo(f"tables and figures: {out / 'report'}", err=as_json)
+
+
+def _embed(runs: Sequence[tuple[RunFolder, ResolvedRecipe]]) -> None:
+    """Evaluate runs again that have no stored embeddings, which policies of the report read."""
+    from exitkit.cli.progress import working
+    from exitkit.runs.evaluate import evaluate
+
+    for run, recipe in runs:
+        if not run.has_embeddings():
+            with working(f"embeddings of {run.path.name}") as report:
+                evaluate(run, device=recipe.device, data_dir=recipe.data_dir, embeddings=True, tell=report)

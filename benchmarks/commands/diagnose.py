@@ -15,6 +15,7 @@ import click
 from exitkit.cli.completion import runs
 from exitkit.cli.options import data_dir_option, json_option
 from exitkit.errors import UserError
+from exitkit.escaping import in_csv
 
 if TYPE_CHECKING:
     import numpy as np
@@ -190,17 +191,13 @@ def _square(values: np.ndarray, names: tuple[str, str], measure: str) -> dict[st
 def _write(drawn: Drawn, folder: Path) -> None:
     import pandas as pd
 
-    from exitkit.benchmarks.report.figures import save_figure
-    from exitkit.files import make_folder, written_whole
+    from exitkit.benchmarks.report.drawing import save_figure
+    from exitkit.files import write_files
 
-    make_folder(folder)
+    writers: dict[str, Callable[[Path], object]] = {}
     for name, (figure, columns) in drawn.items():
-        writers: dict[str, Callable[[Path], object]] = {
-            "csv": partial(pd.DataFrame(columns).to_csv, index=False),
-            "png": partial(save_figure, figure, kind="png"),
-            "pdf": partial(save_figure, figure, kind="pdf"),
-        }
-        for suffix, write in writers.items():
-            with written_whole(folder / f"{name}.{suffix}") as temporary:
-                write(temporary)
+        writers[f"{name}.csv"] = partial(in_csv(pd.DataFrame(columns)).to_csv, index=False)
+        for kind in ("png", "pdf"):
+            writers[f"{name}.{kind}"] = partial(save_figure, figure, kind=kind)
+    write_files(folder, writers)
     click.echo(f"wrote {', '.join(drawn)} (.png, .pdf, .csv) to {folder}")

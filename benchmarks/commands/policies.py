@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from exitkit.cli.completion import runs as complete_runs
-from exitkit.cli.options import json_option
+from exitkit.cli.options import json_option, only_runs
 from exitkit.errors import UserError, unknown
+from exitkit.escaping import counted, in_csv
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from exitkit.benchmarks.report.policies import Outputs, Policy
+    from exitkit.inference.policy import PolicyName
     from exitkit.runs.folder import RunFolder
 
 COSTS = ("macs", "latency")
@@ -30,6 +31,7 @@ SHOWN = 12
 @click.option("--combination", "combinations", metavar="NAME", multiple=True, help="Combination of exits; repeatable.")
 @click.option("--score", "scores", metavar="NAME", multiple=True, help="Score; repeatable.")
 @click.option("--rule", "rules", metavar="NAME", multiple=True, help="Rule; repeatable.")
+@click.option("--policy", "names", metavar="NAME", multiple=True, help="A whole policy: mie+stopping; repeatable.")
 @click.option("--full", is_flag=True, help="All policies, not only those that change one part of the baseline.")
 @click.option("--budget", "budgets", metavar="AMOUNT", multiple=True, help="Average budget, such as 40M; repeatable.")
 @click.option("--cost", metavar="NAME", default="macs", show_default=True, help="macs, or latency (after `bench`).")
@@ -41,6 +43,7 @@ def policies_command(
     combinations: tuple[str, ...],
     scores: tuple[str, ...],
     rules: tuple[str, ...],
+    names: tuple[str, ...],
     full: bool,
     budgets: tuple[str, ...],
     cost: str,
@@ -52,27 +55,31 @@ def policies_command(
 
     A policy is a combination of exits (`plain`: none), a score and a rule. Each is fitted on validation outputs and
     compared, at each budget and on the same test images, with plain confidence and the papers' exit shares. By default
-    one part of this baseline is replaced at a time. Runs that differ only in the seed are averaged. Written:
-    policies.csv, curves.csv, policies.html, policies.png and .pdf.
+    one part of this baseline is replaced at a time; laplace and mie-laplace belong to it after `exitkit evaluate RUN
+    --embeddings`. `exitkit export` and `bench` take a policy by the name that is
+    printed. Runs that differ only in the seed are averaged. Written: policies.csv, curves.csv, policies.html,
+    policies.png and .pdf.
 
     \b
     Examples:
       exitkit policies runs/joint-*
       exitkit policies RUN --rule shares --rule stopping --all
       exitkit policies RUN --combination mie --budget 40M --json
+      exitkit policies RUN --policy mie+stopping --policy agreement:weights=linear
     """
-    from exitkit.benchmarks.commands.bench import only_runs
+    from exitkit.benchmarks.campaign.record import BESIDE
     from exitkit.cli.progress import working
     from exitkit.runs.folder import RunFolder
 
     if cost not in COSTS:
         raise unknown("cost", cost, COSTS)
-    folders = [RunFolder(name) for name in only_runs(list(dict.fromkeys(runs)))]
+    folders = [RunFolder(name) for name in only_runs(list(dict.fromkeys(runs)), BESIDE)]
     for folder in folders:
         folder.results()  # raises for an unfinished run
     from exitkit.benchmarks.report.policies import policies
 
-    chosen = policies(combinations, scores, rules, full=full)
+    embedded = all(folder.has_embeddings() for folder in folders)
+    chosen = policies(combinations, scores, rules, names=names, full=full, embeddings=embedded)
     with working("comparing exit policies") as report:
         groups = _compare(folders, chosen, _amounts(budgets, cost), cost, report)
     target = Path(out) if out else folders[0].path / "policies" if len(folders) == 1 else Path("policies")
@@ -101,7 +108,7 @@ Groups = dict[str, "tuple[pd.DataFrame, pd.DataFrame]"]
 
 def _compare(
     folders: Sequence[RunFolder],
-    chosen: Sequence[Policy],
+    chosen: Sequence[PolicyName],
     budgets: Sequence[float],
     cost: str,
     report: Callable[[float], None],
@@ -109,7 +116,15 @@ def _compare(
     import numpy as np
 
     from exitkit.benchmarks.report.labels import name_runs
-    from exitkit.benchmarks.report.policies import check_same_images, comparison, curves, default_budgets, measure
+    from exitkit.benchmarks.report.policies import (
+        Outputs,
+        check_same_images,
+        comparison,
+        curves,
+        default_budgets,
+        measure,
+    )
+    from exitkit.inference.budgets import exit_costs
 
     names = name_runs([folder.identity for folder in folders])
     grouped: dict[str, list[RunFolder]] = {}
@@ -118,7 +133,7 @@ def _compare(
     result: Groups = {}
     done = 0
     for title, members in grouped.items():
-        stored = [_outputs(folder, cost) for folder in members]
+        stored = [Outputs.of_run(folder, exit_costs(folder, cost).astype(float), chosen) for folder in members]
         check_same_images(stored)
         costs = np.mean([outputs.costs for outputs in stored], axis=0)
         amounts = np.array(budgets) if budgets else default_budgets(costs)
@@ -139,20 +154,11 @@ def _report(report: Callable[[float], None], done: int, runs: int, share: float)
     report((done + share) / runs)
 
 
-def _outputs(run: RunFolder, cost: str) -> Outputs:
-    from exitkit.benchmarks.report.policies import Outputs
-    from exitkit.inference.budgets import exit_costs
-
-    parts = [run.outputs(part) for part in ("validation", "test")]
-    validation, test = ((part["logits"], part["labels"]) for part in parts)
-    return Outputs(validation, test, exit_costs(run, cost).astype(float))
-
-
 def _print(groups: Mapping[str, tuple[Any, Any]], most: int | None) -> None:
-    from rich.console import Console
     from rich.text import Text
 
     from exitkit.benchmarks.report.policy_tables import print_table
+    from exitkit.cli.terminal import Console
 
     console = Console(highlight=False)
     for title, (frame, _) in groups.items():
@@ -163,18 +169,18 @@ def _print(groups: Mapping[str, tuple[Any, Any]], most: int | None) -> None:
 def _write(groups: Groups, folders: Sequence[RunFolder], folder: Path, cost: str) -> None:
     import pandas as pd
 
-    from exitkit.benchmarks.report.figures import save_figure
+    from exitkit.benchmarks.report.drawing import save_figure
     from exitkit.benchmarks.report.policy_tables import curves_figure, html
-    from exitkit.files import make_folder, written_whole
+    from exitkit.files import write_files
 
     tables = {
         name: pd.concat([pair[index].assign(runs=title) for title, pair in groups.items()])
         for index, name in enumerate(("policies", "curves"))
     }
-    lead = [f"{len(folders)} run{'s' if len(folders) > 1 else ''}, compared without training on their stored outputs."]
+    lead = [f"{counted(len(folders), 'run')}, compared without training on their stored outputs."]
     text = html([(title, *pair) for title, pair in groups.items()], lead, cost)
     writers: dict[str, Callable[[Path], object]] = {
-        f"{name}.csv": partial(frame.to_csv, index=False) for name, frame in tables.items()
+        f"{name}.csv": partial(in_csv(frame).to_csv, index=False) for name, frame in tables.items()
     }
     writers["policies.html"] = partial(Path.write_text, data=text, encoding="utf-8")
     for number, (_, curves) in enumerate(groups.values(), start=1):
@@ -182,7 +188,4 @@ def _write(groups: Groups, folders: Sequence[RunFolder], folder: Path, cost: str
         suffix = f"-{number}" if len(groups) > 1 else ""
         for kind in ("png", "pdf"):
             writers[f"policies{suffix}.{kind}"] = partial(save_figure, figure, kind=kind)
-    make_folder(folder)
-    for name, write in writers.items():
-        with written_whole(folder / name) as temporary:
-            write(temporary)
+    write_files(folder, writers)

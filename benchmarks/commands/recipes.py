@@ -12,6 +12,7 @@ from exitkit.cli.completion import names
 from exitkit.cli.completion import recipes as complete_recipes
 from exitkit.cli.options import json_option
 from exitkit.errors import UserError
+from exitkit.escaping import counted
 from exitkit.files import exists, write_text
 
 
@@ -40,11 +41,11 @@ def list_recipes(as_json: bool) -> None:
     Example:
       exitkit recipes list
     """
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     from exitkit.cli.catalogue import entries
+    from exitkit.cli.terminal import Console
 
     if as_json:
         click.echo(json.dumps(entries("recipes"), indent=2))
@@ -108,9 +109,8 @@ def validate_recipe(file: str) -> None:
         list(dict.fromkeys(str(getattr(planned.recipe, kind)) for planned in runs))
         for kind in ("method", "backbone", "dataset")
     )
-    text = (
-        f"{file} is valid: {len(runs)} runs of {', '.join(methods)} on {', '.join(networks)} and {', '.join(datasets)}"
-    )
+    what = f"{', '.join(methods)} on {', '.join(networks)} and {', '.join(datasets)}"
+    text = f"{file} is valid: {counted(len(runs), 'run')} of {what}"
     click.echo(textwrap.fill(text, 110, subsequent_indent="  ", break_on_hyphens=False))
 
 

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from exitkit.errors import UserError
+from exitkit.escaping import code_in_markdown, counted, in_markdown
 from exitkit.files import exists, write_text
 
 if TYPE_CHECKING:
+    from exitkit.benchmarks.campaign.record import Comparisons
     from exitkit.benchmarks.report import Comparison
     from exitkit.runs.folder import RunFolder
 
@@ -69,32 +71,44 @@ def reproducibility(folders: tuple[str, ...], out: str) -> None:
         raise UserError(f"--out {target} is a folder; expected a file")
     if exists(target) and _MARK not in target.read_text(encoding="utf-8", errors="replace"):
         raise UserError(f"{target} was not written by this command; choose another file with --out")
-    sections = [section(Path(folder)) for folder in folders]
-    write_text(target, "\n".join([_LEGEND, *sections]))
-    click.echo(f"wrote {target}: {len(sections)} comparison{'s' if len(sections) > 1 else ''}")
+    written = [section for folder in folders for section in sections(Path(folder))]
+    write_text(target, "\n".join([_LEGEND, *written]))
+    click.echo(f"wrote {target}: {counted(len(written), 'comparison')}")
 
 
-def section(folder: Path) -> str:
-    """Return the section of the document for one folder of runs.
+def sections(folder: Path) -> list[str]:
+    """Return the sections of the document for one folder of runs: one per comparison, or one of all its runs.
 
     Raises:
         UserError: the folder has no finished run, or a file in it is damaged.
     """
-    from exitkit.benchmarks.campaign.record import command, read_plan
-    from exitkit.benchmarks.report import ReportOptions, collect
-    from exitkit.benchmarks.report.document import lead, title
-    from exitkit.runs.table import find_runs
+    from exitkit.benchmarks.campaign.record import plans, read_plan
 
-    context, options, order = read_plan(folder)
+    files = plans(folder) if folder.is_dir() else []
+    return [_section(read_plan(source)) for source in (files if len(files) > 1 else [folder])]
+
+
+def _section(comparisons: Comparisons) -> str:
+    from exitkit.benchmarks.report import ReportOptions, collect_intact
+    from exitkit.benchmarks.report.document import lead, title
+    from exitkit.benchmarks.report.provenance import commands, hardware, versions
+    from exitkit.runs.table import find_runs, intact
+
+    folder, context, order = comparisons.folder, comparisons.context, comparisons.order
     position = {name: number for number, name in enumerate(order)}
-    runs = sorted(find_runs(folder), key=lambda run: (position.get(run.path.name, len(position)), run.path.name))
+    finished = intact(find_runs(folder), records=True)
+    runs = sorted(finished, key=lambda run: (position.get(run.path.name, len(position)), run.path.name))
     if order:
         runs = [run for run in runs if run.path.name in position]  # without teachers
-    comparison = collect(runs, options=ReportOptions.make(options), context=context)
-    facts = [f"- command: `{command(folder)}`", f"- hardware: {_hardware(runs)}", f"- time: {_time(runs)}"]
+    comparison, runs = collect_intact(runs, ReportOptions.make(comparisons.report), context)
+    facts = [f"- {name}: {code_in_markdown(line)}" for name, line in commands(context, runs)]
+    facts += [f"- hardware: {in_markdown(hardware(runs))}", f"- versions: {in_markdown(versions(runs))}"]
+    facts.append(f"- time: {_time(runs)}")
     for row in comparison.missing.itertuples():
-        facts.append(f"- missing: {row.method} on {row.backbone}, {row.dataset}, seed {row.seed} ({row.reason})")
-    parts = [f"## {title(comparison) if context.title else folder.name}", *lead(comparison), "\n".join(facts)]
+        absent = f"{row.method} on {row.backbone}, {row.dataset}, seed {row.seed} ({row.reason})"
+        facts.append(f"- missing: {in_markdown(absent)}")
+    heading = in_markdown(title(comparison) if context.title else folder.name)
+    parts = [f"## {heading}", *map(in_markdown, lead(comparison)), "\n".join(facts)]
     return "\n\n".join([*parts, _table(comparison, runs)]) + "\n"
 
 
@@ -111,9 +125,10 @@ def _table(comparison: Comparison, runs: Sequence[RunFolder]) -> str:
         score = _score([run.results()["test"] for run in seeds])
         paper, verdict = _against_paper(score, _of(comparison.published, names))
         seconds = sum(run.training_cost()["seconds"] for run in seeds) / len(seeds)
+        time = in_words(seconds) if comparison.options.times else "–"
         ours = [_spread(score.mean, score.mean_sd), _spread(score.last, score.last_sd)]
-        facts = [*names, str(seeds[0].recipe.epochs), str(score.n), *ours, paper, verdict]
-        rows.append([*facts, _against_baseline(_of(comparison.differences, names)), in_words(seconds)])
+        facts = [*map(in_markdown, names), str(seeds[0].recipe.epochs), str(score.n), *ours, paper, verdict]
+        rows.append([*facts, _against_baseline(_of(comparison.differences, names)), time])
     align = ["left"] * 3 + ["right"] * 4 + ["left"] * 3 + ["right"]
     frame = pd.DataFrame(rows, columns=list(_HEADS))
     return str(frame.to_markdown(index=False, disable_numparse=True, colalign=align))
@@ -174,19 +189,8 @@ def _spread(mean: float, sd: float) -> str:
     return f"{mean:.2f}" if math.isnan(sd) else f"{mean:.2f} ± {sd:.2f}"
 
 
-def _hardware(runs: Sequence[RunFolder]) -> str:
-    machines: dict[str, None] = {}
-    for run in runs:
-        facts = run.environment()
-        device = facts.get("gpu") or facts.get("processor") or facts["device"]
-        threads = run.recipe.threads
-        count = f"{threads} thread{'s' if threads > 1 else ''} per run, " if not facts["gpu"] else ""
-        machines.setdefault(f"{device} ({count}PyTorch {facts['torch']}, exitkit {facts['exitkit']})")
-    return "; ".join(machines)
-
-
 def _time(runs: Sequence[RunFolder]) -> str:
     from exitkit.benchmarks.campaign.estimate import in_words
 
     seconds = sum(run.training_cost()["seconds"] for run in runs)
-    return f"{in_words(seconds)} of training over {len(runs)} runs"
+    return f"{in_words(seconds)} of training over {counted(len(runs), 'run')}"

@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from exitkit.cli.completion import folders
+from exitkit.cli.completion import folders, one_of
 from exitkit.cli.interrupts import interruptible
+from exitkit.cli.options import some_of
 from exitkit.errors import Interrupted, UserError
+from exitkit.escaping import counted
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import RenderableType
 
     from exitkit.benchmarks.campaign.watching import Watched
+    from exitkit.cli.terminal import Console
 
 _STYLES = {
     "running": "bold cyan",
@@ -34,43 +37,51 @@ _STYLES = {
 @click.argument("folder", metavar="FOLDER", default="runs", shell_complete=folders)
 @click.option("--once", is_flag=True, help="Print the table once and exit.")
 @click.option("--interval", type=click.FloatRange(0.1), default=2.0, show_default=True, help="Seconds between updates.")
+@click.option(
+    "--state",
+    "states",
+    metavar="A,B,...",
+    shell_complete=one_of(*_STYLES),
+    help="Show only runs in these states: running, stalled, failed, waiting, finished.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON once and exit.")
-def watch(folder: str, once: bool, interval: float, as_json: bool) -> None:
+def watch(folder: str, once: bool, interval: float, states: str | None, as_json: bool) -> None:
     """Show the runs of FOLDER while they train.
 
     The table has the state, the epoch, the loss and accuracy of the first and the last exit, and the time left. The
     command only reads the run folders, so it works on any machine that can access them, for any number of `train` and
     `compare` processes. Accuracy is on validation, and on test for finished runs. A run is "stalled" if its process
     has ended, or has not reported progress for a long time. The command exits when all runs are finished or failed, or
-    on Ctrl-C; training continues.
+    on Ctrl-C; training continues. The last line sums up all runs, also those that --state leaves out.
 
     \b
     Examples:
       exitkit watch
       exitkit watch study --once
+      exitkit watch study --state failed,running
       exitkit watch study --json
     """
-    from rich.console import Console
+    from exitkit.benchmarks.campaign.watching import STATES, look
+    from exitkit.cli.terminal import Console
 
-    from exitkit.benchmarks.campaign.watching import look
-
+    shown = STATES if states is None else some_of("--state", "state", states, STATES)
     path = Path(folder)
     if not path.is_dir():
         raise UserError(f"{folder} {'is a file' if path.exists() else 'does not exist'}; expected a folder of runs")
     console = Console(highlight=False)
     if as_json:
-        click.echo(json.dumps(_facts(path, look(path)), indent=2))
+        click.echo(json.dumps(_facts(path, look(path), shown), indent=2))
     elif once:
-        console.print(_view(path, look(path), None))
+        console.print(_view(path, look(path), None, shown))
     else:
         try:
             with interruptible():
-                (_live if console.is_terminal else _lines)(console, path, interval)
+                (_live if console.is_terminal else _lines)(console, path, interval, shown)
         except KeyboardInterrupt:
             raise Interrupted("stopped watching; training continues") from None
 
 
-def _live(console: Console, folder: Path, interval: float) -> None:
+def _live(console: Console, folder: Path, interval: float, shown: Sequence[str]) -> None:
     """Show a live table of the folder's runs until all have ended."""
     from rich.live import Live
 
@@ -79,13 +90,13 @@ def _live(console: Console, folder: Path, interval: float) -> None:
     with Live(console=console, auto_refresh=False) as live:
         while True:
             runs = look(folder)
-            live.update(_view(folder, runs, max(console.height - 4, 3)), refresh=True)
+            live.update(_view(folder, runs, max(console.height - 4, 3), shown), refresh=True)
             if _all_ended(runs):
                 return
             time.sleep(interval)
 
 
-def _lines(console: Console, folder: Path, interval: float) -> None:
+def _lines(console: Console, folder: Path, interval: float, shown: Sequence[str]) -> None:
     """Print a line whenever the state or epoch of a run changes, until all have ended."""
     from exitkit.benchmarks.campaign.watching import labels, look
 
@@ -97,10 +108,11 @@ def _lines(console: Console, folder: Path, interval: float) -> None:
             line = f"{label}: {_state_words(run)}"
             line += f", loss {loss}, accuracy {accuracy} %" if accuracy else ""
             key = f"{run.state} {run.epoch} {run.phase}"
-            if printed.get(run.run) != key:
+            if run.state in shown and printed.get(run.run) != key:
                 printed[run.run] = key
                 console.print(f"{time.strftime('%H:%M:%S')}  {line}", soft_wrap=True, markup=False)
         if _all_ended(runs):
+            console.print(_summary(runs), soft_wrap=True, markup=False)
             return
         time.sleep(interval)
 
@@ -109,12 +121,14 @@ def _all_ended(runs: Sequence[Watched]) -> bool:
     return bool(runs) and all(run.state in ("finished", "failed") for run in runs)
 
 
-def _facts(folder: Path, runs: Sequence[Watched]) -> dict[str, Any]:
+def _facts(folder: Path, runs: Sequence[Watched], shown: Sequence[str]) -> dict[str, Any]:
     from exitkit.benchmarks.campaign.watching import STATES, labels, seconds_left
 
     counts = Counter(run.state for run in runs)
     rows = []
     for run, label in zip(runs, labels(runs), strict=True):
+        if run.state not in shown:
+            continue
         names = {key: run.recipe.get(key) for key in ("method", "backbone", "dataset", "seed")}
         fields = {key: value for key, value in asdict(run).items() if key != "recipe"}
         rows.append({"label": label, **names, **fields})
@@ -122,8 +136,11 @@ def _facts(folder: Path, runs: Sequence[Watched]) -> dict[str, Any]:
     return {"folder": str(folder), "states": states, "seconds_left": seconds_left(runs), "runs": rows}
 
 
-def _view(folder: Path, runs: Sequence[Watched], height: int | None) -> RenderableType:
-    """Return the table of the runs and a summary line; at most `height` rows, sorted by state (None: all, unsorted)."""
+def _view(folder: Path, runs: Sequence[Watched], height: int | None, states: Sequence[str] = ()) -> RenderableType:
+    """Return the table of the runs in some states (none given: in any), and a line that sums up all runs.
+
+    The table has at most `height` rows, sorted by state; None: all of them, unsorted.
+    """
     from rich import box
     from rich.console import Group
     from rich.table import Table
@@ -141,7 +158,7 @@ def _view(folder: Path, runs: Sequence[Watched], height: int | None) -> Renderab
     table.add_column("accuracy %", justify="right", no_wrap=True)
     table.add_column("left", justify="right", no_wrap=True)
     order: Callable[[tuple[Watched, str]], int] = lambda pair: STATES.index(pair[0].state)  # noqa: E731
-    rows = list(zip(runs, labels(runs), strict=True))
+    rows = [pair for pair in zip(runs, labels(runs), strict=True) if pair[0].state in (states or STATES)]
     rows = sorted(rows, key=order) if height else rows
     shown = rows if height is None or len(rows) <= height else rows[: height - 1]
     notes: dict[str, list[str]] = {}
@@ -163,7 +180,9 @@ def _summary(runs: Sequence[Watched]) -> str:
     counts = Counter(run.state for run in runs)
     words = [f"{counts[state]} {state}" for state in reversed(STATES) if counts[state]]
     left = seconds_left(runs)
-    return f"{len(runs)} runs: {', '.join(words)}" + (f"; about {_duration(left)} left" if left is not None else "")
+    return f"{counted(len(runs), 'run')}: {', '.join(words)}" + (
+        f"; about {_duration(left)} left" if left is not None else ""
+    )
 
 
 def _state_words(run: Watched) -> str:

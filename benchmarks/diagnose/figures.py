@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from exitkit.benchmarks.diagnose.toy import BEST, SIZES, losses
-from exitkit.benchmarks.report.figures import COLOURS, DASHES, HEIGHT, MARKERS, STYLE, WIDTH
+from exitkit.benchmarks.report.drawing import Axes, Figure, MaxNLocator, Normalize, SymLogNorm, own_style
+from exitkit.benchmarks.report.figures import COLOURS, DASHES, HEIGHT, MARKERS, WIDTH
 
 Probes = Mapping[str, np.ndarray]
 
@@ -23,7 +20,7 @@ def conflict_figure(probes: Probes) -> Figure:
     cosine, epochs = probes["cosine"], probes["epoch"]
     exits = cosine.shape[-1]
     pairs = np.triu_indices(exits, 1)
-    with matplotlib.rc_context(STYLE):
+    with own_style():
         figure = Figure(figsize=(2 * WIDTH, HEIGHT), layout="constrained")
         lines, table = figure.subplots(1, 2)
         for stage in range(exits):
@@ -38,7 +35,7 @@ def conflict_figure(probes: Probes) -> Figure:
 
 def magnitude_figure(probes: Probes) -> Figure:
     """Plot the norm of the gradient of each stage, and its variance over batches."""
-    with matplotlib.rc_context(STYLE):
+    with own_style():
         figure = Figure(figsize=(2 * WIDTH, HEIGHT), layout="constrained")
         panels = figure.subplots(1, 2)
         named = {"total_norm": "norm of the gradient", "total_variance": "variance of the gradient"}
@@ -53,7 +50,7 @@ def magnitude_figure(probes: Probes) -> Figure:
 
 def validity_figure(probes: Probes) -> Figure:
     """Plot the fraction of valid images of each exit (probability of their class below 0.9), and its loss."""
-    with matplotlib.rc_context(STYLE):
+    with own_style():
         figure = Figure(figsize=(2 * WIDTH, HEIGHT), layout="constrained")
         panels = figure.subplots(1, 2)
         for axes, (name, scale, label) in zip(
@@ -71,7 +68,7 @@ def weights_figure(probes: Probes) -> Figure:
     """Plot the weight of each image at each exit against its loss at that exit, for the last probe."""
     losses, weights = probes["losses"][-1], probes["weights"][-1]
     exits = losses.shape[1]
-    with matplotlib.rc_context(STYLE):
+    with own_style():
         figure = Figure(figsize=(1.5 * exits + 0.4, 2.0), layout="constrained")
         panels = figure.subplots(1, exits, sharey=True, squeeze=False)[0]
         for index, axes in enumerate(panels):
@@ -84,7 +81,7 @@ def weights_figure(probes: Probes) -> Figure:
 
 def ranks_figure(correlation: np.ndarray) -> Figure:
     """Plot the rank correlation [K, K] of the exits' confidences."""
-    with matplotlib.rc_context(STYLE):
+    with own_style():
         figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
         title = "rank correlation of confidences"
         _matrix(figure, figure.subplots(), correlation, title, "exit", "exit", (min(0.0, np.nanmin(correlation)), 1.0))
@@ -93,11 +90,13 @@ def ranks_figure(correlation: np.ndarray) -> Figure:
 
 def pruning_figure(damage: np.ndarray) -> Figure:
     """Plot the accuracy [K, K] that each exit loses when the parameters most important to one exit are set to zero."""
-    with matplotlib.rc_context(STYLE):
+    with own_style():
         figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
         top = max(float(np.abs(damage).max()), 1.0)
         title = "accuracy lost (points)"
-        _matrix(figure, figure.subplots(), damage, title, "evaluated exit", "pruned for exit", (-top, top), "{:.1f}")
+        # A few exits lose most of their accuracy, the others little: both differences are to be seen.
+        norm = SymLogNorm(linthresh=1, linscale=0.5, vmin=-top, vmax=top, base=10)
+        _matrix(figure, figure.subplots(), damage, title, "evaluated exit", "pruned for exit", norm, "{:.1f}")
     return figure
 
 
@@ -108,7 +107,7 @@ def toy_figure(paths: Mapping[str, np.ndarray]) -> Figure:
     side = np.linspace(-2.3, 2.3, 121)
     grid = torch.from_numpy(np.stack(np.meshgrid(side, side), -1))
     first, second = (values.numpy() for values in losses(grid))
-    with matplotlib.rc_context(STYLE):
+    with own_style():
         figure = Figure(figsize=(1.5 * columns, 1.65 * rows), layout="constrained")
         panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         for axes in panels.flat[len(paths) :]:
@@ -127,9 +126,9 @@ def toy_figure(paths: Mapping[str, np.ndarray]) -> Figure:
             axes.set_aspect("equal")
         for axes in panels.flat[max(len(paths) - columns, 0) : len(paths)]:
             axes.tick_params(labelbottom=True)
-            axes.set_xlabel("$w_1$")
+            axes.set_xlabel("$w_1$", parse_math=True)
         for row in panels:
-            row[0].set_ylabel("$w_2$")
+            row[0].set_ylabel("$w_2$", parse_math=True)
         stars, _ = panels.flat[0].get_legend_handles_labels()
         figure.legend(handles=stars, loc="outside upper center", ncols=3, frameon=False)
     return figure
@@ -165,11 +164,13 @@ def _matrix(
     title: str,
     x: str,
     y: str,
-    limits: tuple[float, float],
+    scale: tuple[float, float] | Normalize,
     form: str = "{:.2f}",
 ) -> None:
-    """Plot a square matrix as an image, with each value as text."""
-    image = axes.imshow(values, cmap="RdBu_r" if limits[0] < 0 else "Blues", vmin=limits[0], vmax=limits[1])
+    """Plot a square matrix as an image, with each value as text; `scale`: its limits, or how values become colours."""
+    norm = scale if isinstance(scale, Normalize) else Normalize(*scale)
+    diverging = norm.vmin is not None and norm.vmin < 0
+    image = axes.imshow(values, cmap="RdBu_r" if diverging else "Blues", norm=norm)
     ticks = range(len(values))
     size = min(6.5, 45 / len(values))  # font size in points; larger numbers would overlap for many exits
     axes.set_xticks(ticks, [str(tick + 1) for tick in ticks])
@@ -182,12 +183,12 @@ def _matrix(
     for row in ticks:
         for column in ticks:
             if np.isfinite(values[row, column]):
-                shade = (values[row, column] - limits[0]) / max(limits[1] - limits[0], 1e-12)
-                dark = shade > 0.6 if limits[0] >= 0 else abs(shade - 0.5) > 0.33
+                shade = float(norm(values[row, column]))
+                dark = abs(shade - 0.5) > 0.33 if diverging else shade > 0.6
                 colour = "white" if dark else "black"
-                text = form.format(values[row, column])
+                text = form.format(values[row, column]).replace("-", "−")
                 axes.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
-    figure.colorbar(image, ax=axes, shrink=0.85).outline.set_visible(False)
+    figure.colorbar(image, ax=axes, shrink=0.85, format="{x:g}").outline.set_visible(False)
 
 
 def _mean(values: np.ndarray) -> np.ndarray:

@@ -89,6 +89,7 @@ def path(method: str) -> np.ndarray:
         (1, 1, 1),
         2,
     )
+    network.heads.requires_grad_(False)
     strategy = Composition({"toy": _ToyLosses(), method: build_strategy(method)})
     run = local_run(network, strategy, torch.optim.SGD([point.w], RATE))
     batch = [LocalBatch.make(torch.zeros(2, 1, 1, 1, dtype=torch.float64), torch.zeros(2, dtype=torch.int64))]

@@ -2,7 +2,11 @@
 
 Columns: table; dataset; backbone and method, by their exitkit names; settings, the method's `field=value` pairs of the
 paper, separated by spaces; printed, the name in the paper's table; exit, from 1; multiply_adds_m and params_m, in
-millions, as printed; accuracy (%); epochs and batch_size of the paper's schedule; note.
+millions, as printed; accuracy (%); epochs and batch_size of the paper's schedule, 0 where they are not stated; note.
+
+A backbone or method in parentheses is one that exitkit does not have, or that the source does not state. Rows of exit 0
+are of all exits together: an ensemble, or early exit at the mean cost in multiply_adds_m; without an accuracy, the note
+has what was published instead. Both kinds of rows are for reading, and match no run.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import pandas as pd
 
 from exitkit.benchmarks.published.defaults import network_fields, published_fields
 
-PAPERS = ("boostnet", "imta", "metagf", "l2w", "dfs")
+PAPERS = ("boostnet", "imta", "metagf", "l2w", "dfs", "byot", "cgt")
 _PLAIN = {"dataset.per_class": "null", "dataset.imbalance": "1.0"}
 
 
@@ -24,10 +28,8 @@ def load_published() -> pd.DataFrame:
     tables = []
     for paper in PAPERS:
         with (files(__name__) / f"{paper}.csv").open(encoding="utf-8") as file:
-            blank = {
-                "multiply_adds_m": [""],
-                "params_m": [""],
-            }  # empty: not printed in the paper; other empty fields are text
+            # Empty: not printed in the paper; other empty fields are text.
+            blank = {key: [""] for key in ("multiply_adds_m", "params_m", "accuracy")}
             table = pd.read_csv(file, dtype={"settings": str, "note": str}, keep_default_na=False, na_values=blank)
         table.insert(0, "paper", paper)
         tables.append(table)
@@ -53,6 +55,7 @@ def published_for(
         only: names of tables; empty: all.
     """
     known = load_published()
+    known = known[known["exit"] > 0]  # others are of all exits together
     stands_for = stands_for or {}
     for key in ("backbone", "dataset", "method"):
         known = known[known[key] == stands_for.get(key, json.loads(identity[key]))]

@@ -3,19 +3,55 @@
 from __future__ import annotations
 
 import json
+import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from exitkit.benchmarks.report.comparison import BASELINE, GROUP, STATIC, Comparison, Context
-from exitkit.benchmarks.report.comparisons import differences, published_beside, stitch, training, verdicts
+from exitkit.benchmarks.report.comparison import BASELINE, GROUP, STATIC, Comparison, Context, Missing
+from exitkit.benchmarks.report.comparisons import (
+    differences,
+    policy_differences,
+    published_beside,
+    stitch,
+    training,
+    verdicts,
+)
 from exitkit.benchmarks.report.labels import Names, in_common, name_runs, unlike
-from exitkit.benchmarks.report.measure import FinishedRun, RunMeasures, anytime_rows
+from exitkit.benchmarks.report.measure import FinishedRun
 from exitkit.benchmarks.report.options import COST_COLUMNS, ReportOptions
-from exitkit.errors import UserError
+from exitkit.benchmarks.report.summary import measured
+from exitkit.errors import DamagedError, Note, UserError
 from exitkit.inference.budgets import exit_costs, read_budget
+
+if TYPE_CHECKING:
+    from exitkit.runs.folder import RunFolder
+
+
+def collect_intact(
+    runs: Sequence[RunFolder], options: ReportOptions, context: Context
+) -> tuple[Comparison, list[RunFolder]]:
+    """Evaluate finished runs as `collect` does; a run with a damaged file is left out, with a `Note` that names it.
+
+    Returns:
+        the comparison, and the runs in it.
+
+    Raises:
+        UserError: all runs are damaged, or they can't be compared.
+    """
+    remaining = list(runs)
+    while True:
+        try:
+            return collect(remaining, options=options, context=context), remaining
+        except DamagedError as error:
+            good = [run for run in remaining if f"{run.path}{os.sep}" not in str(error)]
+            if not good or len(good) == len(remaining):
+                raise
+            warnings.warn(Note(f"a run is left out: {error}"), stacklevel=2)
+            remaining = good
 
 
 class _Named(NamedTuple):
@@ -63,44 +99,45 @@ def collect(
     parts: dict[str, list[pd.DataFrame]] = {}
     notes: dict[tuple[str, str], Sequence[str]] = {}
     shared: dict[tuple[str, str], str] = {}
+    grids: dict[tuple[str, str], np.ndarray] = {}
     for group, members in groups.items():
         _check_seeds(members)
         notes[group] = unlike([m.run.identity for m in members], [m.names.method for m in members])
         shared[group] = in_common([m.run.identity for m in members])
-        for name, rows in _measure_group(members, options, budgets).items():
+        adaptive = [m.run for m in members if m.names.method != STATIC] or [m.run for m in members]
+        grids[group] = common_budgets(adaptive, options, budgets)
+        for name, rows in _measure_group(members, options, grids[group]).items():
             parts.setdefault(name, []).append(rows)
     tables = {name: pd.concat(frames, ignore_index=True) for name, frames in parts.items()}
     anytime = _over_seeds(tables["anytime"], ["exit", "papers", "macs"])
     baseline = options.baseline or BASELINE
-    missing = [
-        (*names, json.loads(run.identity["seed"]), run.reason)
-        for names, run in zip(labels[len(finished) :], context.missing, strict=True)
-    ]
     return Comparison(
         options=options,
         context=context,
         anytime=anytime,
         budgeted=_over_seeds(tables["budgeted"], ["budget"]),
+        spent=_spent(tables.get("spent")),
         curve=_over_seeds(tables["curve"], ["point"]),
-        points=tables["points"]
-        .drop(columns="seed")
-        .groupby(["method", *GROUP, "point"], sort=False)
-        .mean()
-        .reset_index(),
+        points=_points(tables["points"]),
         oracle=_over_seeds(tables["oracle"], ["exit"]),
-        static=_static(named, options),
+        static=_static(tables[STATIC]),
         stitched=_over_seeds(stitch(tables["stitch"]), ["budget"], ["method", "family", "dataset"]),
         calibration=_over_seeds(tables["calibration"], ["where"], of="error"),
+        balanced=_balanced(tables.get("balanced", pd.DataFrame(columns=[*_SAME, "balanced", *_BALANCED]))),
+        recall=_recall(tables, options),
+        targets=_targets(tables.get("targets")),
         risk=_risk(tables["risk"]),
+        **_policies(tables if options.policy else {}),
         verdicts=verdicts(tables["anytime"], tables["budgeted"]),
         differences=differences(tables["anytime"], tables["curve"], baseline),
         published=published_beside(named, anytime, context),
-        training=training(tables["training"], baseline),
-        missing=_missing(named, missing),
+        training=training(tables["training"], baseline).iloc[: None if options.times else 0],
+        missing=_missing(named, labels[len(finished) :], context.missing),
         notes=notes,
         shared=shared,
         images=_images(tables["images"]),
         names={run.path.name: names for run, names in named},
+        budgets=grids,
     )
 
 
@@ -128,39 +165,74 @@ def _check_seeds(members: Sequence[_Named]) -> None:
             )
 
 
-def _budgets(members: Sequence[_Named], options: ReportOptions, count: int) -> np.ndarray:
+def common_budgets(runs: Sequence[FinishedRun], options: ReportOptions, count: int = 9) -> np.ndarray:
+    """Return the budgets of the options, else `count` evenly spaced ones that every run can meet.
+
+    Raises:
+        UserError: the runs have no common budget.
+    """
     if options.budgets:
         return np.array([read_budget(text) for text in options.budgets])
-    costs = [exit_costs(run, options.cost) for run, _ in members]
+    costs = [exit_costs(run, options.cost) for run in runs]
     low, high = max(cost[0] for cost in costs), min(cost[-1] for cost in costs)
     if low >= high:
-        names = members[0].names
         raise UserError(
-            f"the runs of {names.backbone} on {names.dataset} have no common budget: "
-            f"a first exit costs {low}, a last exit {high}; expected every first exit to cost less than every last exit"
+            f"the runs of {json.loads(runs[0].identity['backbone'])} on {json.loads(runs[0].identity['dataset'])} have "
+            f"no common budget: a first exit costs {low}, a last exit {high}; expected every first exit to cost less "
+            "than every last exit"
         )
     return np.linspace(low, high, count + 2)[1:-1]
 
 
-def _measure_group(members: Sequence[_Named], options: ReportOptions, count: int) -> dict[str, pd.DataFrame]:
-    parts: dict[str, list[pd.DataFrame]] = {}
-    samples: np.ndarray | None = None
-    adaptive = [member for member in members if member.names.method != STATIC]
-    grid = _budgets(adaptive or members, options, count)
-    for run, names in adaptive or members:
-        measures = RunMeasures(run, names, options)
-        indices = np.sort(measures.test["indices"])
-        if samples is not None and not np.array_equal(indices, samples):
-            raise UserError(f"{run.path} and {members[0].run.path} were tested on different samples")
-        samples = indices
-        frames = measures.frames(grid)
-        frames["training"] = pd.DataFrame([{**measures.same, **run.training_cost()}])
-        curve = measures.curve
-        validation = {"validation_cost": curve.validation_cost, "validation_accuracy": curve.validation_accuracy}
-        frames["stitch"] = pd.DataFrame({**measures.same, **validation, "cost": curve.cost, "accuracy": curve.accuracy})
-        for name, rows in frames.items():
-            parts.setdefault(name, []).append(rows)
-    return {name: pd.concat(rows, ignore_index=True) for name, rows in parts.items()}
+def _measure_group(members: Sequence[_Named], options: ReportOptions, budgets: np.ndarray) -> dict[str, pd.DataFrame]:
+    parts: dict[str, list[tuple[Mapping[str, Any], pd.DataFrame]]] = {STATIC: []}
+    samples = ""
+    only_static = all(names.method == STATIC for _, names in members)
+    for run, names in members:
+        measures = measured(run, options, budgets)
+        labels = {"method": names.method, "seed": run.recipe.seed, **names._asdict()}
+        tables = {**measures.tables, "training": pd.DataFrame([run.training_cost()])}
+        exit = _static_exit(run.identity)
+        if exit:
+            row = measures.tables["anytime"].iloc[[exit - 1]]
+            parts[STATIC].append((labels, row.assign(cost=row[COST_COLUMNS[options.cost]])))
+            if not only_static:
+                continue
+        if samples and measures.samples != samples:
+            raise UserError(
+                f"{run.path} and {members[0].run.path} were tested on different samples; evaluate both again, on the "
+                "same images: exitkit evaluate RUN"
+            )
+        samples = measures.samples
+        for name, rows in tables.items():
+            parts.setdefault(name, []).append((labels, rows))
+    return {name: _labelled(pairs) for name, pairs in parts.items()}
+
+
+def _labelled(pairs: Sequence[tuple[Mapping[str, Any], pd.DataFrame]]) -> pd.DataFrame:
+    """Return tables below each other, with their labels as the first columns."""
+    if not pairs:
+        return pd.DataFrame()
+    rows = pd.concat([table for _, table in pairs], ignore_index=True)
+    sizes = [len(table) for _, table in pairs]
+    names = pairs[0][0]
+    columns = {name: np.repeat(np.array([labels[name] for labels, _ in pairs]), sizes) for name in names}
+    labels = pd.DataFrame(
+        {name: values if name == "seed" else values.astype(object) for name, values in columns.items()}
+    )
+    return pd.concat([labels, rows.drop(columns=list(names), errors="ignore")], axis=1)
+
+
+def _policies(tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """Return the three tables of exit policies; they are empty if none were measured."""
+    if "policies" not in tables:
+        empty = pd.DataFrame(columns=["method", *GROUP, "policy"])
+        return dict.fromkeys(("policies", "policy_curve", "policy_differences"), empty)
+    return {
+        "policies": _over_seeds(tables["policies"], ["policy", "budget"]),
+        "policy_curve": _over_seeds(tables["policy_curve"], ["policy", "point"]),
+        "policy_differences": policy_differences(tables["policies"]),
+    }
 
 
 def _images(rows: pd.DataFrame) -> dict[str, list[str]]:
@@ -173,17 +245,52 @@ def _images(rows: pd.DataFrame) -> dict[str, list[str]]:
     return {dataset: list(counts) for dataset, counts in texts.items()}
 
 
-def _static(named: Sequence[_Named], options: ReportOptions) -> pd.DataFrame:
+def _static(rows: pd.DataFrame) -> pd.DataFrame:
     columns = [*GROUP, "exit", "cost_mean", "accuracy_mean", "accuracy_sd", "n"]
-    rows = []
-    for run, names in named:
-        exit = _static_exit(run.identity)
-        if exit:
-            row = anytime_rows(run, {"seed": run.recipe.seed, **names._asdict()}, options.cost).iloc[[exit - 1]]
-            rows.append(row.assign(cost=row[COST_COLUMNS[options.cost]]))
-    if not rows:
-        return pd.DataFrame(columns=columns)
-    return _over_seeds(pd.concat(rows, ignore_index=True), ["exit"], GROUP)[columns]
+    return _over_seeds(rows, ["exit"], GROUP)[columns] if len(rows) else pd.DataFrame(columns=columns)
+
+
+def _points(rows: pd.DataFrame) -> pd.DataFrame:
+    keys = ["method", *GROUP, "point"]
+    return rows.drop(columns="seed").groupby(keys, sort=False).mean().reset_index()
+
+
+_SAME = ("method", "seed", *GROUP, "exit")
+_BALANCED = ("majority", "chance", "learned")
+
+
+def _balanced(rows: pd.DataFrame) -> pd.DataFrame:
+    table = _over_seeds(rows, ["exit"], of="balanced")
+    keys = ["method", *GROUP, "exit"]
+    return table.merge(rows.groupby(keys, sort=False)[[*_BALANCED]].mean().reset_index(), on=keys)
+
+
+def _recall(tables: Mapping[str, pd.DataFrame], options: ReportOptions) -> pd.DataFrame:
+    """Return the recall of every class if it is requested; a summary may have it otherwise, too."""
+    empty = pd.DataFrame(columns=[*_SAME, "class", "images", "recall"])
+    return _over_seeds(tables["recall"] if options.classes else empty, ["class", "images", "exit"], of="recall")
+
+
+def _spent(rows: pd.DataFrame | None) -> pd.DataFrame:
+    keys = ["method", *GROUP, "budget"]
+    if rows is None:  # summaries of earlier releases
+        return pd.DataFrame(columns=[*keys, "validation", "test", "n"])
+    means = {name: (name, "mean") for name in ("validation", "test")}
+    table: pd.DataFrame = rows.groupby(keys, sort=False).agg(**means, n=("test", "count")).reset_index()
+    return table
+
+
+def _targets(rows: pd.DataFrame | None) -> pd.DataFrame:
+    keys = ["method", *GROUP, "target", "unit"]
+    if rows is None:
+        return pd.DataFrame(columns=[*keys, "planned", "validation_cost", "cost", "accuracy_mean", "n", "reason"])
+    numbers = [str(name) for name in rows if name not in (*keys, "seed", "accuracy", "reason")]
+    counted = {"accuracy_mean": ("accuracy", "mean"), "accuracy_sd": ("accuracy", "std"), "n": ("accuracy", "count")}
+    means = {str(name): (name, "mean") for name in numbers}
+    reasons = {"reason": ("reason", lambda some: "; ".join(dict.fromkeys(text for text in some if text)))}
+    columns: dict[str, Any] = {**means, **counted, **reasons}
+    table: pd.DataFrame = rows.groupby(keys, sort=False).agg(**columns).reset_index()
+    return table
 
 
 def _risk(rows: pd.DataFrame) -> pd.DataFrame:
@@ -192,8 +299,10 @@ def _risk(rows: pd.DataFrame) -> pd.DataFrame:
     return table.merge(counts.reset_index(), on=["method", *GROUP])
 
 
-def _missing(named: Sequence[_Named], planned: list[tuple[Any, ...]]) -> pd.DataFrame:
+def _missing(named: Sequence[_Named], labels: Sequence[Names], unfinished: Sequence[Missing]) -> pd.DataFrame:
     """Return the planned runs that are not finished, and the seeds that only other methods of the same table have."""
+    pairs = zip(labels, unfinished, strict=True)
+    planned = [(*names, json.loads(run.identity["seed"]), run.reason) for names, run in pairs]
     missing = pd.DataFrame(planned, columns=["method", *GROUP, "seed", "reason"])
     known = {tuple(row) for row in missing[["method", *GROUP, "seed"]].itertuples(index=False)}
     rows = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import pandas as pd
 
 from exitkit.benchmarks.report.labels import Names
@@ -38,6 +39,7 @@ class Context:
         published: the papers' tables to compare with; empty: every table that fits.
         stands_for: {name of a run's folder: {"backbone" or "dataset": name of the paper's one}}.
         missing: planned runs that failed or have not been trained.
+        commands: the command lines of the comparisons; empty if the runs are of none.
     """
 
     title: str = ""
@@ -45,6 +47,7 @@ class Context:
     published: Sequence[str] = ()
     stands_for: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     missing: Sequence[Missing] = ()
+    commands: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ class Comparison:
     """method, backbone, dataset, exit, papers, macs (, milliseconds), accuracy_mean, accuracy_sd, n."""
     budgeted: pd.DataFrame
     """method, backbone, dataset, budget, cost_mean (realised on test), accuracy_mean, accuracy_sd, n."""
+    spent: pd.DataFrame
+    """method, backbone, dataset, budget, validation, test, n: mean cost on validation and on test at each budget."""
     curve: pd.DataFrame
     """method, backbone, dataset, point (the papers' p, 1..39), cost_mean, accuracy_mean, accuracy_sd, n."""
     points: pd.DataFrame
@@ -74,12 +79,36 @@ class Comparison:
     """method, family, dataset, budget, cost_mean, accuracy_mean, accuracy_sd, n: combined networks of several sizes."""
     calibration: pd.DataFrame
     """method, backbone, dataset, where ("exit 1", ..., "point 1", ...), error_mean, error_sd (percent), n."""
+    balanced: pd.DataFrame
+    """method, backbone, dataset, exit, balanced_mean, balanced_sd, n, majority, chance, learned.
+
+    Balanced accuracy: the mean recall of the classes. Always answering the most frequent class has the accuracy
+    `majority`, and the balanced accuracy `chance`. `learned`: fraction of the seeds that are better than chance.
+    """
+    recall: pd.DataFrame
+    """method, backbone, dataset, class, images, exit, recall_mean, recall_sd, n; empty unless requested."""
+    targets: pd.DataFrame
+    """method, backbone, dataset, target, unit, planned, validation_cost, cost (on test), accuracy_mean, accuracy_sd,
+    full, share_1, ..., n: of `options.targets`; n counts the seeds that reach the target, and `reason` says why others
+    don't. Empty if the options have no targets.
+    """
     risk: pd.DataFrame
     """method, backbone, dataset, found (seeds), cost_mean, accuracy_mean, accuracy_sd, drop_mean, n.
 
     The lowest-cost operating point that loses at most `options.risk` percentage points of accuracy against the full
     network, with confidence `options.certainty`; the full network is used for seeds without such a point.
     """
+    policies: pd.DataFrame
+    """method, backbone, dataset, policy, budget, cost_mean, accuracy_mean, accuracy_sd, n: of `options.policy`.
+
+    Of each policy, the operating point that is most accurate within the budget, both cross-fitted on validation. Empty
+    if the options have no policies, as are the following two tables.
+    """
+    policy_curve: pd.DataFrame
+    """method, backbone, dataset, policy, point, cost_mean, accuracy_mean, accuracy_sd, n."""
+    policy_differences: pd.DataFrame
+    """method, backbone, dataset, policy, mean, low, high, p, p_holm, n: accuracy within the budgets, on average over
+    them, against plain confidence on the same runs, paired by seed; see `differences`."""
     verdicts: pd.DataFrame
     """backbone, dataset, where, budget, best, accuracy, second, lead, low, high, p_holm, verdict: see `verdicts`."""
     differences: pd.DataFrame
@@ -99,7 +128,8 @@ class Comparison:
     training: pd.DataFrame
     """method, backbone, dataset, seconds_mean, seconds_sd, time_relative, memory_mib, memory_relative, n.
 
-    Seconds of training over all epochs and phases; relative to the baseline, or to the first method without it.
+    Seconds of training over all epochs and phases; relative to the baseline, or to the first method without it. Empty
+    if the options exclude times.
     """
     missing: pd.DataFrame
     """method, backbone, dataset, seed, reason: runs that are missing from the tables."""
@@ -112,6 +142,9 @@ class Comparison:
 
     names: Mapping[str, Names]
     """{name of a run's folder: its labels}."""
+
+    budgets: Mapping[tuple[str, str], np.ndarray]
+    """{(backbone, dataset): average budgets of the budgeted table}."""
 
     def frames(self) -> dict[str, pd.DataFrame]:
         """Return all tables by name."""

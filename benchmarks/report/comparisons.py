@@ -53,6 +53,27 @@ def differences(anytime: pd.DataFrame, curve: pd.DataFrame, wanted: str) -> pd.D
     return pd.concat(table, ignore_index=True)
 
 
+def policy_differences(rows: pd.DataFrame) -> pd.DataFrame:
+    """Compare every policy with plain confidence on the same runs; see `Comparison.policy_differences`.
+
+    Args:
+        rows: method, seed, backbone, dataset, policy, budget, accuracy.
+    """
+    names = ["method", *GROUP, "policy", "mean", "low", "high", "p", "n"]
+    table = []
+    for method, group in rows.groupby(["method", *GROUP], sort=False):
+        wide = group.pivot(index=["seed", "budget"], columns="policy", values="accuracy")
+        for policy in dict.fromkeys(group["policy"]):
+            change = (wide[policy] - wide["confidence"]).groupby(level="seed").mean().dropna()
+            if policy != "confidence" and len(change):
+                table.append((*method, policy, *paired_difference(change, np.zeros(len(change)))))
+    frame = pd.DataFrame(table, columns=names)
+    frame.insert(len(names) - 1, "p_holm", np.nan)
+    for _, places in frame.groupby(GROUP, sort=False).groups.items():
+        frame.loc[places, "p_holm"] = holm(frame.loc[places, "p"])
+    return frame
+
+
 def verdicts(anytime: pd.DataFrame, budgeted: pd.DataFrame) -> pd.DataFrame:
     """Return the best method at each exit and budget, and whether its lead is significant.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from math import ceil
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -13,10 +12,14 @@ from exitkit.benchmarks.report.comparison import Comparison
 from exitkit.benchmarks.report.document import mind
 from exitkit.benchmarks.report.narrow_tables import Sheet, sheets
 from exitkit.benchmarks.report.wide_tables import Cell, Wide, seed_count, wide_tables
+from exitkit.cli.terminal import Console
 
 TITLES = {"anytime": "Anytime accuracy (%)", "budgeted": "Budgeted-batch accuracy (%)"}
 COLUMNS = {"anytime": "exit and", "budgeted": "average budget in"}
-PRINTED = ("verdicts", "differences", "static", "published", "risk", "training", "missing")
+PRINTED = (
+    *("balanced", "recall", "verdicts", "spent", "differences", "policies", "targets"),
+    *("static", "published", "risk", "training", "missing"),
+)
 BEST, SPREAD = "bold green", "not bold dim default"
 
 

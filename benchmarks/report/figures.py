@@ -7,17 +7,13 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from exitkit.benchmarks.report.comparison import GROUP, Comparison
+from exitkit.benchmarks.report.drawing import Axes, Figure, MaxNLocator, own_style
 from exitkit.benchmarks.report.wide_tables import group_name, unit_for
 
 # Okabe and Ito's colours, which colour-blind readers can distinguish; markers and dashes are for greyscale print. The
@@ -31,28 +27,6 @@ WIDTH, HEIGHT = 3.4, 2.6
 _LINE = 0.17  # height of one line of a legend, in inches
 _LETTERS = 46  # characters per line of a panel's title
 
-STYLE: dict[Any, Any] = {
-    "font.size": 8,
-    "axes.labelsize": 8.5,
-    "axes.titlesize": 8.5,
-    "legend.fontsize": 8,
-    "xtick.labelsize": 7.5,
-    "ytick.labelsize": 7.5,
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "xtick.major.size": 2.5,
-    "ytick.major.size": 2.5,
-    "lines.linewidth": 1.2,
-    "lines.markersize": 4,
-    "grid.linewidth": 0.4,
-    "grid.color": "#DDDDDD",
-    "pdf.fonttype": 42,
-    "savefig.dpi": 300,
-}
-
 
 def anytime_figure(comparison: Comparison) -> Figure:
     """Draw the accuracy of each exit against its cost; bands are one sd over seeds, crosses are static networks."""
@@ -61,21 +35,57 @@ def anytime_figure(comparison: Comparison) -> Figure:
 
 def budgeted_figure(comparison: Comparison) -> Figure:
     """Draw the budgeted-batch curves against the realised mean cost; bands are one sd over seeds."""
-    return _panels(comparison, comparison.curve, "cost_mean", _add_static)
+    return _panels(comparison, whole_curve(comparison), "cost_mean", _add_static)
 
 
 def oracle_figure(comparison: Comparison) -> Figure:
-    """Draw the budgeted curves and their upper bounds, those of an oracle that selects the best exit of each image."""
+    """Draw the budgeted curves and their upper bounds, those of an oracle that selects the best exit of each image.
+
+    The oracle never spends more than its last point does. The bound continues at that accuracy up to the cost of the
+    last exit, so that it is visible at every cost.
+    """
 
     def bounds(axes: Axes, comparison: Comparison, group: tuple[str, str], size: float) -> None:
         axes.plot([], [], ":", color="#555555", lw=0.9, label="the best exit of each image")
         for index, method in enumerate(_methods(comparison)):
             rows = comparison.oracle
             bound = rows[(rows["method"] == method) & (rows["backbone"] == group[0]) & (rows["dataset"] == group[1])]
+            bound = oracle_range(comparison, bound)
             colour = _style(index)["color"]
             axes.plot(bound["cost_mean"] / size, bound["accuracy_mean"], ":", color=colour, lw=0.9)
 
-    return _panels(comparison, comparison.curve, "cost_mean", bounds)
+    return _panels(comparison, whole_curve(comparison), "cost_mean", bounds)
+
+
+def whole_curve(comparison: Comparison) -> pd.DataFrame:
+    """Return the budgeted curves, continued to those budgets of the table that are beyond their ends.
+
+    The rows of these budgets have a column `budget`, and no `point`.
+    """
+    keys = ["method", *GROUP]
+    spent = comparison.budgeted.dropna(subset=["cost_mean"])
+    ends = comparison.curve.groupby(keys)["cost_mean"].agg(["min", "max"]).reset_index()
+    spent = spent.merge(ends, on=keys).drop_duplicates([*keys, "cost_mean"])
+    below, above = spent[spent["cost_mean"] < spent["min"]], spent[spent["cost_mean"] > spent["max"]]
+    rows = pd.concat([below, comparison.curve.assign(budget=np.nan), above], ignore_index=True)
+    return rows.drop(columns=["min", "max"])
+
+
+def oracle_range(comparison: Comparison, bound: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of a method's upper bound, and one more at the cost of its last exit, with the same accuracy."""
+    if bound.empty:
+        return bound
+    keys = ["method", *GROUP]
+    same = (comparison.anytime[keys] == bound[keys].iloc[0]).all(axis=1)
+    last = comparison.anytime.loc[same, comparison.cost_column].max()
+    return pd.concat([bound, bound.tail(1).assign(cost_mean=last)], ignore_index=True)
+
+
+def policies_figure(comparison: Comparison) -> Figure:
+    """Draw the curves of exit policies, one panel per method, network and data set."""
+    rows = comparison.policy_curve
+    rows = rows.assign(backbone=rows["method"] + ", " + rows["backbone"], method=rows["policy"])
+    return _panels(comparison, rows, "cost_mean", None, list(dict.fromkeys(rows["method"])))
 
 
 def stitched_figure(comparison: Comparison) -> Figure:
@@ -91,7 +101,7 @@ def learning_figure(learning: pd.DataFrame) -> Figure:
     methods = list(dict.fromkeys(learning["method"]))
     chosen = [_spread_over(sorted(rows["exit"].unique()), 4) for rows in groups]
     across = max(map(len, chosen))
-    with matplotlib.rc_context(STYLE):
+    with own_style():
         figure = Figure(figsize=(1.75 * across, 1.75 * len(groups) + 0.35), layout="constrained")
         panels = figure.subplots(len(groups), across, squeeze=False)
         for line, (rows, exits) in enumerate(zip(groups, chosen, strict=True)):
@@ -106,7 +116,7 @@ def learning_figure(learning: pd.DataFrame) -> Figure:
                 title = f"exit {number}" if len(groups) == 1 else f"exit {number}, {group_name(rows)}"
                 axes.set_title(textwrap.fill(title, 32), fontsize=7)
                 axes.set_xlabel("epoch")
-                axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+                axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True, min_n_ticks=1))
                 axes.grid(axis="y")
             panels[line][0].set_ylabel("validation accuracy (%)")
         _legend(figure, methods)
@@ -117,7 +127,7 @@ def sweep_figure(sweep: pd.DataFrame) -> Figure:
     """Draw accuracy against the values of a swept field: one panel per method and field, one line per exit."""
     groups = [(names, rows) for names, rows in sweep.groupby(["method", "field", *GROUP], sort=False)]
     exits = _spread_over(sorted(sweep["exit"].unique()), 5)
-    with matplotlib.rc_context(STYLE):
+    with own_style():
         figure = Figure(figsize=(WIDTH * len(groups), HEIGHT), layout="constrained")
         for axes, (names, rows) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
             for index, number in enumerate(exits):
@@ -134,7 +144,7 @@ def sweep_figure(sweep: pd.DataFrame) -> Figure:
             axes.set_title(textwrap.fill(f"{names[0]}, {names[2]} on {names[3]}", _LETTERS))
             axes.set_xlabel(str(names[1]).replace("_", " "))
             if (rows["value"] % 1 == 0).all():  # integer fields get integer ticks
-                axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+                axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
             axes.grid(axis="y")
         figure.axes[0].set_ylabel("accuracy (%)")
         _legend(figure, [f"exit {number}" for number in exits])
@@ -167,30 +177,29 @@ def _add_static(axes: Axes, comparison: Comparison, group: tuple[str, str], size
         )
 
 
-def save_figure(figure: Figure, path: Path, kind: str) -> None:
-    """Save as "png" (300 dpi) or "pdf" (embedded fonts); the bytes are deterministic."""
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(path, format=kind, metadata={"CreationDate" if kind == "pdf" else "Software": None})
-
-
 Extra = Callable[[Axes, Comparison, tuple[str, str], float], None]
 """Draws on a panel, given its axes, the comparison, (backbone, data set), and the size of the unit of cost."""
 
 
-def _panels(comparison: Comparison, frame: pd.DataFrame, cost: str, extra: Extra | None) -> Figure:
-    methods = [method for method in _methods(comparison) if method in set(frame["method"])]
+def _panels(
+    comparison: Comparison, frame: pd.DataFrame, cost: str, extra: Extra | None, lines: list[str] | None = None
+) -> Figure:
+    """Draw a panel per network and data set, with a line per method; `lines` names the lines, if not the methods."""
+    names = _methods(comparison) if lines is None else lines
+    methods = [method for method in names if method in set(frame["method"])]
     groups = [rows for _, rows in frame.groupby(GROUP, sort=False)]
     across = min(len(groups), 3)
     down = -(-len(groups) // across)
-    with matplotlib.rc_context(STYLE):
+    with own_style():
         figure = Figure(figsize=(WIDTH * across, HEIGHT * down), layout="constrained")
         panels = figure.subplots(down, across, squeeze=False)
         for axes in panels.ravel()[len(groups) :]:
             axes.axis("off")
         for axes, rows in zip(panels.ravel(), groups, strict=False):
             label, size = axis_of(comparison, rows[cost])
-            for index, method in enumerate(_methods(comparison)):
-                curve = rows[rows["method"] == method]
+            for index, method in enumerate(names):
+                # The costs of consecutive points of a learned exit policy may rise and fall.
+                curve = rows[rows["method"] == method].sort_values(cost, kind="stable")
                 if len(curve):
                     _draw(axes, curve, cost, size, index)
             if extra:

@@ -8,16 +8,22 @@ import pandas as pd
 
 from exitkit.benchmarks.report.narrow_tables import Sheet
 from exitkit.benchmarks.report.wide_tables import Cell, Wide
+from exitkit.escaping import in_latex, in_markdown
 
-PREAMBLE = "% needs \\usepackage{booktabs} and \\usepackage{graphicx} (to scale down wide tables)\n"
+ENGINES = r"""% Latin letters work with every engine. Names in other scripts need xelatex or lualatex, and a font that
+% has them: \usepackage{fontspec}\setmainfont{...}.
+"""
+PREAMBLE = "% needs \\usepackage{booktabs} and \\usepackage{graphicx} (to scale down wide tables)\n" + ENGINES
 
 TABLE = r"""\begin{table*}[!htbp]
 \centering
+\setlength{\belowcaptionskip}{6pt}
 \caption{%s}
 \label{tab:%s}
 %s
 \end{table*}
 """
+"""A table below its caption, at a distance from it: by default, captions of LaTeX's classes touch the rule."""
 
 FITTED = r"""\sbox0{%%
 %s}%%
@@ -26,23 +32,10 @@ FITTED = r"""\sbox0{%%
 \usebox0"""
 """Scales down content that is too wide or too high; needs graphicx only."""
 
-SPECIAL = str.maketrans(
-    {
-        **{sign: f"\\{sign}" for sign in "&%$#_{}"},
-        "\\": r"\textbackslash{}",
-        "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}",
-        "±": r"$\pm$",
-        "–": "--",
-        "<": "$<$",
-        ">": "$>$",
-    }
-)
-
 
 def markdown(tables: list[Wide]) -> str:
     """Return the tables as Markdown, each below its caption; the best values are bold."""
-    return "\n\n".join(f"{table.caption}\n\n{_markdown_table(table)}" for table in tables) + "\n"
+    return "\n\n".join(f"{in_markdown(table.caption)}\n\n{_markdown_table(table)}" for table in tables) + "\n"
 
 
 def _markdown_table(table: Wide) -> str:
@@ -50,8 +43,7 @@ def _markdown_table(table: Wide) -> str:
     heads = [f"{name} ({cost})" for (name, _), cost in zip(table.heads, costs, strict=True)]
     rows = []
     for name, cells in table.cells.items():
-        texts = [f"**{cell.text()}**" if cell.best else cell.text() for cell in cells]
-        rows.append([name, *texts, table.count(name)])
+        rows.append([in_markdown(name), *map(_strong, cells), table.count(name)])
     frame = pd.DataFrame(rows, columns=["method", *(heads if table.kind == "anytime" else costs), "n"])
     align = ("left", *["right"] * (len(heads) + 1))
     # By default, tabulate parses "97.30" as a number and writes 97.3.
@@ -62,12 +54,17 @@ def sheets_markdown(tables: list[Sheet]) -> str:
     """Return narrow tables as Markdown, each below its caption; the best values are bold."""
     texts = []
     for sheet in tables:
-        rows = [[f"**{cell.text()}**" if cell.best else cell.text() for cell in row] for row in sheet.rows]
-        frame = pd.DataFrame(rows, columns=sheet.heads)
+        rows = [[_strong(cell) for cell in row] for row in sheet.rows]
+        frame = pd.DataFrame(rows, columns=[in_markdown(head) for head in sheet.heads])
         align = ["left"] * sheet.left + ["right"] * (len(sheet.heads) - sheet.left)
         table = frame.to_markdown(index=False, disable_numparse=True, colalign=align)
-        texts.append(f"{sheet.caption} ({sheet.group})\n\n{table}")
+        texts.append(f"{in_markdown(f'{sheet.caption} ({sheet.group})')}\n\n{table}")
     return "\n\n".join(texts) + "\n"
+
+
+def _strong(cell: Cell) -> str:
+    text = in_markdown(cell.text())
+    return f"**{text}**" if cell.best else text
 
 
 def sheets_latex(sheets: list[Sheet]) -> str:
@@ -75,16 +72,16 @@ def sheets_latex(sheets: list[Sheet]) -> str:
     tables = []
     for sheet in sheets:
         rows = [[_bold(cell) for cell in row] for row in sheet.rows]
-        frame = pd.DataFrame(rows, columns=[head.translate(SPECIAL) for head in sheet.heads])
+        frame = pd.DataFrame(rows, columns=["$n$" if head == "n" else in_latex(head) for head in sheet.heads])
         columns = "l" * sheet.left + "r" * (len(sheet.heads) - sheet.left)
         tabular = frame.style.hide(axis="index").to_latex(hrules=True, column_format=columns)
         label = re.sub(r"[^a-zA-Z0-9]+", "-", f"{sheet.kind}-{sheet.group}")
-        tables.append(TABLE % (f"{sheet.caption} ({sheet.group})".translate(SPECIAL), label, FITTED % tabular))
+        tables.append(TABLE % (in_latex(f"{sheet.caption} ({sheet.group})"), label, FITTED % tabular))
     return PREAMBLE + "\n".join(tables)
 
 
 def _bold(cell: Cell) -> str:
-    text = cell.text().translate(SPECIAL)
+    text = in_latex(cell.text())
     return rf"\textbf{{{text}}}" if cell.best else text
 
 
@@ -95,12 +92,14 @@ def latex(tables: list[Wide]) -> str:
 
 def _latex_table(table: Wide) -> str:
     over = "" if table.kind == "anytime" else f"average budget ({table.cost})"
-    heads = [(over or name, (cost + table.unit).translate(SPECIAL)) for name, cost in table.heads]
+    heads = [(over or name, in_latex(cost + table.unit)) for name, cost in table.heads]
     columns = pd.MultiIndex.from_tuples([*heads, ("", "$n$")])
-    rows = {name: [*(cell.text(r"$\pm$") for cell in cells), table.count(name)] for name, cells in table.cells.items()}
+    rows = {
+        name: [*(in_latex(cell.text()) for cell in cells), table.count(name)] for name, cells in table.cells.items()
+    }
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=range(len(columns)))
     frame.columns = columns
-    frame.index = [name.translate(SPECIAL) for name in rows]
+    frame.index = [in_latex(name) for name in rows]
     bold = pd.DataFrame("", frame.index, frame.columns)
     for i, cells in enumerate(table.cells.values()):
         bold.iloc[i, :-1] = ["textbf:--rwrap;" if cell.best else "" for cell in cells]
@@ -108,4 +107,4 @@ def _latex_table(table: Wide) -> str:
         hrules=True, column_format="l" + "r" * len(columns), multicol_align="c"
     )
     label = re.sub(r"[^a-zA-Z0-9]+", "-", f"{table.kind}-{table.group}")
-    return TABLE % (table.caption.translate(SPECIAL), label, FITTED % tabular)
+    return TABLE % (in_latex(table.caption), label, FITTED % tabular)

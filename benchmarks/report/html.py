@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -11,15 +12,20 @@ from exitkit.benchmarks.report import page
 from exitkit.benchmarks.report.comparison import GROUP, STATIC, Comparison
 from exitkit.benchmarks.report.diagnostics import Picture
 from exitkit.benchmarks.report.document import caption, lead, title
-from exitkit.benchmarks.report.figures import axis_of
-from exitkit.benchmarks.report.narrow_tables import Sheet, cost_text, sheets
-from exitkit.benchmarks.report.wide_tables import Wide, group_name, wide_tables
+from exitkit.benchmarks.report.figures import axis_of, oracle_range, whole_curve
+from exitkit.benchmarks.report.narrow_tables import Sheet, cost_text, number, sheets
+from exitkit.benchmarks.report.wide_tables import MISSING, Wide, group_name, wide_tables
+from exitkit.cli.catalogue import entries
 
 _ACCURACY = "accuracy (%)"
 
 
 def html_report(
-    comparison: Comparison, learning: pd.DataFrame, swept: pd.DataFrame, diagnosed: Sequence[Picture] = ()
+    comparison: Comparison,
+    learning: pd.DataFrame,
+    swept: pd.DataFrame,
+    diagnosed: Sequence[Picture] = (),
+    made_by: Sequence[tuple[str, str]] = (),
 ) -> str:
     """Return the report as one HTML page.
 
@@ -27,19 +33,25 @@ def html_report(
         comparison: the comparison.
         learning, swept: the tables of module `learning`; empty tables are not drawn.
         diagnosed: figures of `exitkit diagnose`.
+        made_by: the facts of `provenance`.
     """
+    groups = {entry["name"]: entry["group"] for entry in entries("methods")}
     indices = {name: index for index, name in enumerate(dict.fromkeys(comparison.anytime["method"]))}
     sections = []
     narrow = sheets(comparison)
     wide = {kind: wide_tables(comparison, kind) for kind in ("anytime", "budgeted")}
-    for number, (_, rows) in enumerate(comparison.anytime.groupby(GROUP, sort=False)):
+    for index, (_, rows) in enumerate(comparison.anytime.groupby(GROUP, sort=False)):
         group = group_name(rows)
-        blocks: list[Any] = [_wide(tables[number]) for tables in wide.values()]
+        blocks: list[Any] = [_wide(tables[index]) for tables in wide.values()]
         blocks.insert(1, _anytime(comparison, rows, indices))
-        blocks.append(_budgeted(comparison, _of(comparison.curve, rows), indices))
+        if len(rows["method"].unique()) > 1:
+            blocks.insert(0, _overview(comparison, rows, groups))
+        curve = _of(whole_curve(comparison), rows)
+        blocks += [_budgeted(comparison, curve, indices), _oracle(comparison, curve, indices)]
         blocks += [_sheet(sheet) for sheet in narrow if sheet.group == group]
+        blocks += _policies(comparison, _of(comparison.policy_curve, rows))
         curves = _of(learning, rows)
-        blocks += [_learning(curves, indices)] if len(curves) else []
+        blocks += _learning(curves, indices)
         sections.append(page.Section(group, blocks))
     sections += [
         page.Section(f"All {kind} networks on {data}", [_stitched(comparison, rows, indices)])
@@ -48,11 +60,17 @@ def html_report(
     if len(swept):
         charts = [_sweep(names, rows) for names, rows in swept.groupby(["method", "field", *GROUP], sort=False)]
         sections.append(page.Section("Sweeps", charts))
+    shown = {section.title for section in sections}
+    absent = [sheet for sheet in narrow if sheet.group not in shown]  # networks and data of which no run is finished
+    sections += [page.Section(sheet.group, [_sheet(sheet)]) for sheet in absent]
     if diagnosed:
         pictures = [
             page.Image(picture.caption, picture.source.with_suffix(".png").read_bytes()) for picture in diagnosed
         ]
         sections.append(page.Section("Diagnostics", pictures))
+    if made_by:
+        facts = page.Facts([[page.Cell(name), page.Cell(text)] for name, text in made_by])
+        sections.append(page.Section("How this report was made", [facts]))
     return page.html_page(title(comparison), lead(comparison), sections)
 
 
@@ -74,6 +92,44 @@ def _wide(table: Wide) -> page.Table:
         numbers = [page.Cell(cell.text(), _number(cell.mean), cell.best) for cell in cells]
         rows.append([page.Cell(name), *numbers, page.Cell(table.count(name), float(table.seeds[name]))])
     return page.Table(f"{table.kind.capitalize()} accuracy", heads, rows, table.caption)
+
+
+def _overview(comparison: Comparison, rows: pd.DataFrame, groups: Mapping[str, str]) -> page.Table:
+    """Return a table of one row per method: what it changes, its cost, its area, and accuracy at three budgets.
+
+    Args:
+        comparison: the comparison.
+        rows: the rows of `comparison.anytime` of one network and data set.
+        groups: {method: group of the methods that change the same part of training}.
+    """
+    budgeted = _of(comparison.budgeted, rows)
+    budgets = sorted(budgeted["budget"].unique())
+    chosen = list(dict.fromkeys([budgets[0], budgets[len(budgets) // 2], budgets[-1]]))
+    accuracy = {(row["method"], row["budget"]): row["accuracy_mean"] for row in _records(budgeted)}
+    changes = [row for row in _records(_of(comparison.differences, rows)) if row["measure"] == "area"]
+    areas = {row["method"]: row for row in changes}
+    table = []
+    for method, exits in rows.groupby("method", sort=False):
+        parts = dict.fromkeys(groups.get(name, MISSING) for name in str(method).split(" ")[0].split("+"))
+        cost = float(exits[comparison.cost_column].iloc[-1])
+        cells = [page.Cell(str(method)), page.Cell(", ".join(parts)), page.Cell(cost_text(comparison, cost), cost)]
+        for name, digits, sign in (("mean", 2, "+"), ("low", 2, "+"), ("high", 2, "+"), ("p_holm", 3, "")):
+            cells.append(_cell(areas.get(method, {}).get(name, math.nan), digits, sign))
+        values = [accuracy.get((method, budget), math.nan) for budget in chosen]
+        table.append([*cells, *(_cell(value, 2) for value in [*values, float(exits["accuracy_mean"].iloc[-1])])])
+    at = [f"at {cost_text(comparison, budget)}" for budget in chosen]
+    heads = ["method", "changes", "cost", "area", "from", "to", "p", *at]
+    baseline = changes[0]["baseline"] if changes else "the baseline"
+    caption = (
+        f"Click a column to sort by it. Cost: all exits, per image. Area: difference to {baseline} of the mean height "
+        "of the budgeted curve, with its 95 % interval and p after Holm's correction for the methods. Then accuracy "
+        "(%) at three average budgets, and of the last exit"
+    )
+    return page.Table("Overview", [*heads, "last exit"], table, caption)
+
+
+def _cell(value: float, digits: int, sign: str = "") -> page.Cell:
+    return page.Cell(number(value, digits, sign), None if math.isnan(value) else value)
 
 
 def _sheet(sheet: Sheet) -> page.Table:
@@ -111,6 +167,33 @@ def _static(comparison: Comparison, rows: pd.DataFrame, size: float) -> list[pag
     return [page.Series(STATIC, points, 6, joined=False)] if points else []
 
 
+def _by_method(
+    comparison: Comparison, rows: pd.DataFrame, indices: Mapping[str, int], size: float
+) -> list[page.Series]:
+    """Return the curve of each method over the mean cost, in units of `size`."""
+    series = []
+    for method, group in rows.groupby("method", sort=False):
+        points = [
+            _point(r["cost_mean"] / size, r, [("method", str(method)), *_amounts(comparison, r, r["cost_mean"])])
+            for r in _records(group)
+        ]
+        series.append(page.Series(str(method), points, indices[str(method)]))
+    return series
+
+
+def _oracle(comparison: Comparison, rows: pd.DataFrame, indices: Mapping[str, int]) -> page.Chart:
+    label, size = axis_of(comparison, rows["cost_mean"])
+    series = _by_method(comparison, rows, indices, size)
+    limits = _of(comparison.oracle, rows)
+    for method, group in limits.groupby("method", sort=False):
+        points = []
+        for row in _records(oracle_range(comparison, group)):
+            facts = [("method", f"{method}, upper bound"), *_amounts(comparison, row, row["cost_mean"])]
+            points.append(page.Point(row["cost_mean"] / size, row["accuracy_mean"], None, None, facts))
+        series.append(page.Series(f"{method}, upper bound", points, indices[str(method)], dotted=True))
+    return page.Chart("Upper bounds", label, _ACCURACY, series, caption("oracle", comparison.static))
+
+
 def _budgeted(comparison: Comparison, rows: pd.DataFrame, indices: Mapping[str, int]) -> page.Chart:
     label, size = axis_of(comparison, rows["cost_mean"])
     detail = _of(comparison.points, rows).set_index(["method", "point"])
@@ -118,12 +201,17 @@ def _budgeted(comparison: Comparison, rows: pd.DataFrame, indices: Mapping[str, 
     for method, group in rows.groupby("method", sort=False):
         points = []
         for row in _records(group):
+            if pd.isna(row["point"]):
+                facts = [("method", str(method)), ("budget", cost_text(comparison, row["budget"]))]
+                facts += _amounts(comparison, row, row["cost_mean"])
+                points.append(_point(row["cost_mean"] / size, row, facts))
+                continue
             values = detail.loc[(method, row["point"])]
             exits = [name.removeprefix("share_") for name in detail.columns if name.startswith("share_")]
             exits = [k for k in exits if not pd.isna(values[f"share_{k}"])]
             shares = ", ".join(f"{100 * values[f'share_{k}']:.1f}" for k in exits)
             limits = ", ".join(f"{values[f'threshold_{k}']:.3f}" for k in exits[:-1])
-            facts = [("method", str(method)), ("point", str(row["point"]))]
+            facts = [("method", str(method)), ("point", str(int(row["point"])))]
             facts += _amounts(comparison, row, row["cost_mean"])
             facts += [("thresholds", limits), ("images per exit (%)", shares)]
             points.append(_point(row["cost_mean"] / size, row, facts))
@@ -132,31 +220,50 @@ def _budgeted(comparison: Comparison, rows: pd.DataFrame, indices: Mapping[str, 
     return page.Chart("Budgeted batch", label, _ACCURACY, [*series, *_static(comparison, rows, size)], text)
 
 
+def _policies(comparison: Comparison, rows: pd.DataFrame) -> list[page.Chart]:
+    charts = []
+    for method, curves in rows.groupby("method", sort=False):
+        label, size = axis_of(comparison, curves["cost_mean"])
+        series = []
+        for index, (policy, group) in enumerate(curves.groupby("policy", sort=False)):
+            points = [
+                _point(r["cost_mean"] / size, r, [("policy", str(policy)), *_amounts(comparison, r, r["cost_mean"])])
+                for r in _records(group.sort_values("cost_mean", kind="stable"))
+            ]
+            series.append(page.Series(str(policy), points, index))
+        text = caption("policies", comparison.static)
+        charts.append(page.Chart(f"Exit policies, {method}", label, _ACCURACY, series, text))
+    return charts
+
+
 def _stitched(comparison: Comparison, rows: pd.DataFrame, indices: Mapping[str, int]) -> page.Chart:
     label, size = axis_of(comparison, rows["cost_mean"])
-    series = []
-    for method, group in rows.groupby("method", sort=False):
-        points = [
-            _point(r["cost_mean"] / size, r, [("method", str(method)), *_amounts(comparison, r, r["cost_mean"])])
-            for r in _records(group)
-        ]
-        series.append(page.Series(str(method), points, indices[str(method)]))
+    series = _by_method(comparison, rows, indices, size)
     return page.Chart("Networks of several sizes", label, _ACCURACY, series, caption("stitched", comparison.static))
 
 
-def _learning(rows: pd.DataFrame, indices: Mapping[str, int]) -> page.Chart:
-    last = rows["exit"].max()
-    series = []
-    for method, group in rows[rows["exit"] == last].groupby("method", sort=False):
-        points = []
-        for row in _records(group):
-            facts = [("method", str(method)), ("phase", row["phase"]), ("epoch", str(row["epoch"]))]
-            facts += [(name.replace("_", " ").removesuffix(" mean"), f"{row[name]:.2f}") for name in _MEASURED]
-            points.append(page.Point(row["epoch"], row["validation_accuracy_mean"], None, None, facts))
-        series.append(page.Series(str(method), points, indices[str(method)]))
-    return page.Chart(
-        "Learning", "epoch", "validation accuracy (%)", series, f"Validation accuracy of exit {last} during training."
-    )
+def _learning(rows: pd.DataFrame, indices: Mapping[str, int]) -> list[page.Row]:
+    """Return one chart per exit, with the same accuracy axis; no row without learning curves."""
+    charts = []
+    for exit, at_exit in rows.groupby("exit"):
+        series = []
+        for method, group in at_exit.groupby("method", sort=False):
+            points = []
+            for row in _records(group):
+                facts = [("method", str(method)), ("phase", row["phase"]), ("epoch", str(row["epoch"]))]
+                facts += [(name.replace("_", " ").removesuffix(" mean"), f"{row[name]:.2f}") for name in _MEASURED]
+                points.append(page.Point(row["epoch"], row["validation_accuracy_mean"], None, None, facts))
+            series.append(page.Series(str(method), points, indices[str(method)]))
+        charts.append(
+            page.Chart(
+                f"Learning, exit {exit}",
+                "epoch",
+                "validation accuracy (%)",
+                series,
+                y_values=list(rows["validation_accuracy_mean"]),
+            )
+        )
+    return [page.Row(charts)] if charts else []
 
 
 _MEASURED = ("train_accuracy_mean", "validation_accuracy_mean", "train_loss_mean", "validation_loss_mean")
@@ -165,12 +272,12 @@ _MEASURED = ("train_accuracy_mean", "validation_accuracy_mean", "train_loss_mean
 def _sweep(names: Any, rows: pd.DataFrame) -> page.Chart:
     method, field, backbone, dataset = names
     series = []
-    for index, (number, group) in enumerate(rows.groupby("exit")):
+    for index, (exit, group) in enumerate(rows.groupby("exit")):
         points = []
         for row in _records(group.sort_values("value")):
-            facts = [(field, f"{row['value']:g}"), ("exit", str(number)), ("accuracy", f"{row['accuracy_mean']:.2f} %")]
+            facts = [(field, f"{row['value']:g}"), ("exit", str(exit)), ("accuracy", f"{row['accuracy_mean']:.2f} %")]
             points.append(_point(row["value"], row, facts))
-        series.append(page.Series(f"exit {number}", points, index))
+        series.append(page.Series(f"exit {exit}", points, index))
     return page.Chart(f"{method}, {backbone} on {dataset}", field, _ACCURACY, series, caption("sweep", rows[:0]))
 
 

@@ -50,7 +50,7 @@ def unlike(identities: Sequence[Identity], labels: Sequence[str]) -> list[str]:
             continue
         used: dict[str, dict[str, None]] = {}
         for identity, label in zip(identities, labels, strict=True):
-            used.setdefault(label, {}).setdefault(_text(identity.get(key, "null")))
+            used.setdefault(label, {}).setdefault(as_text(identity.get(key, "null")))
         if len({tuple(values) for values in used.values()}) > 1:
             texts = (f"{label} {'/'.join(value or 'none' for value in values)}" for label, values in used.items())
             notes.append(f"{key} differs: " + ", ".join(texts))
@@ -68,11 +68,11 @@ def in_common(identities: Sequence[Identity]) -> str:
     texts = []
     for kind in ("backbone", "dataset"):
         keys = [key for key in shared if key.startswith(f"{kind}.") and shared[key] != defaults.get(key)]
-        fields = [f"{_short(key)}={_text(shared[key])}" for key in keys]
+        fields = [f"{_short(key)}={as_text(shared[key])}" for key in keys]
         texts.append(" with ".join([json.loads(first[kind]), *([", ".join(fields)] if fields else [])]))
     schedule = [key for key in _SCHEDULE if key in shared]
     variant = [key for key in shared if key.endswith(".variant")]
-    texts.append(", ".join(f"{_short(key)}={_text(shared[key])}" for key in [*schedule, *variant]))
+    texts.append(", ".join(f"{_short(key)}={as_text(shared[key])}" for key in [*schedule, *variant]))
     return "; ".join(text for text in texts if text)
 
 
@@ -93,7 +93,7 @@ def _labels(identities: Sequence[Identity], kind: str, is_used: object) -> list[
         if len(keys) > 1:
             defaults = default_fields(identity)
             keys = [key for key in keys if identity.get(key, "null") != defaults.get(key)]
-        labels.append(" ".join([name, *(f"{_short(key)}={_text(identity.get(key, 'null'))}" for key in keys)]))
+        labels.append(" ".join([name, *(f"{_short(key)}={as_text(identity.get(key, 'null'))}" for key in keys)]))
     return labels
 
 
@@ -115,7 +115,7 @@ def _short(key: str) -> str:
     return key.partition(".")[2] or key
 
 
-def _text(value: str) -> str:
+def as_text(value: str) -> str:
     """Return a JSON value in the format of the command line."""
     read = json.loads(value)
     if isinstance(read, list):

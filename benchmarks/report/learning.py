@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from exitkit.benchmarks.report.comparison import GROUP, STATIC
@@ -23,23 +24,41 @@ def learning_curves(runs: Iterable[Any], names: Mapping[str, Any]) -> pd.DataFra
         runs: finished runs; `metrics()` and the folder's name are read.
         names: {name of a run's folder: its labels}; runs without an entry are ignored.
     """
-    parts = []
+    keys = ["method", *GROUP]
+    parts: list[tuple[tuple[str, ...], pd.DataFrame]] = []
     for run in runs:
         labels = names.get(run.path.name)
-        if labels is None or labels.method == STATIC:
-            continue
-        metrics = run.metrics()
-        metrics["epoch"] = range(1, len(metrics) + 1)
-        long = metrics.melt(["phase", "epoch"], [c for c in metrics if _COLUMN.fullmatch(c)])
-        parsed = long["variable"].str.extract(_COLUMN)
-        long = long.assign(what=parsed[0] + "_" + parsed[1] + "_mean", exit=parsed[2].astype(int))
-        wide = long.pivot_table(index=["phase", "epoch", "exit"], columns="what", values="value", sort=False)
-        parts.append(wide.reset_index().assign(**labels._asdict()))
+        if labels is not None and labels.method != STATIC:
+            parts.append((tuple(labels), run.metrics()))
     if not parts:
-        return pd.DataFrame(columns=["method", *GROUP, "phase", "epoch", "exit"])
-    rows = pd.concat(parts, ignore_index=True)
-    means: pd.DataFrame = rows.groupby(["method", *GROUP, "phase", "epoch", "exit"], sort=False).mean().reset_index()
+        return pd.DataFrame(columns=[*keys, "phase", "epoch", "exit"])
+    metrics = pd.concat([table for _, table in parts], ignore_index=True)
+    sizes = [len(table) for _, table in parts]
+    metrics["epoch"] = np.concatenate([np.arange(1, size + 1) for size in sizes])
+    for name, values in zip(keys, zip(*(labels for labels, _ in parts), strict=True), strict=True):
+        metrics[name] = np.repeat(np.array(values, dtype=object), sizes)
+    order = {labels: number for number, labels in enumerate(dict.fromkeys(labels for labels, _ in parts))}
+    metrics["order"] = np.repeat([order[labels] for labels, _ in parts], sizes)
+    metrics["row"] = np.arange(len(metrics))
+    rows = pd.concat(_exits(metrics, keys), ignore_index=True).sort_values(["order", "row", "exit"])
+    grouped = rows.drop(columns=["order", "row"]).groupby([*keys, "phase", "epoch", "exit"], sort=False)
+    means: pd.DataFrame = grouped.mean().reset_index()
     return means
+
+
+def _exits(metrics: pd.DataFrame, keys: list[str]) -> list[pd.DataFrame]:
+    """Return the losses and accuracies of each exit, one table per exit."""
+    columns: dict[int, dict[str, str]] = {}
+    for column in metrics:
+        if found := _COLUMN.fullmatch(str(column)):
+            columns.setdefault(int(found[3]), {})[str(column)] = f"{found[1]}_{found[2]}_mean"
+    tables = []
+    for number, named in sorted(columns.items()):
+        table = metrics[[*keys, "phase", "epoch", "order", "row", *named]].rename(columns=named)
+        # Runs with fewer exits have no values here.
+        table = table.dropna(subset=list(named.values()), how="all").assign(exit=number)
+        tables.append(table[[*keys, "phase", "epoch", "exit", "order", "row", *named.values()]])
+    return tables
 
 
 def sweeps(anytime: pd.DataFrame, runs: Iterable[Any], names: Mapping[str, Any]) -> pd.DataFrame:

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import pandas as pd
 
-from exitkit.benchmarks.report.labels import Names
 from exitkit.benchmarks.report.options import ReportOptions
+from exitkit.benchmarks.report.targets import target_rows
 from exitkit.errors import UserError
 from exitkit.inference.budgets import exit_costs
 from exitkit.inference.calibration import exit_calibration, fit_temperatures, point_calibration
@@ -25,6 +25,7 @@ from exitkit.inference.thresholds import (
     share_for_budget,
     thresholds,
 )
+from exitkit.runs.classes import ClassHits
 
 
 class FinishedRun(Protocol):
@@ -45,14 +46,26 @@ class FinishedRun(Protocol):
     def outputs(self, part: str) -> Mapping[str, np.ndarray]:
         """Return logits [N, K, C], labels [N] and indices [N] of "validation" or "test"."""
 
+    def embeddings(self, part: str) -> Sequence[np.ndarray]:
+        """Return the embeddings of each exit, [N, d_k]; called only for exit policies that read them."""
+
+    def curvature(self) -> Mapping[str, np.ndarray]:
+        """Return the curvature of the exits' last layers; called only with `embeddings`."""
+
     def costs(self) -> Sequence[Mapping[str, int]]:
         """Return one row per exit: exit (from 1), papers, macs, params."""
 
     def latency(self) -> Sequence[float]:
         """Return the milliseconds per image until each exit predicts, [K]."""
 
+    def probes(self) -> Mapping[str, np.ndarray]:
+        """Return the measurements on a fixed batch during training, see `exitkit.training.probe`; {} if none."""
+
     def training_images(self) -> int:
         """Return the number of training images, 0 if unknown."""
+
+    def class_names(self) -> Sequence[str]:
+        """Return the names of the classes; called only if the recall of each class is requested."""
 
     def training_cost(self) -> Mapping[str, float]:
         """Return the training time, `seconds`, and the peak memory, `memory_mib`."""
@@ -82,15 +95,14 @@ class RunMeasures:
 
     Args:
         run: the run.
-        names: its labels.
         options: options of the report.
 
     Raises:
         UserError: the run has no validation samples.
     """
 
-    def __init__(self, run: FinishedRun, names: Names, options: ReportOptions) -> None:
-        self.run, self.names, self.options = run, names, options
+    def __init__(self, run: FinishedRun, options: ReportOptions) -> None:
+        self.run, self.options = run, options
         self.validation, self.test = run.outputs("validation"), run.outputs("test")
         if not len(self.validation["labels"]):
             raise UserError(f"{run.path} has no validation samples; thresholds need at least one")
@@ -101,14 +113,10 @@ class RunMeasures:
         self.scores_val, self.scores_test = (
             scores(part["logits"], options.rule, self.temperatures) for part in (self.validation, self.test)
         )
+        self.counted = ClassHits.count(self.test["logits"], self.test["labels"])
         self.hits_val, self.hits = (correct(part["logits"], part["labels"]) for part in (self.validation, self.test))
         curve = self.points(paper_shares(options.points))
         self.curve = curve.at(held(curve.validation_accuracy)) if options.hold else curve
-
-    @property
-    def same(self) -> dict[str, Any]:
-        """The columns with the same value in every row."""
-        return {"method": self.names.method, "seed": self.run.recipe.seed, **self.names._asdict()}
 
     def points(self, q: Iterable[Any]) -> Points:
         """Return the operating points of shares q; for the rule patience, those of 1 to K agreeing exits."""
@@ -141,39 +149,99 @@ class RunMeasures:
             return self.points(share_for_budget(self.costs, budgets))
         return self.curve.at(most_accurate_within(self.curve.validation_cost, self.curve.validation_accuracy, budgets))
 
-    def frames(self, budgets: np.ndarray) -> dict[str, pd.DataFrame]:
+    def tables(self, budgets: np.ndarray) -> dict[str, pd.DataFrame]:
         """Return the rows of this run per table; rows of budgets below the first exit's cost contain NaN."""
         spent, curve = self.budgeted(budgets), self.curve
         out_of_reach = budgets < self.costs[0] * (1 - 1e-9)
         cost, accuracy = (np.where(out_of_reach, np.nan, values) for values in (spent.cost, spent.accuracy))
+        planned = np.where(out_of_reach, np.nan, spent.validation_cost)
         best_cost, best_accuracy = oracle_curve(self.hits, self.costs)
         numbers = range(1, len(curve.cost) + 1)
         exits = range(1, len(self.costs) + 1)
         detail = {"point": numbers, "cost": curve.cost, "accuracy": curve.accuracy}
         detail |= {f"threshold_{k}": curve.limits[:, k - 1] for k in exits[:-1]}
         detail |= {f"share_{k}": curve.rates[:, k - 1] for k in exits}
-        return {
-            "anytime": anytime_rows(self.run, self.same, self.options.cost),
-            "budgeted": pd.DataFrame({**self.same, "budget": budgets, "cost": cost, "accuracy": accuracy}),
-            "curve": pd.DataFrame({**self.same, "point": numbers, "cost": curve.cost, "accuracy": curve.accuracy}),
-            "points": pd.DataFrame({**self.same, **detail}),
-            "oracle": pd.DataFrame({**self.same, "exit": exits, "cost": best_cost, "accuracy": 100 * best_accuracy}),
+        return self._policies(budgets) | {
+            "anytime": self._anytime(),
+            "budgeted": pd.DataFrame({"budget": budgets, "cost": cost, "accuracy": accuracy}),
+            "spent": pd.DataFrame({"budget": budgets, "validation": planned, "test": cost}),
+            "curve": pd.DataFrame({"point": numbers, "cost": curve.cost, "accuracy": curve.accuracy}),
+            "points": pd.DataFrame(detail),
+            "oracle": pd.DataFrame({"exit": exits, "cost": best_cost, "accuracy": 100 * best_accuracy}),
             "calibration": self._calibration(curve),
             "risk": self._risk(),
+            "balanced": self._balanced(),
+            **({"recall": self._recall()} if self.options.classes else {}),
+            **({"targets": target_rows(self.run, self.options.targets)} if self.options.targets else {}),
             "images": self._images(),
+            "stitch": pd.DataFrame(
+                {
+                    "validation_cost": curve.validation_cost,
+                    "validation_accuracy": curve.validation_accuracy,
+                    "cost": curve.cost,
+                    "accuracy": curve.accuracy,
+                }
+            ),
         }
+
+    def _anytime(self) -> pd.DataFrame:
+        """Return one row per exit: exit, papers, macs (and milliseconds), accuracy in percent."""
+        costs = self.run.costs()
+        rows: dict[str, Any] = {name: [int(row[name]) for row in costs] for name in ("exit", "papers", "macs")}
+        if self.options.cost == "latency":
+            rows["milliseconds"] = self.costs
+        rows["accuracy"] = 100 * anytime_accuracy(self.test["logits"], self.test["labels"])
+        return pd.DataFrame(rows)
+
+    def _policies(self, budgets: np.ndarray) -> dict[str, pd.DataFrame]:
+        chosen = self.options.policies()
+        if not chosen:
+            return {}
+        # Imported when used: most reports compare no policies, and need no torch.
+        from exitkit.benchmarks.report.policies import Outputs, run_tables
+
+        return run_tables(Outputs.of_run(self.run, self.costs.astype(float), chosen), chosen, budgets)
 
     def _images(self) -> pd.DataFrame:
         parts = {"validation": len(self.validation["labels"]), "test": len(self.test["labels"])}
         classes = self.test["logits"].shape[2]
-        return pd.DataFrame([{**self.same, "training": self.run.training_images(), **parts, "classes": classes}])
+        return pd.DataFrame([{"training": self.run.training_images(), **parts, "classes": classes}])
+
+    def _balanced(self) -> pd.DataFrame:
+        """Return the balanced accuracy of each exit, beside that of answers which ignore the image."""
+        counted = self.counted
+        return pd.DataFrame(
+            {
+                "exit": range(1, len(self.costs) + 1),
+                "balanced": counted.balanced,
+                "majority": counted.majority,
+                "chance": counted.chance,
+                "learned": counted.learned,
+            }
+        )
+
+    def _recall(self) -> pd.DataFrame:
+        """Return the recall of each class at each exit."""
+        names, present = self.run.class_names(), np.flatnonzero(self.counted.images)
+        frames = [
+            pd.DataFrame(
+                {
+                    "class": [names[label] for label in present.tolist()],
+                    "images": self.counted.images[present],
+                    "exit": number,
+                    "recall": recall[present],
+                }
+            )
+            for number, recall in enumerate(self.counted.recall, 1)
+        ]
+        return pd.concat(frames, ignore_index=True)
 
     def _calibration(self, curve: Points) -> pd.DataFrame:
         exits = exit_calibration(self.test["logits"], self.test["labels"], self.temperatures)
         confidences = scores(self.test["logits"], "confidence", self.temperatures)
         points = point_calibration(confidences, self.hits, curve.exit_index)
         where = [f"exit {k}" for k in range(1, len(exits) + 1)] + [f"point {p}" for p in range(1, len(points) + 1)]
-        return pd.DataFrame({**self.same, "where": where, "error": 100 * np.concatenate([exits, points])})
+        return pd.DataFrame({"where": where, "error": 100 * np.concatenate([exits, points])})
 
     def _risk(self) -> pd.DataFrame:
         """Return the risk-controlled point: thresholds from one half of the validation set, tests on the other half."""
@@ -196,14 +264,4 @@ class RunMeasures:
             point = self._at(limits[[chosen]])
             row = {"point": chosen + 1, "cost": point.cost[0], "accuracy": point.accuracy[0]}
             row["drop"] = full - point.accuracy[0]
-        return pd.DataFrame([{**self.same, **row}])
-
-
-def anytime_rows(run: FinishedRun, same: Mapping[str, Any], cost: str) -> pd.DataFrame:
-    """Return one row per exit: exit, papers, macs (and milliseconds), accuracy in percent."""
-    test = run.outputs("test")
-    rows: dict[str, Any] = {name: [int(row[name]) for row in run.costs()] for name in ("exit", "papers", "macs")}
-    if cost == "latency":
-        rows["milliseconds"] = exit_costs(run, cost)
-    rows["accuracy"] = 100 * anytime_accuracy(test["logits"], test["labels"])
-    return pd.DataFrame({**same, **rows})
+        return pd.DataFrame([row])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -42,8 +42,13 @@ class Sheet:
 def sheets(comparison: Comparison) -> list[Sheet]:
     """Return all narrow tables of a comparison, in the order of the report."""
     makers: list[tuple[pd.DataFrame, Callable[[Comparison, pd.DataFrame], Sheet]]] = [
+        (comparison.balanced, _balanced),
+        (comparison.recall, _recall),
         (comparison.verdicts, _verdicts),
+        (comparison.spent, _spent),
         (comparison.differences, _differences),
+        (comparison.policies, _policies),
+        (comparison.targets, _targets),
         (comparison.static, _static),
         (comparison.published, _published),
         (comparison.risk, _risk),
@@ -70,6 +75,37 @@ def number(value: float, digits: int, sign: str = "") -> str:
 
 def _spread(mean: float, sd: float, digits: int = 2, best: bool = False) -> Cell:
     return Cell(number(mean, digits), "" if pd.isna(sd) else f"{sd:.{digits}f}", best)
+
+
+def _balanced(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
+    exits = sorted(rows["exit"].unique())
+    best = {exit: number(some["balanced_mean"].max(), 2) for exit, some in rows.groupby("exit")}
+    table = []
+    for method, group in rows.groupby("method", sort=False):
+        by_exit = group.set_index("exit").reindex(exits)
+        cells = [_spread(*by_exit.loc[k, ["balanced_mean", "balanced_sd"]]) for k in exits]
+        cells = [replace(cell, best=cell.mean == best[k]) for k, cell in zip(exits, cells, strict=True)]
+        table.append([plain(method), *cells, plain(int(group["n"].max()))])
+    caption = (
+        "Balanced accuracy (%) of each exit: the mean recall of the classes. Always answering the most frequent class "
+        f"has an accuracy of {number(rows['majority'].mean(), 2)} % and a balanced accuracy of "
+        f"{number(rows['chance'].mean(), 2)} %"
+    )
+    heads = ["method", *(f"exit {k}" for k in exits), "n"]
+    return Sheet("balanced", "Balanced accuracy", group_name(rows), caption, heads, table)
+
+
+def _recall(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
+    methods = list(dict.fromkeys(rows["method"]))
+    last = rows.loc[rows.groupby("method")["exit"].transform("max") == rows["exit"]]
+    wide = last.pivot_table(index=["class", "images"], columns="method", values="recall_mean", sort=False)[methods]
+    wide = wide.loc[wide.mean(axis=1).sort_values(kind="stable").index]
+    table = [
+        [plain(name), plain(f"{images:,}"), *(plain(number(value, 2)) for value in values)]
+        for (name, images), values in zip(wide.index, wide.to_numpy(), strict=True)
+    ]
+    caption = "Recall (%) of each class at the last exit, with the lowest first"
+    return Sheet("recall", "Recall per class", group_name(rows), caption, ["class", "images", *methods], table)
 
 
 def _verdicts(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
@@ -139,6 +175,79 @@ def _differences(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
         "mean height of the budgeted curve"
     )
     return Sheet("differences", "Differences", group_name(rows), caption, ["method", *measures, "n"], table)
+
+
+def _policies(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
+    budgets = rows["budget"].unique().tolist()
+    in_time = comparison.options.cost == "latency"
+    unit = " ms" if in_time else f" {unit_for(budgets)[0]}".rstrip()
+    written = [f"{budget:.3g}" for budget in budgets] if in_time else write_costs(budgets)
+    keys = ["method", *GROUP, "policy"]
+    changes = {tuple(row[key] for key in keys): row for row in comparison.policy_differences.to_dict("records")}
+    best = rows.groupby("budget")["accuracy_mean"].max()
+    table = []
+    for names, group in rows.groupby(["method", *GROUP, "policy"], sort=False):
+        cells = []
+        for row in group.to_dict("records"):
+            mean = row["accuracy_mean"]
+            cells.append(_spread(mean, row["accuracy_sd"], best=mean == best[row["budget"]]))
+        change = plain("")
+        if names in changes:
+            mean, low, high, p = (float(changes[names][key]) for key in ("mean", "low", "high", "p_holm"))
+            text = number(mean, 2, "+") + ("*" if p < SIGNIFICANCE else "")
+            change = Cell(text, number((high - low) / 2, 2).replace(MISSING, ""), best=bool(p < SIGNIFICANCE))
+        method, *_, policy = names
+        table.append([plain(method), plain(policy), *cells, change, plain(int(group["n"].max()))])
+    caption = (
+        "Accuracy of exit policies within average budgets: operating points selected on validation, cross-fitted; "
+        "difference to plain confidence on the same runs, mean over the budgets, paired by seed, with the half width "
+        "of its 95 % interval; *: significant at 0.05 after Holm's correction. `exitkit policies` compares by image"
+    )
+    heads = ["method", "policy", *(f"{text}{unit}" for text in written), "difference", "n"]
+    return Sheet("policies", "Exit policies", group_name(rows), caption, heads, table, left=2)
+
+
+def _spent(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
+    budgets = rows["budget"].unique().tolist()
+    in_time = comparison.options.cost == "latency"
+    written = [f"{budget:.3g}" for budget in budgets] if in_time else write_costs(budgets)
+    unit, size = ("ms", 1.0) if in_time else unit_for(budgets)
+    table = []
+    for method, group in rows.groupby("method", sort=False):
+        by_budget = group.set_index("budget").reindex(budgets)
+        for part in ("validation", "test"):
+            cells = [plain(f"{cost / size:.4g}" if cost == cost else MISSING) for cost in by_budget[part]]
+            table.append([plain(method), plain(part), *cells, plain(int(group["n"].max()))])
+    caption = (
+        "Mean cost of an image at each average budget, on the validation images, from which the thresholds are, and on "
+        "the test images"
+    )
+    heads = ["method", "images", *(f"{text} {unit}".rstrip() for text in written), "n"]
+    return Sheet("spent", "Realised costs", group_name(rows), caption, heads, table, left=2)
+
+
+def _targets(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
+    table = []
+    shares = [name for name in rows if str(name).startswith("share_")]
+    for row in rows.to_dict("records"):
+        in_time = row["unit"] == "latency"
+
+        costs = [row[name] for name in ("planned", "validation_cost", "cost")]
+        unit, size = ("ms", 1.0) if in_time else unit_for([cost for cost in costs if not pd.isna(cost)])
+        amounts = [MISSING if pd.isna(cost) else f"{cost / size:.3g} {unit}".strip() for cost in costs]
+
+        leaving = " ".join(f"{100 * row[name]:.0f}" for name in shares if not pd.isna(row[name]))
+        cells = [plain(row["target"]), *map(plain, amounts)]
+        accuracies = [_spread(row["accuracy_mean"], row["accuracy_sd"]), plain(number(row["full"], 2))]
+        table.append([plain(row["method"]), *cells, *accuracies, plain(leaving or MISSING), plain(row["n"])])
+    reasons = [text for text in dict.fromkeys(rows["reason"]) if text]
+    caption = (
+        "Operating points that reach a target on validation, by confidence: planned mean cost, mean cost on validation "
+        "and on test, accuracy of the point and of the full network on test, and the share of the test images that "
+        f"leaves at each exit (%); means over seeds{'. Not reached: ' if reasons else ''}{'; '.join(reasons)}"
+    )
+    heads = ["method", "target", "planned", "validation", "test", "accuracy", "full", "leaving", "n"]
+    return Sheet("targets", "Operating points", group_name(rows), caption, heads, table, left=2)
 
 
 def _static(comparison: Comparison, rows: pd.DataFrame) -> Sheet:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from exitkit.errors import UserError
+from exitkit.errors import Note, UserError
 from exitkit.inference.budgets import read_budget
 from exitkit.plugins import instantiate, setting
+
+if TYPE_CHECKING:
+    from exitkit.inference.policy import PolicyName
 
 COST_COLUMNS = {"macs": "macs", "papers": "papers", "latency": "milliseconds"}
 """The column of the anytime table that holds each measure of cost."""
@@ -29,8 +33,17 @@ class ReportOptions:
     budgets: tuple[str, ...] = setting(
         (), "average budgets, such as 40M (multiply-adds) or 1.5ms; none: nine evenly spaced ones"
     )
+    policy: tuple[str, ...] = setting(
+        (), "exit policies to compare on the outputs of every method, such as mie+stopping; all: one part replaced each"
+    )
+    targets: tuple[str, ...] = setting(
+        (),
+        "operating points: budget 60%, budget 20M at-most, latency 5ms, lose 1 certainty 0.95, accuracy 75",
+    )
     risk: float = setting(1.0, "largest loss of accuracy of the risk-controlled operating point, in percentage points")
     certainty: float = setting(0.95, "confidence level of the risk control")
+    classes: bool = setting(False, "also report the recall of every class")
+    times: bool = setting(True, "report training times and peak memory; false if the runs shared their cores")
 
     def __post_init__(self) -> None:
         if not 1 <= self.points <= 400:
@@ -41,6 +54,13 @@ class ReportOptions:
             raise UserError(f"certainty is {self.certainty}; expected above 0 and below 1")
         if self.calibrated and self.rule == "patience":
             raise UserError("calibrated has no effect on the rule patience, which counts predictions; omit calibrated")
+        if self.policy:
+            self.policies()
+        for target in self.targets:
+            # Imported when used: it imports the module of this class.
+            from exitkit.benchmarks.report.targets import read_target
+
+            read_target(target)
         for budget in self.budgets:
             in_time = budget.endswith("ms")
             if in_time != (self.cost == "latency"):
@@ -49,19 +69,43 @@ class ReportOptions:
             if not read_budget(budget) > 0:
                 raise UserError(f"budget {budget} is not above 0")
 
-    def check_reach(self, least: float) -> None:
-        """Check that every budget is at least the cost of an exit.
+    def policies(self) -> tuple[PolicyName, ...]:
+        """Return the policies to compare, with plain confidence first; none if `policy` is empty.
+
+        Raises:
+            UserError: a name is wrong.
+        """
+        if not self.policy:
+            return ()
+        # Imported when used: most reports compare no policies, and need no torch.
+        from exitkit.benchmarks.report.policies import policies
+
+        return policies(names=self.policy)
+
+    @property
+    def reads_embeddings(self) -> bool:
+        """Whether a policy needs the stored embeddings of the runs."""
+        return any(policy.reads_embeddings for policy in self.policies())
+
+    def check_reach(self, least: float, most: float) -> None:
+        """Check that every budget is between the costs of the exits; one above them all gives a `Note`.
 
         Args:
             least: lowest cost of a first exit.
+            most: highest cost of a last exit.
 
         Raises:
-            UserError: a budget is below it.
+            UserError: a budget is below the lowest cost.
         """
+        unit = "ms" * (self.cost == "latency")
         for budget in self.budgets:
-            if not read_budget(budget) >= least * (1 - 1e-9):
-                amount = f"{least:.6g}{'ms' * (self.cost == 'latency')}"
-                raise UserError(f"budget {budget} is below the lowest cost of a first exit; expected at least {amount}")
+            value = read_budget(budget)
+            if not value >= least * (1 - 1e-9):
+                expected = f"expected at least {least:.6g}{unit}"
+                raise UserError(f"budget {budget} is below the lowest cost of a first exit; {expected}")
+            if value > most * (1 + 1e-9):
+                text = f"budget {budget} is above the cost of every last exit, which is at most {most:.6g}{unit}"
+                warnings.warn(Note(f"{text}: every run is its full network there"), stacklevel=2)
 
     @classmethod
     def make(cls, values: Mapping[str, Any]) -> ReportOptions:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,15 +17,16 @@ from itertools import groupby
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
-from matplotlib.markers import MarkerStyle
-from matplotlib.path import Path as Outline
-from matplotlib.ticker import MaxNLocator
+from markupsafe import Markup, escape
 
+from exitkit.benchmarks.report.drawing import MarkerStyle, MaxNLocator, Outline, own_style
 from exitkit.benchmarks.report.figures import COLOURS, DASHES, MARKERS
 from exitkit.benchmarks.report.wide_tables import MISSING
+from exitkit.escaping import printable
 
-WIDTH, HEIGHT, TOP, RIGHT, BOTTOM = 720, 400, 34, 16, 48  # a chart and its margins in SVG units; the page scales it
+WIDTH, HEIGHT, TOP, RIGHT, BOTTOM = 720, 400, 38, 20, 56  # a chart and its margins in SVG units; the page scales it
 LINE, MARKER = 1.8, 8.5  # width of a line, which scales its dashes (as in matplotlib); size of a marker
+DOTS: Any = (0, (1, 1.65))  # matplotlib's ":"
 CROWDED = 12  # lines of more points show only some markers, as in the figures; every point has a tooltip
 Scale = Callable[[float], str]
 
@@ -48,6 +50,7 @@ class Series:
     points: list[Point]
     index: int
     joined: bool = True
+    dotted: bool = False  # a thin dotted line without markers: a bound
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Chart:
     y_label: str
     series: list[Series]
     caption: str = ""
+    y_values: Sequence[float] = ()  # further values that the vertical axis covers, so that several charts share it
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,20 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Row:
+    """Charts beside each other, as many as the page is wide."""
+
+    charts: Sequence[Chart]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A list of facts: pairs of a name and a text."""
+
+    rows: Sequence[Sequence[Cell]]
+
+
+@dataclass(frozen=True)
 class Text:
     """A paragraph of plain text."""
 
@@ -100,7 +118,7 @@ class Image:
         return f"data:image/png;base64,{base64.b64encode(self.content).decode()}"
 
 
-Block = Chart | Table | Text | Image
+Block = Chart | Row | Table | Facts | Text | Image
 
 
 @dataclass(frozen=True)
@@ -113,20 +131,36 @@ class Section:
 
 def html_page(title: str, lead: list[str], sections: list[Section]) -> str:
     """Return the page as HTML: title, introductory paragraphs, contents and sections."""
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment = Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, finalize=_finalized
+    )
+    environment.filters["typeset"] = _typeset
     template = environment.from_string(files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
     numbers: Counter[str] = Counter()
 
     def view(block: Block) -> dict[str, Any]:
         kind = type(block).__name__
+        if isinstance(block, Row):
+            return {"kind": kind, "charts": [view(chart) for chart in block.charts]}
         counted = "Chart" if isinstance(block, Image) else kind  # both are figures
         numbers[counted] += 1
         more = _chart(block) if isinstance(block, Chart) else _table(block) if isinstance(block, Table) else {}
         more |= {"source": block.source} if isinstance(block, Image) else {}
         return {**vars(block), **more, "kind": kind, "number": numbers[counted]}
 
-    views = [{"title": section.title, "blocks": [view(block) for block in section.blocks]} for section in sections]
+    with own_style():  # the ticks of an axis depend on it
+        views = [{"title": section.title, "blocks": [view(block) for block in section.blocks]} for section in sections]
     return template.render(title=title, lead=lead, sections=views, width=WIDTH, height=HEIGHT, line=LINE) + "\n"
+
+
+def _finalized(value: Any) -> Any:
+    """Remove what HTML does not allow in text."""
+    return printable(value) if isinstance(value, str) else value
+
+
+def _typeset(text: str) -> Markup:
+    """Set the p of "p < 0.05" in italics, as mathematics is set."""
+    return Markup(re.sub(r"\bp (?=&lt; \d)", "<i>p</i> ", str(escape(text))))
 
 
 def _chart(chart: Chart) -> dict[str, Any]:
@@ -134,10 +168,12 @@ def _chart(chart: Chart) -> dict[str, Any]:
     finite = [[point for point in series.points if math.isfinite(point.x + point.y)] for series in chart.series]
     points = [point for some in finite for point in some]
     x_low, x_high, x_ticks = _axis([point.x for point in points])
-    y_low, y_high, y_ticks = _axis([value for point in points for value in (point.y, *_band(point))])
+    y_low, y_high, y_ticks = _axis(
+        [value for point in points for value in (point.y, *_band(point))] + [*chart.y_values]
+    )
     if "%" in chart.y_label and all(point.y <= 100 for point in points):
         y_high = min(y_high, 100.0)  # no accuracy is above 100 %, though an error band may be
-    left, right, bottom = 16 + 7 * max(len(text) for _, text in y_ticks), WIDTH - RIGHT, HEIGHT - BOTTOM
+    left, right, bottom = 14 + 11 * max(len(text) for _, text in y_ticks), WIDTH - RIGHT, HEIGHT - BOTTOM
 
     def x(value: float) -> str:
         return f"{left + (value - x_low) / (x_high - x_low) * (right - left):.2f}"
@@ -154,7 +190,7 @@ def _chart(chart: Chart) -> dict[str, Any]:
 
 
 def _series(series: Series, points: list[Point], x: Scale, y: Scale) -> dict[str, Any]:
-    colour, dash = COLOURS[series.index % len(COLOURS)], DASHES[series.index % len(DASHES)]
+    colour, dash = COLOURS[series.index % len(COLOURS)], DOTS if series.dotted else DASHES[series.index % len(DASHES)]
     bands, bars = [], []
     # A band is interrupted at points without one; a band of a single point is drawn as a bar.
     for has_band, some in groupby(points, key=lambda point: bool(_band(point))):
@@ -173,7 +209,10 @@ def _series(series: Series, points: list[Point], x: Scale, y: Scale) -> dict[str
         "line": "M" + "L".join(f"{x(p.x)} {y(p.y)}" for p in points) if series.joined and points else "",
         "band": "".join(bands),
         "bars": "".join(bars),
-        "marks": [(x(p.x), y(p.y), p.facts, n % every != 2 * series.index % every) for n, p in enumerate(points)],
+        "marks": [
+            (x(p.x), y(p.y), p.facts, series.dotted or n % every != 2 * series.index % every)
+            for n, p in enumerate(points)
+        ],
     }
 
 

@@ -5,15 +5,19 @@ Everything is fitted on validation outputs; the operating point of a budget is s
 accuracy and cost, and test outputs are only measured. Two policies are compared on the same test images: the mean
 difference of their correctness, averaged over seeds, with Student's t-interval over images, and Holm's correction.
 
-Shapes: N test images, K exits, C classes, P operating points, B budgets.
+At each budget one policy is preferred, on validation alone: the baseline, unless the cross-fitted gain of another one
+with the label-free rule `shares` exceeds its standard error (paired by image); and that one, unless the gain of a
+policy with another rule over it does.
+
+Shapes: N test images, M validation images, K exits, C classes, P operating points, B budgets.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,15 +25,25 @@ import pandas as pd
 from exitkit.benchmarks.report.statistics import Difference, holm, paired_difference
 from exitkit.errors import UserError, unknown
 from exitkit.inference.calibration import exit_calibration
-from exitkit.inference.combinations import COMBINATIONS, fit_combination
+from exitkit.inference.choose import EmbeddedRun, stored_embeddings
+from exitkit.inference.combinations import COMBINATIONS
 from exitkit.inference.operating_points import most_accurate_within
-from exitkit.inference.rules import RULES, SCORED, fit_rule
+from exitkit.inference.outputs import Embeddings, ExitOutputs
+from exitkit.inference.policy import (
+    BASELINE,
+    KNOWN,
+    PLAIN,
+    CrossFitted,
+    FittedPolicy,
+    PolicyName,
+    cross_fit,
+    read_policy,
+)
+from exitkit.inference.rules import RULES, SCORED, reads
+from exitkit.inference.rules.base import Validation
 from exitkit.inference.scores import SCORES
-from exitkit.inference.thresholds import Floats, Integers, correct, realised
+from exitkit.inference.thresholds import Floats, realised
 
-PLAIN = "plain"
-"""Name of the outputs without a combination."""
-FOLDS = 5
 FRACTIONS = (0.25, 0.5, 0.75)
 """Default budgets: these fractions of the way from the first exit's cost to the last one's."""
 
@@ -38,92 +52,102 @@ UNKNOWN = Difference(np.nan, np.nan, np.nan, np.nan, 0)
 """The difference to the baseline where one of the two has no operating point within the budget."""
 
 
-@dataclass(frozen=True)
-class Policy:
-    """A combination of exits, a score and a rule; `score` is empty for rules with their own features."""
-
-    combination: str
-    score: str
-    rule: str
-
-    def __str__(self) -> str:
-        return ", ".join(filter(None, (self.combination, self.score, self.rule)))
-
-
-BASELINE = Policy(PLAIN, "confidence", "shares")
-
-
 def policies(
-    combinations: Sequence[str] = (), scores: Sequence[str] = (), rules: Sequence[str] = (), *, full: bool = False
-) -> tuple[Policy, ...]:
+    combinations: Sequence[str] = (),
+    scores: Sequence[str] = (),
+    rules: Sequence[str] = (),
+    *,
+    names: Sequence[str] = (),
+    full: bool = False,
+    embeddings: bool = False,
+) -> tuple[PolicyName, ...]:
     """Return policies, with the baseline first.
 
     Without names these are the policies that differ from the baseline in one part; with names, those of all given
     parts, and of the baseline's where none is given.
 
     Args:
-        combinations, scores, rules: names.
+        combinations, scores, rules: names of parts.
+        names: texts of whole policies (see `read_policy`), which come first; `all`: those without names.
         full: use all names of a part where none is given.
+        embeddings: whether the runs have stored embeddings; without them, only given names are of policies that read
+            them.
 
     Raises:
-        UserError: a name is unknown.
+        UserError: a name is unknown, or no given rule reads a given score.
     """
     given = (tuple(combinations), tuple(scores), tuple(rules))
-    known = {"combination": (PLAIN, *COMBINATIONS), "score": SCORES, "rule": RULES}
-    for (kind, names), chosen in zip(known.items(), given, strict=True):
+    for (kind, all_names), chosen in zip(_KNOWN.items(), given, strict=True):
         for name in chosen:
-            if name not in names:
-                raise unknown(kind, name, names)
-    basis = (BASELINE.combination, BASELINE.score, BASELINE.rule)
-    made: Iterable[tuple[str, ...]]
+            if name not in all_names:
+                raise unknown(kind, name, all_names)
+    known = _KNOWN if embeddings else _KNOWN | {"combination": (PLAIN, *COMBINATIONS)}
+    if rules and scores and not any(_compatible(rule, score) for rule in rules for score in scores):
+        both = " and ".join(rules), " and ".join(scores)
+        raise UserError(f"{both[0]} can't use the score {both[1]}; rules with a score: {', '.join(SCORED)}")
+    made: Iterable[tuple[str, ...]] = ()
     if any(given) or full:
-        otherwise = tuple(known.values()) if full else tuple((name,) for name in basis)
-        made = product(*(chosen or names for chosen, names in zip(given, otherwise, strict=True)))
-    else:
-        made = ((*basis[:k], name, *basis[k + 1 :]) for k, names in enumerate(known.values()) for name in names)
-    if rules and scores and not any(_reads(rule, score) for rule in rules for score in scores):
-        raise UserError(f"{_text(rules)} can't use the score {_text(scores)}; rules with a score: {', '.join(SCORED)}")
-    policies = (Policy(combination, score if rule in SCORED else "", rule) for combination, score, rule in made)
-    return tuple(dict.fromkeys((BASELINE, *(policy for policy in policies if _reads(policy.rule, policy.score)))))
+        otherwise = tuple(known.values()) if full else tuple((name,) for name in _PARTS)
+        made = product(*(chosen or all_names for chosen, all_names in zip(given, otherwise, strict=True)))
+    elif not names:
+        made = ((*_PARTS[:k], name, *_PARTS[k + 1 :]) for k, part in enumerate(known.values()) for name in part)
+    fitting = (PolicyName(combination, score, rule) for combination, score, rule in made if _compatible(rule, score))
+    every = policies(embeddings=embeddings) if "all" in names else ()
+    whole = (policy for name in names for policy in (every if name == "all" else [read_policy(name)]))
+    return tuple(dict.fromkeys((BASELINE, *whole, *fitting)))
 
 
-def _reads(rule: str, score: str) -> bool:
-    """Whether a rule can be combined with a score; "" is the score of a rule with its own features."""
-    if rule not in SCORED:
-        return score in ("", BASELINE.score)
-    return (rule, score) != ("stopping", "patience")
+_KNOWN: dict[str, tuple[str, ...]] = {"combination": KNOWN, "score": SCORES, "rule": RULES}
+_PARTS = (BASELINE.combination, BASELINE.score, BASELINE.rule)
 
 
-def _text(names: Sequence[str]) -> str:
-    return " and ".join(names)
+def _compatible(rule: str, score: str) -> bool:
+    return reads(rule, score) if rule in SCORED else score == BASELINE.score
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """The stored outputs of a run: logits [., K, C] and labels of validation and test, and the exits' costs [K]."""
+    """The stored outputs of a run: logits [., K, C] and labels of validation and test, and the exits' costs [K].
+
+    With the embeddings of validation and test, for policies that read them.
+    """
 
     validation: tuple[np.ndarray, np.ndarray]
     test: tuple[np.ndarray, np.ndarray]
     costs: Floats
+    embeddings: tuple[Embeddings, Embeddings] | tuple[None, None] = (None, None)
+
+    @classmethod
+    def of_run(cls, run: EmbeddedRun, costs: Floats, chosen: Sequence[PolicyName]) -> Outputs:
+        """Return the outputs of a run, with the embeddings if one of the policies reads them.
+
+        Raises:
+            UserError: they are not stored; the message names the command that stores them.
+        """
+        validation, test = ((part["logits"], part["labels"]) for part in map(run.outputs, ("validation", "test")))
+        if not any(policy.reads_embeddings for policy in chosen):
+            return cls(validation, test, costs)
+        embedded = (stored_embeddings(run, "validation"), stored_embeddings(run, "test"))
+        return cls(validation, test, costs, embedded)
 
 
 @dataclass(frozen=True)
 class Measured:
     """A policy on one run."""
 
-    policy: Policy
+    policy: PolicyName
     cost: Floats
     """[P]: mean cost of the test images."""
     accuracy: Floats
     """[P], 0..1: accuracy on the test images."""
-    validation_cost: Floats
-    """[P]: cross-fitted."""
-    validation_accuracy: Floats
-    """[P]: cross-fitted."""
     hits: np.ndarray
     """[P, N]: whether each test image is right where it leaves."""
     leaves: np.ndarray
     """[P, N]: the exit (0-based) where it leaves."""
+    validation_cost: Floats
+    """[P]: cross-fitted."""
+    validation_hits: np.ndarray
+    """[P, M]: whether each validation image is right where it leaves, cross-fitted."""
     falls: float
     """Share of steps from an exit to the next, over test images, at which the probability of the true class falls."""
     calibration: float
@@ -131,9 +155,30 @@ class Measured:
     seconds: float
     """Time to fit combination and rule once."""
 
+    @property
+    def validation_accuracy(self) -> Floats:
+        """[P], 0..1: cross-fitted."""
+        accuracy: Floats = self.validation_hits.mean(axis=1)
+        return accuracy
+
+
+class _Combined(NamedTuple):
+    """Test outputs of a combination, and what does not depend on the rest of a policy."""
+
+    outputs: ExitOutputs
+    correct: np.ndarray
+    falls: float
+    calibration: float
+
+    @classmethod
+    def make(cls, fitted: FittedPolicy, outputs: Outputs) -> _Combined:
+        combined, labels = fitted.outputs(ExitOutputs(outputs.test[0], outputs.embeddings[1])), outputs.test[1]
+        ece = float(exit_calibration(combined.logits, labels).mean())
+        return cls(combined, combined.correct(labels), _falls(combined.logits, labels), ece)
+
 
 def measure(
-    outputs: Outputs, chosen: Sequence[Policy], done: Callable[[float], None] = lambda _: None
+    outputs: Outputs, chosen: Sequence[PolicyName], done: Callable[[float], None] = lambda _: None
 ) -> list[Measured]:
     """Fit and measure policies on the outputs of one run, in their order.
 
@@ -142,77 +187,31 @@ def measure(
         chosen: the policies.
         done: called with the finished share, 0..1.
     """
-    labels = outputs.validation[1]
-    if len(labels) < FOLDS:
-        raise UserError(f"there are {len(labels)} validation images; expected at least {FOLDS}, one per fold")
-    folds = np.random.default_rng(0).permutation(len(labels)) % FOLDS
-    parts = [(np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)) for fold in range(FOLDS)]
-    results: dict[Policy, Measured] = {}
-    for combination in dict.fromkeys(policy.combination for policy in chosen):
-        combined = _Combined(outputs, combination, parts)
-        for policy in (policy for policy in chosen if policy.combination == combination):
-            results[policy] = _measured(policy, combined, outputs.costs)
-            done(len(results) / len(chosen))
+    validation = Validation.checked(*outputs.validation, outputs.costs, outputs.embeddings[0])
+    results: dict[PolicyName, Measured] = {}
+    name, combined = "", None
+    for fitted in cross_fit(chosen, validation, done):
+        policy = fitted.policy
+        if combined is None or policy.name.combination != name:  # those of one combination follow each other
+            name, combined = policy.name.combination, _Combined.make(policy, outputs)
+        results[policy.name] = _measured(fitted, combined, validation.costs)
     return [results[policy] for policy in chosen]
 
 
-class _Combined:
-    """Outputs of a combination, fitted on all validation samples and on each fold's others.
-
-    Args:
-        outputs: stored outputs.
-        name: the combination.
-        parts: positions of (the samples to fit on, the samples to measure) of each fold.
-    """
-
-    def __init__(self, outputs: Outputs, name: str, parts: Sequence[tuple[Integers, Integers]]) -> None:
-        logits, labels = outputs.validation
-        self.labels, self.test_labels = labels, outputs.test[1]
-        begun = time.perf_counter()
-        whole = _fitted(name, logits, labels, outputs.costs)
-        self.seconds = time.perf_counter() - begun
-        self.validation, self.test = whole(logits), whole(outputs.test[0])
-        self.folds = []
-        for fitting, measuring in parts:
-            fold = _fitted(name, logits[fitting], labels[fitting], outputs.costs)
-            self.folds.append((fold(logits[fitting]), labels[fitting], fold(logits[measuring]), measuring))
-        self.correct, self.test_correct = correct(self.validation, labels), correct(self.test, self.test_labels)
-        self.falls = _falls(self.test, self.test_labels)
-        self.calibration = float(exit_calibration(self.test, self.test_labels).mean())
-
-
-def _fitted(name: str, logits: np.ndarray, labels: np.ndarray, costs: Floats) -> Callable[[np.ndarray], np.ndarray]:
-    return _unchanged if name == PLAIN else fit_combination(name, logits, labels, costs)
-
-
-def _unchanged(logits: np.ndarray) -> np.ndarray:
-    return logits
-
-
-def _measured(policy: Policy, combined: _Combined, costs: Floats) -> Measured:
-    score = policy.score or BASELINE.score
-    begun = time.perf_counter()
-    rule = fit_rule(policy.rule, combined.validation, combined.labels, costs, score=score)
-    seconds = combined.seconds + time.perf_counter() - begun
-    leaves = rule.leave_at(combined.test)
-    point = realised(leaves, combined.test_correct, costs)
-    unseen = np.empty((len(leaves), len(combined.labels)), dtype=np.int64)
-    hits = np.empty(unseen.shape, dtype=bool)
-    for fitting, labels, measured, places in combined.folds:
-        at = fit_rule(policy.rule, fitting, labels, costs, score=score).leave_at(measured)
-        unseen[:, places] = at
-        hits[:, places] = correct(measured, combined.labels[places])[np.arange(len(places)), at]
+def _measured(fitted: CrossFitted, combined: _Combined, costs: Floats) -> Measured:
+    leaves = fitted.policy.rule.leave_at(combined.outputs)
+    point = realised(leaves, combined.correct, costs)
     return Measured(
-        policy,
-        point.cost,
-        point.accuracy,
-        np.asarray(costs, dtype=np.float64)[unseen].mean(axis=1),
-        hits.mean(axis=1),
-        combined.test_correct[np.arange(leaves.shape[1]), leaves],
-        leaves.astype(np.int16),
-        combined.falls,
-        combined.calibration,
-        seconds,
+        policy=fitted.policy.name,
+        cost=point.cost,
+        accuracy=point.accuracy,
+        hits=combined.correct[np.arange(leaves.shape[1]), leaves],
+        leaves=leaves.astype(np.int16),
+        validation_cost=costs[fitted.leaves].mean(axis=1),
+        validation_hits=fitted.hits,
+        falls=combined.falls,
+        calibration=combined.calibration,
+        seconds=fitted.seconds,
     )
 
 
@@ -236,10 +235,11 @@ def default_budgets(costs: Floats) -> Floats:
 
 
 def check_same_images(runs: Iterable[Outputs]) -> None:
-    """Raise a UserError if runs that are averaged have different test images."""
+    """Raise a UserError if runs that are averaged have different validation or test images."""
     first, *others = runs
-    if any(not np.array_equal(first.test[1], other.test[1]) for other in others):
-        raise UserError("these runs have different test images; expected runs that differ in the seed only")
+    for part in ("validation", "test"):
+        if any(not np.array_equal(getattr(first, part)[1], getattr(other, part)[1]) for other in others):
+            raise UserError(f"these runs have different {part} images; expected runs that differ in the seed only")
 
 
 def comparison(seeds: Sequence[Sequence[Measured]], budgets: Floats) -> pd.DataFrame:
@@ -251,28 +251,35 @@ def comparison(seeds: Sequence[Sequence[Measured]], budgets: Floats) -> pd.DataF
 
     Returns:
         a row per policy and budget: combination, score, rule, budget, cost and accuracy (%) on the test images,
-        difference to the baseline in percentage points with its 95 % interval (low, high), p and p_holm, falls (%),
-        calibration (%), seconds. Cost, accuracy and difference are NaN where no operating point is within the budget.
+        difference to the baseline in percentage points with its 95 % interval (low, high), p and p_holm, gain (the
+        cross-fitted difference on validation) with its standard error gain_error, preferred (see above), falls (%),
+        calibration (%), seconds. Cost, accuracy and differences are NaN where no operating point is within the budget.
     """
     rows = []
-    per_image = [list(_per_image(runs, budgets)) for runs in zip(*seeds, strict=True)]
-    for runs, at_budgets in zip(zip(*seeds, strict=True), per_image, strict=True):
+    everyone = list(zip(*seeds, strict=True))
+    at_budgets = [list(_at_budgets(runs, budgets)) for runs in everyone]
+    preferred = [_preferred([policy[index] for policy in at_budgets], everyone) for index in range(len(budgets))]
+    for number, (runs, at) in enumerate(zip(everyone, at_budgets, strict=True)):
         policy = runs[0].policy
-        for budget, (cost, hits), (_, baseline) in zip(budgets, at_budgets, per_image[0], strict=True):
-            known = not (np.isnan(hits).any() or np.isnan(baseline).any())
-            gain = paired_difference(100 * hits, 100 * baseline) if known else UNKNOWN
+        for index, (budget, here, baseline) in enumerate(zip(budgets, at, at_budgets[0], strict=True)):
+            known = not (np.isnan(here.cost) or np.isnan(baseline.cost))
+            difference = paired_difference(100 * here.hits, 100 * baseline.hits) if known else UNKNOWN
+            gain, error = _gain(here, baseline)
             rows.append(
                 {
                     "combination": policy.combination,
                     "score": policy.score,
-                    "rule": policy.rule,
+                    "rule": policy.rule_text,
                     "budget": budget,
-                    "cost": cost,
-                    "accuracy": 100 * hits.mean(),
-                    "difference": gain.mean,
-                    "low": gain.low,
-                    "high": gain.high,
-                    "p": np.nan if policy == BASELINE else gain.p,
+                    "cost": here.cost,
+                    "accuracy": 100 * here.hits.mean(),
+                    "difference": difference.mean,
+                    "low": difference.low,
+                    "high": difference.high,
+                    "p": np.nan if policy == BASELINE else difference.p,
+                    "gain": 100 * gain,
+                    "gain_error": 100 * error,
+                    "preferred": number == preferred[index],
                     "falls": 100 * np.mean([run.falls for run in runs]),
                     "calibration": 100 * np.mean([run.calibration for run in runs]),
                     "seconds": np.mean([run.seconds for run in runs]),
@@ -283,19 +290,71 @@ def comparison(seeds: Sequence[Sequence[Measured]], budgets: Floats) -> pd.DataF
     return frame
 
 
-def _per_image(runs: Sequence[Measured], budgets: Floats) -> Iterator[tuple[float, Floats]]:
-    """Yield, for each budget, the mean test cost and each image's correctness [N], averaged over the seeds.
+class _AtBudget(NamedTuple):
+    """A policy at one budget, averaged over seeds; all is NaN where a seed has no operating point within it."""
 
-    Both are NaN where no operating point of a seed is within the budget on validation.
-    """
+    cost: float
+    """On the test images."""
+    hits: Floats
+    """[N]: correctness of each test image, 0..1."""
+    validation_hits: Floats
+    """[M]: correctness of each validation image, cross-fitted, 0..1."""
+
+
+def _at_budgets(runs: Sequence[Measured], budgets: Floats) -> Iterator[_AtBudget]:
     points = [most_accurate_within(run.validation_cost, run.validation_accuracy, budgets) for run in runs]
     for index, budget in enumerate(budgets):
         at = [(run, point[index]) for run, point in zip(runs, points, strict=True)]
         if any(run.validation_cost[point] > budget for run, point in at):
-            yield np.nan, np.full(runs[0].hits.shape[1], np.nan)
+            blank = (np.full(part.shape[1], np.nan) for part in (runs[0].hits, runs[0].validation_hits))
+            yield _AtBudget(np.nan, *blank)
         else:
-            costs, hits = [run.cost[point] for run, point in at], [run.hits[point] for run, point in at]
-            yield float(np.mean(costs)), np.mean(hits, axis=0)
+            yield _AtBudget(
+                float(np.mean([run.cost[point] for run, point in at])),
+                np.mean([run.hits[point] for run, point in at], axis=0),
+                np.mean([run.validation_hits[point] for run, point in at], axis=0),
+            )
+
+
+def _gain(here: _AtBudget, reference: _AtBudget) -> tuple[float, float]:
+    """Return the mean difference of the validation correctness, paired by image, and its standard error."""
+    change = here.validation_hits - reference.validation_hits
+    return float(change.mean()), float(change.std(ddof=1)) / len(change) ** 0.5
+
+
+def _preferred(at: Sequence[_AtBudget], everyone: Sequence[Sequence[Measured]]) -> int:
+    """Return the number of the policy that is preferred at a budget, from each policy there; the first is the baseline.
+
+    The baseline is also preferred where it has no operating point: nothing can then be compared with it.
+    """
+    chosen = 0
+    for label_free in (True, False):
+        better = []
+        for number, runs in enumerate(everyone):
+            gain, error = _gain(at[number], at[chosen])
+            if (runs[0].policy.rule == BASELINE.rule) == label_free and gain > error:
+                better.append((gain, -number))
+        chosen = -max(better)[1] if better else chosen
+    return chosen
+
+
+def run_tables(outputs: Outputs, chosen: Sequence[PolicyName], budgets: Floats) -> dict[str, pd.DataFrame]:
+    """Return the rows of one run for a report: its operating points at the budgets, and all of them.
+
+    Returns:
+        policies: policy, budget, cost and accuracy (%) on the test images, NaN where no operating point is within the
+        budget. policy_curve: policy, point, cost and accuracy (%).
+    """
+    rows, points = [], []
+    for run in measure(outputs, chosen):
+        name = str(run.policy)
+        for budget, here in zip(budgets, _at_budgets([run], budgets), strict=True):
+            rows.append({"policy": name, "budget": budget, "cost": here.cost, "accuracy": 100 * here.hits.mean()})
+        numbers = range(1, len(run.cost) + 1)
+        points.append(
+            pd.DataFrame({"policy": name, "point": numbers, "cost": run.cost, "accuracy": 100 * run.accuracy})
+        )
+    return {"policies": pd.DataFrame(rows), "policy_curve": pd.concat(points, ignore_index=True)}
 
 
 def curves(seeds: Sequence[Sequence[Measured]]) -> pd.DataFrame:
@@ -313,7 +372,7 @@ def curves(seeds: Sequence[Sequence[Measured]]) -> pd.DataFrame:
                 {
                     "combination": policy.combination,
                     "score": policy.score,
-                    "rule": policy.rule,
+                    "rule": policy.rule_text,
                     "point": np.arange(1, len(runs[0].cost) + 1),
                     "cost": np.mean([run.cost for run in runs], axis=0),
                     "accuracy": 100 * np.mean([run.accuracy for run in runs], axis=0),

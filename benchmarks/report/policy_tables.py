@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, cast
 
-import matplotlib
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from exitkit.benchmarks.report import page
-from exitkit.benchmarks.report.figures import COLOURS, DASHES, HEIGHT, MARKERS, STYLE, WIDTH
-from exitkit.benchmarks.report.policies import BASELINE, PLAIN
+from exitkit.benchmarks.report.drawing import Axes, Figure, own_style
+from exitkit.benchmarks.report.figures import COLOURS, DASHES, HEIGHT, MARKERS, WIDTH
 from exitkit.benchmarks.report.wide_tables import MISSING, unit_for
+from exitkit.cli.terminal import Console
+from exitkit.inference.policy import BASELINE, PLAIN, label
 
 NAMES = ["combination", "score", "rule"]
 CAPTION = (
@@ -51,22 +49,25 @@ def print_table(frame: pd.DataFrame, console: Console, most: int | None) -> None
             cells.append(cell)
         last = rows.iloc[0]
         facts = [f"{last['falls']:.1f}", f"{last['calibration']:.1f}", f"{last['seconds']:.2f}"]
-        table.add_row(Text(label(names)), *cells, *facts)
+        table.add_row(Text(label(*names)), *cells, *facts)
     console.print(table)
     if most is not None and len(ranked) > most:
         console.print(
             Text(f" the best {most} of {len(ranked)} policies and the baseline; --all prints them all", "dim")
         )
+    console.print(Text(f" {preferences(frame)}"))
     console.print(Text(f" {CAPTION}", style="dim"))
 
 
 _BASELINE = (BASELINE.combination, BASELINE.score, BASELINE.rule)
 
 
-def label(names: Sequence[str]) -> str:
-    """Return the parts of a policy that differ from the baseline, as text."""
-    parts = [name for name, usual in zip(names, _BASELINE, strict=True) if name not in ("", usual)]
-    return ", ".join(parts) or "plain confidence"
+def preferences(frame: pd.DataFrame) -> str:
+    """Return the preferred policy of each budget, as text."""
+    unit, size = unit_for(frame["budget"])
+    chosen = _records(frame[frame["preferred"]].sort_values("budget"))
+    names = [f"{label(*(row[name] for name in NAMES))} at {row['budget'] / size:.3g}{unit}" for row in chosen]
+    return f"Preferred on validation: {', '.join(names)}."
 
 
 def _ranked(frame: pd.DataFrame) -> list[tuple[tuple[str, ...], pd.DataFrame]]:
@@ -106,7 +107,7 @@ def curves_figure(curves: pd.DataFrame, cost: str = "macs") -> Figure:
         "rule": ("exit rules, without a combination", plain),
         "combination": ("combinations, by confidence and shares", shares),
     }
-    with matplotlib.rc_context(STYLE):
+    with own_style():
         figure = Figure(figsize=(2 * WIDTH, HEIGHT + 0.5), layout="constrained")
         axis, size = _axis(curves, cost)
         for axes, (column, (title, rows)) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
@@ -148,7 +149,7 @@ def html(groups: Sequence[tuple[str, pd.DataFrame, pd.DataFrame]], lead: Sequenc
         lead: paragraphs of the introduction.
         cost: macs or latency.
     """
-    sections = [page.Section(title, [_table(frame), *_charts(curves, cost)]) for title, frame, curves in groups]
+    sections = [page.Section(title, [*_tables(frame), *_charts(curves, cost)]) for title, frame, curves in groups]
     return page.html_page("Comparison of exit policies", list(lead), sections)
 
 
@@ -174,31 +175,32 @@ def _series(names: tuple[str, ...], rows: pd.DataFrame, size: float, index: int)
     points = []
     for row in _records(rows.sort_values("cost")):
         facts = [
-            ("policy", label(names)),
+            ("policy", label(*names)),
             ("point", str(row["point"])),
             ("cost", f"{row['cost'] / size:.3g}"),
             ("accuracy", f"{row['accuracy']:.2f} %"),
             ("on validation", f"{row['validation_accuracy']:.2f} %"),
         ]
         points.append(page.Point(row["cost"] / size, row["accuracy"], None, None, facts))
-    return page.Series(label(names), points, index)
+    return page.Series(label(*names), points, index)
 
 
-def _table(frame: pd.DataFrame) -> page.Table:
+def _tables(frame: pd.DataFrame) -> list[page.Table]:
+    """Return accuracies and differences as two tables: one would be too wide for a page."""
     unit, size = unit_for(frame["budget"])
-    budgets = frame["budget"].unique()
-    heads = ["policy", *(f"{budget / size:.3g}{unit}" for budget in budgets)]
-    heads += [f"difference at {budget / size:.3g}{unit}" for budget in budgets] + ["falls", "ECE", "s"]
+    heads = ["policy", *(f"{budget / size:.3g}{unit}" for budget in frame["budget"].unique())]
     best = frame.groupby("budget")["accuracy"].max()
-    rows = []
+    accuracies, differences = [], []
     for names, group in _ranked(frame):
-        last = group.iloc[0]
-        cells = [_accuracy(row, best) for row in _records(group)]
-        if names == _BASELINE:
-            cells += [page.Cell("", 0.0) for _ in budgets]
-        else:
-            cells += [page.Cell(_difference(row), row["difference"]) for row in _records(group)]
+        name, last = page.Cell(label(*names)), group.iloc[0]
         facts = [page.Cell(f"{last[key]:.1f}", float(last[key])) for key in ("falls", "calibration")]
         facts.append(page.Cell(f"{last['seconds']:.2f}", float(last["seconds"])))
-        rows.append([page.Cell(label(names)), *cells, *facts])
-    return page.Table("Accuracy within budgets", heads, rows, CAPTION)
+        accuracies.append([name, *(_accuracy(row, best) for row in _records(group)), *facts])
+        if names != _BASELINE:
+            differences.append([name, *(page.Cell(_difference(row), row["difference"]) for row in _records(group))])
+    caption = f"{preferences(frame)} {CAPTION}"
+    tables = [page.Table("Accuracy within budgets (%)", [*heads, "falls", "ECE", "s"], accuracies, caption)]
+    if differences:
+        about = "Percentage points of test accuracy, with the half width of the 95 % interval; * as above."
+        tables.append(page.Table("Differences to plain confidence", heads, differences, about))
+    return tables

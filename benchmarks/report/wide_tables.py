@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import pandas as pd
 
 from exitkit.benchmarks.report.comparison import GROUP, Comparison
 
+_NEGATIVE = re.compile(r"-\d[\d.,]*\*?")
 UNITS = {"G": 1e9, "M": 1e6, "K": 1e3, "": 1.0}
 MISSING = "–"
 CAPTIONS = {
@@ -28,9 +30,10 @@ class Cell:
     sd: str
     best: bool
 
-    def text(self, plus_minus: str = "±") -> str:
-        """Return `97.3 ± 0.4`, or the mean alone."""
-        return f"{self.mean} {plus_minus} {self.sd}" if self.sd else self.mean
+    def text(self) -> str:
+        """Return `97.3 ± 0.4`, or the mean alone, with a real minus sign before a negative number."""
+        mean = f"−{self.mean[1:]}" if _NEGATIVE.fullmatch(self.mean) else self.mean
+        return f"{mean} ± {self.sd}" if self.sd else mean
 
 
 @dataclass(frozen=True)

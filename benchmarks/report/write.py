@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from matplotlib.figure import Figure
 
-from exitkit.benchmarks.report import figures
+from exitkit.benchmarks.report import drawing, figures
 from exitkit.benchmarks.report.comparison import Comparison
 from exitkit.benchmarks.report.diagnostics import diagnostics
 from exitkit.benchmarks.report.document import latex_document, markdown_document
@@ -19,8 +18,10 @@ from exitkit.benchmarks.report.formats import latex, markdown, sheets_latex, she
 from exitkit.benchmarks.report.html import html_report
 from exitkit.benchmarks.report.learning import learning_curves, sweeps
 from exitkit.benchmarks.report.narrow_tables import sheets
+from exitkit.benchmarks.report.provenance import provenance
 from exitkit.benchmarks.report.wide_tables import wide_tables
-from exitkit.files import make_folder, written_whole
+from exitkit.escaping import in_csv
+from exitkit.files import write_files
 
 FORMATS = ("csv", "md", "latex", "html", "pdf", "png")
 Writer = Callable[[Path], object]
@@ -54,10 +55,13 @@ def write_report(
     swept = sweeps(comparison.anytime, runs, comparison.names)
     drawn = _figures(comparison, learning, swept)
     diagnosed = diagnostics(runs, comparison.names)
+    made_by = provenance(comparison, runs)
     writers: dict[str, Writer] = {}
     if "csv" in formats:
         frames = comparison.frames() | {"learning": learning, "sweep": swept}
-        writers |= {f"{n}.csv": partial(f.to_csv, index=False) for n, f in frames.items() if len(f) or n in ALWAYS}
+        writers |= {
+            f"{n}.csv": partial(in_csv(f).to_csv, index=False) for n, f in frames.items() if len(f) or n in ALWAYS
+        }
     narrow: dict[str, list[Any]] = {}
     for sheet in sheets(comparison):
         narrow.setdefault(sheet.kind, []).append(sheet)
@@ -66,26 +70,25 @@ def write_report(
         texts = {kind: markdown(tables) for kind, tables in wide.items()}
         texts |= {kind: sheets_markdown(tables) for kind, tables in narrow.items()}
         pictures = list(drawn) if "png" in formats else []
-        texts["report"] = markdown_document(comparison, texts, pictures, diagnosed if "png" in formats else [])
+        texts["report"] = markdown_document(comparison, texts, pictures, diagnosed if "png" in formats else [], made_by)
         writers |= {f"{name}.md": partial(_write_text, text) for name, text in texts.items()}
     if "latex" in formats:
         texts = {kind: latex(tables) for kind, tables in wide.items()}
         texts |= {kind: sheets_latex(tables) for kind, tables in narrow.items()}
         pictures = list(drawn) if "pdf" in formats else []
-        texts["report"] = latex_document(comparison, list(texts), pictures, diagnosed if "pdf" in formats else [])
+        texts["report"] = latex_document(
+            comparison, list(texts), pictures, diagnosed if "pdf" in formats else [], made_by
+        )
         writers |= {f"{name}.tex": partial(_write_text, text) for name, text in texts.items()}
     if "html" in formats:
-        writers["report.html"] = partial(_write_text, html_report(comparison, learning, swept, diagnosed))
+        writers["report.html"] = partial(_write_text, html_report(comparison, learning, swept, diagnosed, made_by))
     for kind in ("png", "pdf"):
         if kind in formats:
             for name, figure in drawn.items():
-                writers[f"{name}.{kind}"] = partial(figures.save_figure, figure, kind=kind)
+                writers[f"{name}.{kind}"] = partial(drawing.save_figure, figure, kind=kind)
             for picture in diagnosed:
                 writers[f"{picture.name}.{kind}"] = partial(shutil.copyfile, picture.source.with_suffix(f".{kind}"))
-    make_folder(folder)
-    for name, write in writers.items():
-        with written_whole(folder / name) as temporary:
-            write(temporary)
+    write_files(folder, writers)
     return [folder / name for name in writers]
 
 
@@ -93,7 +96,7 @@ ALWAYS = ("anytime", "budgeted", "curve", "differences", "training")
 """Tables that are written even if they are empty."""
 
 
-def _figures(comparison: Comparison, learning: pd.DataFrame, swept: pd.DataFrame) -> dict[str, Figure]:
+def _figures(comparison: Comparison, learning: pd.DataFrame, swept: pd.DataFrame) -> dict[str, drawing.Figure]:
     drawn = {
         "anytime": figures.anytime_figure(comparison),
         "budgeted": figures.budgeted_figure(comparison),
@@ -101,6 +104,8 @@ def _figures(comparison: Comparison, learning: pd.DataFrame, swept: pd.DataFrame
     }
     if len(comparison.stitched):
         drawn["stitched"] = figures.stitched_figure(comparison)
+    if len(comparison.policy_curve):
+        drawn["policies"] = figures.policies_figure(comparison)
     if len(learning):
         drawn["learning"] = figures.learning_figure(learning)
     if len(swept):

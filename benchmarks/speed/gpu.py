@@ -15,7 +15,6 @@ from exitkit.benchmarks.speed.work import Work
 from exitkit.data.augment import crops_and_flips
 from exitkit.data.base import TensorData
 from exitkit.engine.devices import process_settings
-from exitkit.engine.engine import Engine
 from exitkit.networks.compilation import compile_parts
 
 _BATCH, _BATCHES, _WORKERS = 64, 50, 4
@@ -27,29 +26,42 @@ def gpu_rows(work: Work) -> Iterator[Row]:
     exits = work.build().num_exits
     faster = "cuda: images a second, in those of eager training from a worker-fed loader at batch 64"
     metagf = "cuda: an epoch of metagf, branches side by side at batch 64, in eager joint epochs"
+    deterministic = "cuda: a deterministic step, in steps of the fastest kernels, bf16 at batch 64"
     if not torch.cuda.is_available():
         yield not_run(faster, 5.0)
         yield not_run(metagf, exits / 2)
+        yield not_run(deterministic, 1.25)
         return
     with process_settings(torch.device("cuda")):
         ratio = paired_ratios(eager(small), prepared(small), small.rounds)
     yield judged(faster, 5.0, ratio, at_least=True)
     branches = small.epoch("metagf", _BATCHES, branches="side-by-side")
     yield judged(metagf, exits / 2, paired_ratios(branches, small.epoch("joint", _BATCHES), small.rounds))
+    fixed, fastest = with_settings(small, deterministic=True), with_settings(small, deterministic=False)
+    yield judged(deterministic, 1.25, paired_ratios(fixed, fastest, small.rounds))
+
+
+def with_settings(work: Work, *, deterministic: bool) -> Callable[[], None]:
+    """Return a function that makes a joint step in bf16 with deterministic or with the fastest kernels."""
+    step = work.step("joint", precision="bf16")
+
+    def configured() -> None:
+        with process_settings(torch.device(work.device), deterministic=deterministic):
+            step()
+
+    return configured
 
 
 def prepared(work: Work) -> Callable[[], None]:
     """Return a function that trains an epoch as exitkit does: images on the device, channels last, bf16, compiled."""
-    engine = Engine(torch.device(work.device), precision="bf16")
     run = work.run("joint", precision="bf16")
-    engine.place(run.network)
     compile_parts(run.network)
-    data = noise_images(work, work.batch * _BATCHES).on(engine.device)
+    data = noise_images(work, work.batch * _BATCHES).on(torch.device(work.device))
 
     def epoch() -> None:
         order = torch.randperm(work.batch * _BATCHES).split(work.batch)
         for batch in data.batches("train", order, augment=True, seed=0):
-            run.train_step((engine.placement.images(batch.images), batch.labels))
+            run.train_step(batch)
 
     return epoch
 

@@ -1,52 +1,29 @@
-"""`python -m exitkit.benchmarks.speed.layouts`: training speed per precision and memory layout, over the plain loop."""
+"""`python -m exitkit.benchmarks.speed.layouts`: joint training per precision and layout, over the plain loop."""
 
 from __future__ import annotations
 
 import click
 import torch
-import torch.nn.functional as F
 
+from exitkit.benchmarks.speed.plain import LOOPS
 from exitkit.benchmarks.speed.timing import Ratio, paired_ratios
-from exitkit.benchmarks.speed.work import Step, Work
+from exitkit.benchmarks.speed.training import Form
+from exitkit.benchmarks.speed.work import Work
 from exitkit.cli import main
 
 NETWORKS = ("msdnet-cifar-lg5", "ranet-cifar-any", "sdn-resnet56", "sdn-vgg16")
-FORMS = {
-    "fp32": (False, torch.contiguous_format),
-    "fp32, channels last": (False, torch.channels_last),
-    "bf16": (True, torch.contiguous_format),
-    "bf16, channels last": (True, torch.channels_last),
+FORMS: dict[str, Form] = {
+    "fp32, contiguous": {"precision": "fp32", "layout": "contiguous"},
+    "fp32, channels-last": {"precision": "fp32", "layout": "channels-last"},
+    "bf16, contiguous": {"precision": "bf16", "layout": "contiguous"},
+    "bf16, channels-last": {"precision": "bf16", "layout": "channels-last"},
 }
-"""{name: (bf16 autocast, memory layout)}."""
-
-
-def plain(work: Work, form: str = "fp32") -> Step:
-    """Return a function that runs one step of joint training as released code writes it, without exitkit's loop.
-
-    Args:
-        work: network and batch.
-        form: one of `FORMS`; the default is that of released code.
-    """
-    reduced, layout = FORMS[form]
-    network, (images, labels) = work.build(), work.data()
-    network.to(memory_format=layout)  # type: ignore[call-overload]
-    images = images.contiguous(memory_format=layout)
-    optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
-
-    def step() -> None:
-        with torch.autocast(work.device, torch.bfloat16, enabled=reduced):
-            loss = torch.stack([F.cross_entropy(logits, labels) for logits in network(images).logits]).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    return step
 
 
 def speedups(work: Work) -> dict[str, Ratio]:
-    """Return, per form, the time of the plain fp32 step in steps of that form: its speed-up."""
-    base = plain(work)
-    return {form: paired_ratios(base, plain(work, form), work.rounds) for form in FORMS if form != "fp32"}
+    """Return, per form, the speed of exitkit's joint step in that of the plain loop."""
+    plain = LOOPS["joint"](work)
+    return {form: paired_ratios(plain, work.step("joint", **values), work.rounds) for form, values in FORMS.items()}
 
 
 @click.command()
@@ -54,10 +31,10 @@ def speedups(work: Work) -> dict[str, Ratio]:
 @click.option("--batch", type=click.IntRange(min=2), default=64, show_default=True, help="Images per step.")
 @click.option("--rounds", type=click.IntRange(min=1), default=9, show_default=True, help="Measured pairs per form.")
 def layouts(networks: str, batch: int, rounds: int) -> None:
-    """Print the speed-up of each precision and memory layout over a plain fp32 training step."""
+    """Print the speed of joint training in each precision and memory layout, in that of the plain loop in fp32."""
     torch.set_num_threads(1)
-    click.echo("| network | " + " | ".join(form for form in FORMS if form != "fp32") + " |")
-    click.echo("|---|" + "--:|" * (len(FORMS) - 1))
+    click.echo("| network | " + " | ".join(FORMS) + " |")
+    click.echo("|---|" + "--:|" * len(FORMS))
     for name in networks.split(","):
         ratios = speedups(Work(name, batch, rounds=rounds)).values()
         cells = (f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})" for ratio in ratios)

@@ -20,6 +20,13 @@ class Row(NamedTuple):
     verdict: Literal["met", "missed", "not-run"]
 
 
+class Profile(NamedTuple):
+    """Where the time of a missed target is: {operation: share of the time, 0..1}, the largest shares."""
+
+    target: str
+    shares: dict[str, float]
+
+
 def judged(target: str, limit: float, ratio: Ratio, *, at_least: bool = False) -> Row:
     """Return the row of a measured ratio, whose median is compared with the limit."""
     met = ratio.median >= limit if at_least else ratio.median <= limit

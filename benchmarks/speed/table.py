@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 
+from exitkit.cli.terminal import Console
+
 if TYPE_CHECKING:
-    from exitkit.benchmarks.speed.row import Row
-    from exitkit.benchmarks.speed.training import Measured
+    from exitkit.benchmarks.speed.roofline import Roofline
+    from exitkit.benchmarks.speed.row import Profile, Row
+    from exitkit.benchmarks.speed.training import Measured, Speedup
 
 _STYLES = {"met": "green", "missed": "red", "not-run": "dim"}
 
@@ -35,6 +37,39 @@ def print_rows(rows: Sequence[Row]) -> None:
         value = "–" if measured is None else f"{measured:.3f}"
         verdict_text = f"[{_STYLES[verdict]}]{verdict}[/]"
         table.add_row(target, f"{limit:g}", value, "" if ci is None else _interval(*ci), verdict_text)
+    Console().print(table)
+
+
+def print_speedups(speedups: Sequence[Speedup]) -> None:
+    """Print the speed of each method in that of its plain loop, with intervals."""
+    forms = list(speedups[0].ratios)
+    table = Table(title="speed, in that of the plain loop")
+    for head in ("method", *forms):
+        table.add_column(head, justify="left" if head == "method" else "right")
+    for name, ratios in speedups:
+        table.add_row(name, *(f"{r.median:.2f} ({r.low:.2f} to {r.high:.2f})" for r in ratios.values()))
+    Console().print(table)
+
+
+def print_profiles(profiles: Sequence[Profile]) -> None:
+    """Print where the time of the steps is that missed their targets."""
+    for target, shares in profiles:
+        table = Table("operation", title=f"missed: {target}")
+        table.add_column("share of the time", justify="right")
+        for operation, share in shares.items():
+            table.add_row(operation, f"{100 * share:.1f} %")
+        Console().print(table)
+
+
+def print_rooflines(rooflines: Sequence[Roofline]) -> None:
+    """Print the limits of the core, and the time of a step against them."""
+    table = Table(title="a joint step against the limits of the core")
+    heads = ("precision", "peak GFLOP/s", "peak GB/s", "arithmetic, ms", "memory, ms", "measured, ms")
+    for head in heads:
+        table.add_column(head, justify="left" if head == "precision" else "right")
+    for precision, flops, bandwidth, *seconds in rooflines:
+        times = (f"{1e3 * second:,.0f}" for second in seconds)
+        table.add_row(precision, f"{flops / 1e9:,.0f}", f"{bandwidth / 1e9:,.1f}", *times)
     Console().print(table)
 
 

@@ -36,14 +36,20 @@ def paired_ratios(ours: Callable[[], object], base: Callable[[], object], rounds
     ratios, times = [], []
     for number in range(-warmups, rounds):
         if number % 2:
-            one, other = _seconds(ours), _seconds(base)
+            one, other = seconds(ours), seconds(base)
         else:
-            other, one = _seconds(base), _seconds(ours)
+            other, one = seconds(base), seconds(ours)
         if number >= 0:
             ratios.append(one / other)
             times.append(one)
     low, high = median_interval(ratios)
     return Ratio(statistics.median(ratios), low, high, statistics.median(times))
+
+
+def median_seconds(call: Callable[[], object], rounds: int) -> float:
+    """Return the median duration of a call, after one that is not measured."""
+    call()
+    return statistics.median(seconds(call) for _ in range(rounds))
 
 
 def median_interval(values: list[float]) -> tuple[float, float]:
@@ -53,15 +59,17 @@ def median_interval(values: list[float]) -> tuple[float, float]:
     return ordered[outside], ordered[n - 1 - outside]
 
 
-def _seconds(call: Callable[[], object]) -> float:
-    _synchronize()
+def seconds(call: Callable[[], object]) -> float:
+    """Return the duration of a call: the time of the process on its processors or, with a GPU, that of the clock.
+
+    The former does not count the time in which other processes have the processor.
+    """
+    if not torch.cuda.is_available():
+        began = time.process_time()
+        call()
+        return time.process_time() - began
+    torch.cuda.synchronize()  # CUDA calls return before their work is done
     began = time.perf_counter()
     call()
-    _synchronize()
+    torch.cuda.synchronize()
     return time.perf_counter() - began
-
-
-def _synchronize() -> None:
-    """Wait for the GPU, if any: CUDA calls return before their work is done."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

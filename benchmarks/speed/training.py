@@ -1,7 +1,7 @@
-"""Time of a training step of each method, relative to a step of joint training of the same network.
+"""Time of a training step of each method, relative to joint training, and to the loop of the published code.
 
-Every ratio is measured with one network, one batch and one process: steps of the method and of joint training
-alternate, and the result is the median of the paired ratios.
+Every ratio is measured with one network, one batch and one process: both steps alternate, and the result is the median
+of the paired ratios.
 """
 
 from __future__ import annotations
@@ -9,21 +9,53 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
+
+import torch
 
 from exitkit.benchmarks.campaign.usable import usable
 from exitkit.benchmarks.speed.memory import step_mib
-from exitkit.benchmarks.speed.row import Row, judged
+from exitkit.benchmarks.speed.plain import LOOPS
+from exitkit.benchmarks.speed.row import Profile, Row, judged, not_run
 from exitkit.benchmarks.speed.timing import Ratio, paired_ratios
 from exitkit.benchmarks.speed.work import Step, Work, bare
+from exitkit.engine.devices import Layout
+from exitkit.engine.precision import choose_precision
 from exitkit.plugins import registered
 from exitkit.strategy.composition import build_strategy
+
+
+class Form(TypedDict):
+    """Precision and memory layout of a measured step."""
+
+    precision: str
+    layout: Layout
+
 
 LIMITS = dict.fromkeys(("ge", "boostnet", "ofa", "isc"), 1.08)
 """Methods that change the gradient flow or the objective: one forward and one backward, as in joint training."""
 AGGREGATED = 2.3
 """Limit of methods that need one gradient per exit, for 5 exits: K backwards, each through the stages of its exit."""
 AGGREGATORS = ("pcgrad", "cagrad", "mgda", "imtlg", "aligned", "graddrop", "upgrad", "dualproj", "config", "nashmtl")
+
+
+PLAIN_LIMITS = {"joint": 2.0, "ge": 2.0, "boostnet": 2.0, "ofa": 2.0, "pcgrad": 1.8, "l2w": 2.5, "metagf": 3.0}
+"""Least speed of a method with `--precision auto`, in that of the plain loop."""
+PLAIN_FP32_LIMIT = 1.15
+"""The same of joint training in fp32."""
+FORMS: dict[str, Form] = {
+    "fp32": {"precision": "fp32", "layout": "contiguous"},
+    "fp32, channels-last": {"precision": "fp32", "layout": "channels-last"},
+    "auto": {"precision": "auto", "layout": "auto"},
+}
+"""The precisions and layouts that are measured against the plain loop."""
+
+
+class Speedup(NamedTuple):
+    """Speed of a method's training in each of `FORMS`, in that of the plain loop."""
+
+    method: str
+    ratios: dict[str, Ratio]
 
 
 class Measured(NamedTuple):
@@ -79,3 +111,42 @@ def metagf_rows(work: Work, batches: int = 2) -> Iterator[Row]:
     passes = work.build().num_exits + 1
     ratio = paired_ratios(work.epoch("metagf", batches), work.epoch("joint", batches), work.rounds)
     yield judged(f"metagf: an epoch, in joint epochs ({passes} passes)", 1.05 * passes, ratio)
+
+
+def plain_rows(work: Work) -> Iterator[Speedup | Row | Profile]:
+    """Measure each method that has a plain loop against it; a missed target also yields a profile.
+
+    The targets of `--precision auto` are those of a processor with bf16 instructions; on another, they are not run.
+    """
+    forms = (
+        FORMS
+        if choose_precision("auto", torch.device("cpu")) == "bf16"
+        else {k: v for k, v in FORMS.items() if k != "auto"}
+    )
+    for name, loop in LOOPS.items():
+        plain, ratios = loop(work), {}
+        if "auto" not in forms:
+            yield not_run(_speed_target(name, "auto"), PLAIN_LIMITS[name])
+        for form, values in forms.items():
+            ours = work.epoch(name, 2, **values) if name == "metagf" else work.step(name, **values)
+            ratios[form] = paired_ratios(plain, ours, work.rounds)
+            limits = {"auto": PLAIN_LIMITS[name], "fp32, channels-last": PLAIN_FP32_LIMIT if name == "joint" else None}
+            if (limit := limits.get(form)) is not None:
+                row = judged(_speed_target(name, form), limit, ratios[form], at_least=True)
+                yield row
+                if row.verdict == "missed":
+                    yield Profile(row.target, largest_shares(ours))
+        yield Speedup(name, ratios)
+
+
+def _speed_target(method: str, form: str) -> str:
+    return f"{method}: speed in that of the plain loop, {form}"
+
+
+def largest_shares(step: Step, count: int = 8) -> dict[str, float]:
+    """Return the operations that take the largest shares of a step's time, and these shares."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        step()
+    events = sorted(profiler.key_averages(), key=lambda event: event.self_cpu_time_total, reverse=True)
+    total = sum(event.self_cpu_time_total for event in events)
+    return {event.key: event.self_cpu_time_total / total for event in events[:count]}

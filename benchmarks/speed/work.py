@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from exitkit.data.base import Batch
-from exitkit.engine.precision import Precision
+from exitkit.engine.devices import Layout
+from exitkit.engine.precision import choose_precision
 from exitkit.networks.build import build_network
 from exitkit.strategy.base import TrainingStrategy
 from exitkit.strategy.composition import build_strategy
@@ -31,6 +32,7 @@ class Work:
     classes: int = 100
     shape: tuple[int, int, int] = (3, 32, 32)
     rounds: int = 7
+    lr: float = 1e-3  # small, so that training on noise does not diverge in any number of steps
 
     def build(self) -> MultiExitNetwork:
         """Return the network with the same initial weights at every call."""
@@ -45,13 +47,23 @@ class Work:
         labels = torch.randint(self.classes, (self.batch,), generator=generator)
         return Batch(images.to(self.device), labels.to(self.device))
 
-    def run(self, method: str | TrainingStrategy, *, precision: Precision = "fp32", **settings: Any) -> LocalRun:
-        """Return a local run of a method."""
+    def optimizer(self, network: MultiExitNetwork) -> torch.optim.SGD:
+        """Return the optimiser of all loops."""
+        return torch.optim.SGD(network.parameters(), self.lr, momentum=0.9, weight_decay=1e-4)
+
+    def run(
+        self,
+        method: str | TrainingStrategy,
+        *,
+        precision: str = "fp32",
+        layout: Layout = "auto",
+        **settings: Any,
+    ) -> LocalRun:
+        """Return a local run of a method; `precision` may be `auto`."""
         network = self.build()
-        # The learning rate is small, so that training on noise does not diverge in any number of steps.
-        optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
         strategy = build_strategy(method, **settings) if isinstance(method, str) else method
-        return local_run(network, strategy, optimizer, precision=precision)
+        chosen = choose_precision(precision, torch.device(self.device))
+        return local_run(network, strategy, self.optimizer(network), precision=chosen, layout=layout)
 
     def step(self, method: str | TrainingStrategy, *, at: int = 0, **settings: Any) -> Step:
         """Return a function that runs one training step of a method, as step `at` of an epoch."""

@@ -1,9 +1,10 @@
-"""Directives for tables that are generated from exitkit's catalogue and from the counts of `measure.py`.
+"""Directives for tables from exitkit's catalogue, and from the results of `measure.py` and `families.py`.
 
 {facts} ge           paper, slots, hooks, passes over the data, and what the method adds to a network
 {fields} ge          every field of a method, backbone or data set, with type, default and meaning (several names: one
                      table each)
 {presets} msdnet     every preset of a family, with the costs of its first and last exit
+{families} timm      every network of a library that exits were attached to, with the result of each check
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ HOOKS = (
 )
 MEASURED = json.loads(Path(__file__).with_name("measured.json").read_text(encoding="utf-8"))
 """The counts that `measure.py` wrote."""
+FAMILIES = json.loads(Path(__file__).with_name("families.json").read_text(encoding="utf-8"))
+"""The results that `families.py` wrote."""
 PERFORMANCE = Path(__file__).parents[1].joinpath("performance.md").read_text(encoding="utf-8")
 EPOCH = r"\| {}: an epoch, in joint epochs[^|]*\|[^|]*\| ([\d.]+) \| ([\d.]+ to [\d.]+) \|"
 
@@ -172,6 +175,30 @@ class Presets(Table):
         return f"`{name}`", f"{images}, {counts['classes']}", str(counts["exits"]), *ranges, summary
 
 
+class Families(Table):
+    """The networks of a library that exits were attached to."""
+
+    headings = ("family", "network", "pixels", "exits at", "result")
+    numeric = frozenset({2})
+
+    def run(self) -> list[nodes.Node]:
+        """Return the number of networks that pass every check, and the table."""
+        results = [_result(row) for row in FAMILIES[self.arguments[0]].values()]
+        return [*self._parsed(f"{results.count('✓')} of {len(results)} networks pass every check."), *super().run()]
+
+    def rows(self, name: str) -> Iterable[Sequence[str]]:
+        """Return one row per network: a tick, or what fails and why."""
+        for row in FAMILIES[name].values():
+            shares = ", ".join(f"{share:.2f}" for share in row.get("shares", ()))
+            yield row["family"], f"`{row['network']}`", str(row["side"]), shares, _result(row)
+
+
+def _result(row: dict[str, Any]) -> str:
+    if "refused" in row:
+        return f"refused: {row['refused']}"
+    return "; ".join(f"{check}: {reason}" for check, reason in row["results"].items() if reason) or "✓"
+
+
 def _short(number: int) -> str:
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "K")):
         if number >= size:
@@ -190,6 +217,6 @@ def _entry(name: str) -> dict[str, Any]:
 
 def setup(app: Any) -> dict[str, bool]:
     """Register the directives."""
-    for name, directive in (("facts", Facts), ("fields", Fields), ("presets", Presets)):
+    for name, directive in (("facts", Facts), ("fields", Fields), ("presets", Presets), ("families", Families)):
         app.add_directive(name, directive)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -14,11 +14,16 @@ import torch
 from exitkit import build_network, build_strategy, cost
 from exitkit.networks import ExitCost
 from exitkit.networks.families.base import home
-from exitkit.plugins import load, names, registered
+from exitkit.plugins import load, names, registered, underlying
 
 MEASURED = Path(__file__).with_name("measured.json")
 EXAMPLE = "msdnet-cifar-lg5"
 """The network for which the cost of methods is counted."""
+
+
+def presets() -> list[str]:
+    """Return the names of all networks, except those of libraries, which have names of their own."""
+    return [name for name in names("backbone") if not hasattr(underlying(load("backbone", name)), "named_by")]
 
 
 def preset(name: str) -> dict[str, Any]:
@@ -47,10 +52,9 @@ def added(method: str, plain: ExitCost) -> dict[str, int]:
 
 def main() -> None:
     """Count all costs and write the file."""
-    presets = [name for name in names("backbone") if name != "torchvision"]
     plain = adapted(None)
     measured = {
-        "presets": {name: preset(name) for name in presets},
+        "presets": {name: preset(name) for name in presets()},
         "example": {"network": EXAMPLE, "macs": plain.macs, "params": plain.params},
         "added": {name: added(name, plain) for name in registered("method")},
     }

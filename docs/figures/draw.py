@@ -16,8 +16,8 @@ from overview import overview
 FIGURES: dict[str, Callable[[], Figure]] = {
     "overview": overview,
     **{f"method-{draw.__name__}": draw for draw in (
-        methods.joint, methods.separate, methods.mixed, methods.ge, methods.dfs, methods.bdl, methods.boostnet,
-        methods.imta, methods.distill,
+        methods.joint, methods.separate, methods.heads, methods.mixed, methods.ge, methods.dfs, methods.bdl,
+        methods.boostnet, methods.imta, methods.distill,
         methods.byot, methods.beed, methods.hdkd, methods.metagf,
         methods.l2w, methods.cgt, methods.adaloss, methods.ztw, methods.gpf, methods.aggregators)},
     **{f"backbone-{draw.__name__}": draw for draw in (

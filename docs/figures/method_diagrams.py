@@ -237,6 +237,26 @@ def separate() -> Figure:
     return figure
 
 
+def heads() -> Figure:
+    """The features of a fixed trunk are stored once; every epoch trains the heads on them."""
+    figure, axes = canvas(12.8, 5.6)
+    note(axes, (0.6, 0.7), "$x$", fontsize=9)
+    for index, x in enumerate((2.2, 5.0, 7.8)):
+        arrow(axes, (0.8, 0.7) if index == 0 else (x - 2.05, 0.7), (x - 0.75, 0.7))
+        box(axes, (x, 0.7), f"stage {index + 1}", GREY)
+        arrow(axes, (x, 1.15), (x, 1.78))
+        box(axes, (x, 2.1), f"features $f_{index + 1}$", GREEN, size=(1.9, 0.64))
+        arrow(axes, (x, 2.42), (x, 3.03), GREEN)
+        box(axes, (x, 3.4), f"head {index + 1}", ORANGE, size=(1.5, 0.7))
+        arrow(axes, (x, 3.75), (x, 4.34))
+        loss(axes, (x, 4.7), f"$L_{index + 1}$")
+        arrow(axes, (x + 0.25, 4.4), (x + 0.25, 3.78), RED, dashed=True)
+    note(axes, (9.3, 0.7), "once: fixed trunk", ha="left")
+    note(axes, (9.3, 2.1), "stored on disk", GREEN, ha="left")
+    note(axes, (9.3, 3.4), "every epoch: heads", ha="left")
+    return figure
+
+
 def metagf() -> Figure:
     """One branch per exit, then fusion by learned weights."""
     figure, axes = canvas(15.6, 5.0)

@@ -10,18 +10,25 @@ import hashlib
 import json
 import os
 import re
+import site
 import sys
 import tomllib
+import warnings
 from collections.abc import Iterator
-from importlib.metadata import entry_points, version
+from importlib.metadata import version
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
+
+# Before Python 3.12 pydantic takes no other.
+from typing_extensions import TypedDict
 
 from exitkit import plugins
-from exitkit.errors import UserError, unknown
-from exitkit.files import write_json
+from exitkit.entry_points import OWN, foreign, installed, reason
+from exitkit.errors import Note, UserError, unknown
+from exitkit.files import checked, write_json
+from exitkit.registration import Registration
 
 Entry = dict[str, Any]
 CATALOGUES = ("methods", "backbones", "datasets", "recipes")
@@ -51,11 +58,17 @@ def entries(kind: str) -> list[Entry]:
     methods have their `paper`, `slots` and `group`; data sets have `house`, their default recipe.
     """
     if kind == "recipes":
-        return [_recipe_entry(name, path) for name, path in sorted(recipe_files().items())]
-    catalogue = _stored()
+        usable, faults = recipes()
+        found = [_recipe_entry(name, path) for name, path in usable.items()]
+        found += [{"name": name, "summary": f"not usable: {fault}", "values": {}} for name, fault in faults.items()]
+        return sorted(found, key=lambda entry: entry["name"])
+    # A script may register other classes under the same names, so that the cache would be out of date.
+    scripted = any(isinstance(p, Registration) for plugin in plugins.KINDS for p in plugins.registered(plugin).values())
+    catalogue = None if scripted else _stored()
     if catalogue is None:
         catalogue = {f"{plugin}s": [_entry(plugin, name) for name in plugins.names(plugin)] for plugin in plugins.KINDS}
-        _store(catalogue)
+        if not scripted:
+            _store(catalogue)
     return catalogue[kind]
 
 
@@ -76,13 +89,40 @@ def kind_of(name: str) -> str:
 
 
 def recipe_files() -> dict[str, Path]:
-    """Return the installed recipes {name: TOML file}, from the packages of the entry points `exitkit.recipes`."""
+    """Return the usable installed recipes {name: TOML file}; see `recipes`."""
+    return recipes()[0]
+
+
+def recipes() -> tuple[dict[str, Path], dict[str, str]]:
+    """Return the installed recipes, from the packages of the entry points `exitkit.recipes`.
+
+    A recipe of exitkit is kept if another package has one of the same name.
+
+    Returns:
+        {name: TOML file}, and {name: reason} of the recipes and packages that are not usable.
+    """
+    places: dict[str, dict[Path, str]] = {}
+    faults: dict[str, str] = {}
+    for point in sorted(installed("exitkit.recipes"), key=lambda point: point.package != OWN):
+        try:
+            with foreign(f"the recipes of {point.value} do not load", point.package):
+                found = [Path(str(file)) for file in files(point.value).iterdir() if file.name.endswith(".toml")]
+        except UserError as error:
+            faults[point.name] = str(error)
+            continue
+        for path in found:
+            places.setdefault(path.stem, {})[path] = point.package
     recipes: dict[str, Path] = {}
-    for point in entry_points(group="exitkit.recipes"):
-        for resource in files(point.value).iterdir():
-            if resource.name.endswith(".toml"):
-                recipes[resource.name.removesuffix(".toml")] = Path(str(resource))
-    return recipes
+    for name, packages in places.items():
+        first, *others = packages
+        recipes[name] = first
+        if others and packages[first] != OWN:
+            faults[name] = f"recipe {name!r} comes from several packages ({', '.join(map(str, packages))})"
+            del recipes[name]
+        elif others:
+            notice = f"recipe {name!r} comes from several packages ({', '.join(map(str, packages))})"
+            warnings.warn(Note(f"{notice}; that of exitkit is used"), stacklevel=1)
+    return recipes, faults
 
 
 def find_recipe(name: str) -> Path:
@@ -96,40 +136,113 @@ def find_recipe(name: str) -> Path:
         return path / "recipe.json"
     if path.exists() or path.suffix or len(path.parts) > 1:
         return path
-    installed = recipe_files()
-    if name not in installed:
-        raise unknown("recipe", name, installed)
-    return installed[name]
+    usable, faults = recipes()
+    if name in faults:
+        raise UserError(faults[name])
+    if name not in usable:
+        raise unknown("recipe", name, usable)
+    return usable[name]
 
 
 def _recipe_entry(name: str, path: Path) -> Entry:
-    values = tomllib.loads(path.read_text(encoding="utf-8"))
-    return {"name": name, "summary": values.get("title", ""), "values": values}
+    try:
+        values = json.loads(json.dumps(tomllib.loads(path.read_text(encoding="utf-8"))))
+        return {"name": name, "summary": str(values.get("title", "")), "values": values}
+    except Exception as error:  # the file of another package may contain anything
+        return {"name": name, "summary": f"not usable: {path}: {reason(error)}", "values": {}}
+
+
+def make(kind: str, name: str) -> Any:
+    """Return a plugin with the defaults of its fields.
+
+    Raises:
+        UserError: it can't be used; the message has the reason, and the package.
+    """
+    # Imported when used: most commands need only the names.
+    from exitkit.data.base import build_dataset
+    from exitkit.networks.build import make_backbone
+    from exitkit.strategy.composition import build_strategy
+
+    plugins.load(kind, name)
+    with foreign(f"{plugins.WORDS[kind]} {name!r} can't be used", _package(kind, name)):
+        if kind == "method":
+            return build_strategy(name)
+        return (make_backbone if kind == "backbone" else build_dataset)(name, {})
+
+
+def _package(kind: str, name: str) -> str:
+    """Return the package of a plugin; "" for presets, and for plugins of exitkit."""
+    points = plugins.registered(kind)
+    package = points[name].package if name in points else OWN
+    return "" if package == OWN else package
+
+
+class _Field(TypedDict):
+    name: str
+    type: str
+    default: Any
+    meaning: str
+    variant: NotRequired[dict[str, Any]]
+
+
+class _Entry(TypedDict):
+    """The types of an entry's values; a package may provide others."""
+
+    name: str
+    summary: str
+    fields: list[_Field]
+    family: NotRequired[str]
+    paper: NotRequired[str]
+    slots: NotRequired[list[str]]
+    group: NotRequired[str]
+    house: NotRequired[dict[str, Any]]
+
+
+def check(kind: str, name: str, *, whole: bool = True) -> Entry:
+    """Return the entry of a plugin.
+
+    Args:
+        kind: the kind of plugin.
+        name: its name.
+        whole: also make an instance of a backbone or data set of exitkit, for which some load further libraries.
+
+    Raises:
+        UserError: it can't be used; the message has the reason, and the package.
+    """
+    plugin = plugins.load(kind, name)
+    package = _package(kind, name)
+    blank = make(kind, name) if whole or package or kind == "method" else None
+    with foreign(f"{plugins.WORDS[kind]} {name!r} can't be listed", package):
+        return _described(kind, plugin, name, blank)
 
 
 def _entry(kind: str, name: str) -> Entry:
+    """Return the entry of a plugin; if it can't be used, its summary states the reason, and it hides no other."""
     try:
-        plugin = plugins.load(kind, name)
-        entry: Entry = {"name": name, "summary": plugins.summary(plugin), "fields": plugins.describe(plugin)}
-        if plugins.underlying(plugin) is not plugin:
-            entry["family"] = _family(kind, plugins.underlying(plugin))
-        if kind == "method":
-            blank = plugins.configure(kind, name, {})
-            entry |= {"paper": blank.paper, "slots": sorted(blank.claims()), "group": _group(type(blank).slots)}
-        if kind == "dataset":
-            entry["house"] = dict(plugins.underlying(plugin).house)
-        plain: Entry = json.loads(json.dumps(entry))
-    except Exception as error:
-        # A package that does not load must not hide the others; its summary states the error.
+        return check(kind, name, whole=False)
+    except (Exception, SystemExit) as error:  # a package may raise anything
         return {
             "name": name,
-            "summary": f"not usable: {error}",
+            "summary": f"not usable: {' '.join(str(error).split()) or type(error).__name__}",
             "fields": [],
             "paper": "",
             "slots": [],
             "group": GROUPS["update"],
             "house": {},
         }
+
+
+def _described(kind: str, plugin: Any, name: str, blank: Any) -> Entry:
+    """Return the entry of a plugin, of which `blank` is an instance for methods."""
+    entry: Entry = {"name": name, "summary": plugins.summary(plugin), "fields": plugins.describe(plugin)}
+    if plugins.underlying(plugin) is not plugin:
+        entry["family"] = _family(kind, plugins.underlying(plugin))
+    if kind == "method":
+        entry |= {"paper": blank.paper, "slots": sorted(blank.claims()), "group": _group(type(blank).slots)}
+    if kind == "dataset":
+        entry["house"] = dict(plugins.underlying(plugin).house)
+    plain: Entry = json.loads(json.dumps(entry))
+    checked(f"the entry of {name}", _Entry, plain)
     return plain
 
 
@@ -149,15 +262,17 @@ def _family(kind: str, plugin: type) -> str:
 def _fingerprint(catalogue: dict[str, list[Entry]]) -> str:
     """Return a hash that changes if the catalogue may be out of date or its cache was damaged.
 
-    It covers versions, modification time and size of every file that defines entries, and the catalogue itself.
+    It covers versions, modification time and size of every file that defines entries, the installed packages, and the
+    catalogue itself.
     """
     parts: list[str] = [version("exitkit"), sys.version, sys.prefix]
+    parts += [_file_state(folder) for folder in map(Path, site.getsitepackages()) if folder.is_dir()]
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         parts.append(_file_state(path))
     for kind in plugins.KINDS:
-        for name, point in plugins.registered(kind).items():
+        for point in installed(plugins.KINDS[kind]):
             file = _file_of(point.module)
-            parts += [name, point.value, _file_state(file) if file else "gone"]
+            parts += [point.name, point.value, point.package, _file_state(file) if file else "gone"]
     parts.append(json.dumps(catalogue))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -166,8 +281,9 @@ def _file_of(module: str) -> Path | None:
     """Return the file of a module, or None; only its top-level package is imported."""
     head, rest = module.split(".")[:2], module.split(".")[2:]
     try:
-        spec = find_spec(".".join(head))
-    except (ImportError, ValueError):
+        with foreign(module):
+            spec = find_spec(".".join(head))
+    except UserError:  # it does not import, which its entry states
         return None
     if spec is None or not rest:
         return Path(spec.origin) if spec and spec.origin else None

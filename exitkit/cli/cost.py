@@ -63,9 +63,10 @@ def cost(
         facts = {"backbone": backbone, "num_classes": network.num_classes, "input_shape": network.input_shape}
         click.echo(json.dumps(facts | {"exits": rows}, indent=2))
         return
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
+
+    from exitkit.cli.terminal import Console
 
     channels, height, width = network.input_shape
     table = Table(title=f"{escape(backbone)}: {network.num_classes} classes, input {channels}×{height}×{width}")

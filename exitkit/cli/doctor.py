@@ -34,9 +34,8 @@ def doctor(data_dir: str | None, out: str, as_json: bool) -> None:
       exitkit doctor --data-dir data --out runs
       exitkit doctor --json
     """
-    from rich.console import Console
-
     from exitkit.cli.doctor_checks import checks
+    from exitkit.cli.terminal import Console
 
     findings: list[Finding] = []
     console = Console(highlight=False)

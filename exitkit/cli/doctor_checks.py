@@ -9,7 +9,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, entry_points, requires, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +17,9 @@ import click
 
 from exitkit import plugins
 from exitkit.cli import Broken, cli
+from exitkit.entry_points import OWN, by_name, foreign, installed, reason, unreadable
 from exitkit.errors import UserError
+from exitkit.escaping import counted
 
 _FEW_GIB = 5.0
 _REPAIR = "repair or uninstall its package"
@@ -47,8 +49,8 @@ def checks(data_dir: Path | None, out: Path) -> Iterator[Finding]:
 def _guarded(check: str, findings: Iterator[Finding]) -> Iterator[Finding]:
     try:
         yield from findings
-    except Exception as error:  # a broken installation may raise any error
-        yield Finding(check, "wrong", " ".join(f"{type(error).__name__}: {error}".split()))
+    except (Exception, SystemExit) as error:  # a broken installation may raise any error
+        yield Finding(check, "wrong", reason(error))
 
 
 def _torch() -> Iterator[Finding]:
@@ -81,7 +83,7 @@ def _devices() -> Iterator[Finding]:
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    yield Finding("CPU", "ok", f"{cores} cores; a run uses 1 thread unless --threads is set")
+    yield Finding("CPU", "ok", f"{counted(cores, 'core')}; a run uses 1 thread unless --threads is set")
     if torch.cuda.is_available():
         for number in range(torch.cuda.device_count()):
             facts = torch.cuda.get_device_properties(number)
@@ -101,19 +103,30 @@ def _devices() -> Iterator[Finding]:
 
 def _data(data_dir: Path | None) -> Iterator[Finding]:
     """Read every data set whose files exist, as a run does."""
-    from exitkit.data.base import build_dataset
+    from exitkit.cli.catalogue import make
     from exitkit.runs.recipe import Recipe
 
     default = Recipe.model_fields["dataset"].default
-    for name in plugins.registered("dataset"):
+    for name, point in plugins.registered("dataset").items():
+        package = "" if point.package == OWN else point.package
         try:
-            with warnings.catch_warnings(action="ignore"):
-                data = build_dataset(name, {}).load(data_dir, False)
+            dataset = make("dataset", name)
         except UserError as error:
-            yield Finding(f"data {name}", "wrong" if name == default else "note", _shortened(str(error)))
+            if name == default:
+                yield Finding(f"data {name}", "wrong", str(error))
+            continue  # the check of all plugins reports the others
+        try:
+            with warnings.catch_warnings(action="ignore"), foreign(f"data set {name}", package):
+                data = dataset.load(data_dir, False)
+                counts = [len(part) for part in (data.split.train, data.split.validation, data.split.test)]
+                shape = "x".join(map(str, data.input_shape))
+        except UserError as error:
+            message = _shortened(str(error).removeprefix(f"data set {name}: "))
+            if data_dir is None and message.endswith("expected --data-dir DIR"):
+                yield Finding(f"data {name}", "ok", "not checked", "your own images: exitkit doctor --data-dir DIR")
+                continue
+            yield Finding(f"data {name}", "wrong" if name == default else "note", message)
         else:
-            counts = [len(part) for part in (data.split.train, data.split.validation, data.split.test)]
-            shape = "x".join(map(str, data.input_shape))
             yield Finding(f"data {name}", "ok", "{:,} + {:,} + {:,} images of ".format(*counts) + shape)
 
 
@@ -174,18 +187,26 @@ def _is_installed(name: str) -> bool:
 
 
 def _plugins() -> Iterator[Finding]:
-    """Load the plugins and commands of all installed packages."""
+    """Load the plugins, recipes and commands of all installed packages."""
+    from exitkit.cli.catalogue import check, entries
+
     count = 0
     for kind in plugins.KINDS:
         for name in plugins.registered(kind):
             count += 1
             try:
-                plugins.load(kind, name)
+                check(kind, name)
             except UserError as error:
                 yield Finding(f"{kind} {name}", "wrong", " ".join(str(error).split()), _REPAIR)
-    for point in entry_points(group="exitkit.commands"):
+    for entry in entries("recipes"):
         count += 1
-        command = cli.get_command(click.Context(cli), point.name)
+        if entry["summary"].startswith("not usable: "):
+            yield Finding(f"recipe {entry['name']}", "wrong", entry["summary"].removeprefix("not usable: "), _REPAIR)
+    for name in by_name(installed("exitkit.commands")):
+        count += 1
+        command = cli.get_command(click.Context(cli), name)
         if isinstance(command, Broken):
-            yield Finding(f"command {point.name}", "wrong", command.reason, _REPAIR)
-    yield Finding("plugins", "ok", f"{count} methods, backbones, data sets and commands checked")
+            yield Finding(f"command {name}", "wrong", command.reason, _REPAIR)
+    for package, problem in unreadable().items():
+        yield Finding(f"package {package}", "wrong", problem, _REPAIR)
+    yield Finding("plugins", "ok", f"{count} methods, backbones, data sets, recipes and commands checked")

@@ -12,6 +12,7 @@ import click
 from exitkit.cli.completion import names
 from exitkit.cli.options import parse_sets
 from exitkit.errors import UserError
+from exitkit.escaping import counted
 
 if TYPE_CHECKING:
     from exitkit.networks.cascade import MultiExitNetwork
@@ -41,8 +42,9 @@ def import_weights(
 ) -> None:
     """Load the tensors of a released checkpoint into a network of exitkit, and write them under exitkit's names.
 
-    FILE is a pickled checkpoint (only tensors and plain values are read, no code is executed) or a safetensors file.
-    It must contain every tensor of the network, with the same shape; other tensors are left out and listed.
+    FILE is a pickled checkpoint (only tensors and plain values are read, no code is executed) or a safetensors file,
+    with the names that the authors gave, or exitkit's own. It must contain every tensor of the network, with the same
+    shape; other tensors are left out and listed.
 
     \b
     Examples:
@@ -50,7 +52,7 @@ def import_weights(
       exitkit import-weights ranet.pth --backbone ranet-imagenet-64 --out ranet.st
     """
     from exitkit.files import exists, save_tensors
-    from exitkit.networks.released.weights import load_released_weights, read_released_file
+    from exitkit.networks.released.weights import check_finite, load_released_weights, read_released_file
     from exitkit.strategy.composition import build_strategy
 
     source = Path(file)
@@ -63,11 +65,14 @@ def import_weights(
     classes = _classes(content, backbone, settings, strategy, num_classes)
     network = _network(backbone, settings, strategy, classes)
     fit = load_released_weights(network, content, strategy)
+    check_finite(network, file)
     save_tensors(target, network.state_dict())
-    click.echo(f"loaded {fit.loaded} tensors into {backbone} ({network.num_classes} classes), written to {target}")
+    click.echo(
+        f"loaded {counted(fit.loaded, 'tensor')} into {backbone} ({network.num_classes} classes), written to {target}"
+    )
     if fit.unused:
         more = f" and {len(fit.unused) - 5} more" if len(fit.unused) > 5 else ""
-        click.echo(f"left out {len(fit.unused)} tensors of {source.name}: {', '.join(fit.unused[:5])}{more}")
+        click.echo(f"left out {counted(len(fit.unused), 'tensor')} of {source.name}: {', '.join(fit.unused[:5])}{more}")
 
 
 def _network(

@@ -13,9 +13,9 @@ from exitkit.errors import UserError, unknown
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
-    from rich.console import Console
 
     from exitkit.cli.catalogue import Entry
+    from exitkit.cli.terminal import Console
 
 
 def _complete(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -64,7 +64,7 @@ def list_command(what: str | None, name: str | None, as_json: bool) -> None:
         if as_json:
             click.echo(json.dumps([known[part] for part in parts], indent=2))
         else:
-            from rich.console import Console
+            from exitkit.cli.terminal import Console
 
             for part in parts:
                 _print_entry(Console(highlight=False), what, known[part])
@@ -86,11 +86,11 @@ _WORDS = {"methods": "method", "backbones": "backbone", "datasets": "data set", 
 
 
 def _print_names() -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     from exitkit.cli.catalogue import CATALOGUES, entries
+    from exitkit.cli.terminal import Console
 
     console = Console()
     for kind in CATALOGUES:
@@ -132,11 +132,11 @@ def _print_groups(console: Console) -> None:
 
 
 def _print_entries(kind: str) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.padding import Padding
 
     from exitkit.cli.catalogue import GROUPS, entries, settings_of
+    from exitkit.cli.terminal import Console
 
     console = Console(highlight=False)
     listed = entries(kind)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from fnmatch import fnmatch
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from exitkit.cli.completion import folders, names, one_of, recipes, runs
 from exitkit.errors import UserError, unknown
+from exitkit.files import exists
 
 if TYPE_CHECKING:
     from exitkit.runs.recipe import Recipe
 
+BASELINE = "joint"
+DEFAULT_METHODS = "ge,boostnet,metagf"
+"""What `exitkit compare` trains by default, besides the baseline."""
 COMPARISON_KEYS = (
     "title",
     "note",
@@ -26,6 +32,7 @@ COMPARISON_KEYS = (
     "published",
     "figures",
     "report",
+    "policy",
 )
 """The keys of a comparison's recipe that a run's recipe does not have."""
 
@@ -42,10 +49,43 @@ def json_option(what: str) -> Callable[..., Any]:
     return click.option("--json", "as_json", is_flag=True, help=f"Print JSON: {what}.")
 
 
+classes_option = click.option("--classes", is_flag=True, help="Also show the recall of every class on test.")
+"""The option of commands that show accuracies."""
+
 data_dir_option = click.option(
     "--data-dir", metavar="DIR", shell_complete=folders, help="Current folder of the images.  [default: the run's]"
 )
 """The option of commands that read the images of a run again."""
+
+policy_option = click.option(
+    "--policy",
+    metavar="NAME",
+    shell_complete=one_of(
+        *("plain", "calibrated", "product", "caching", "geometric", "additive", "mean", "mie"),
+        *("laplace", "mie-laplace"),
+        *("confidence", "margin", "entropy", "patience"),
+        *("shares", "agreement", "stopping", "fitted", "jei", "eenet"),
+    ),
+    help="Exit policy, by its name in `exitkit policies`: mie, margin+fitted, ...",
+)
+"""The option that selects an exit policy by its name."""
+
+_TARGETS = [
+    click.option("--latency", metavar="TIME", help="Mean time per image, such as 5ms, as `exitkit bench` measured it."),
+    click.option("--latency-p95", metavar="TIME", help="Time that 95% of the images take at most, such as 5ms."),
+    click.option("--lose", metavar="POINTS", type=float, help="Largest loss of accuracy against the full network."),
+    click.option("--certainty", metavar="SHARE", type=float, help="Guarantee --lose with this probability: 0.95."),
+    click.option("--accuracy", metavar="PERCENT", type=float, help="Smallest accuracy."),
+    click.option("--at-most", is_flag=True, help="The budget is a bound: an upper confidence limit stays below it."),
+]
+
+
+def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say what an operating point must reach, besides --budget; see `targets`."""
+    for option in reversed(_TARGETS):
+        command = option(command)
+    return command
+
 
 _OPTIONS = [
     click.option(
@@ -74,7 +114,18 @@ _OPTIONS = [
         shell_complete=one_of("auto", "fp32", "tf32", "bf16", "fp16"),
         help="auto (bf16 where it is native), fp32, tf32, bf16 or fp16.  [default: fp32]",
     ),
-    click.option("--threads", type=int, help="CPU threads per process.  [default: 1]"),
+    click.option(
+        "--layout",
+        metavar="NAME",
+        shell_complete=one_of("auto", "contiguous", "channels-last"),
+        help="Memory layout: auto, contiguous or channels-last (faster on CPUs; rounding differs).  [default: auto]",
+    ),
+    click.option("--threads", type=int, help="CPU threads per process; may change the last digits.  [default: 1]"),
+    click.option(
+        "--deterministic/--no-deterministic",
+        default=None,
+        help="Deterministic kernels on GPUs, or the fastest ones.  [default: deterministic]",
+    ),
     click.option("--compile", is_flag=True, default=None, help="Compile the network with torch.compile, for GPUs."),
     click.option(
         "--data-dir",
@@ -88,7 +139,7 @@ _OPTIONS = [
         "sets",
         metavar="FIELD=VALUE",
         multiple=True,
-        help="Set a field of method, backbone or data set; repeatable.",
+        help="Set a field of method, backbone, data set or training; repeatable.",
     ),
     click.option(
         "--recipe",
@@ -130,6 +181,23 @@ def make_recipe(values: Mapping[str, Any], given: Mapping[str, Any]) -> Recipe:
     from exitkit.runs.recipe import Recipe
 
     return Recipe.make(**(dict(values) | {key: value for key, value in given.items() if value is not None}))
+
+
+def only_runs(names: list[str], expected: Collection[str] = ()) -> list[str]:
+    """Drop paths that are not runs (`runs/*` also matches other files), unless no run remains.
+
+    Args:
+        names: paths.
+        expected: patterns of the names of files that need not be reported.
+    """
+    others = [name for name in names if exists(Path(name)) and not Path(name, "recipe.json").is_file()]
+    kept = [name for name in names if name not in others]
+    if not any(exists(Path(name)) for name in kept):
+        return names
+    for name in others:
+        if not any(fnmatch(Path(name).name, pattern) for pattern in expected):
+            click.echo(f"skipped {name}: not a run folder", err=True)
+    return kept
 
 
 def some_of(option: str, word: str, text: str, known: Collection[str]) -> tuple[str, ...]:

@@ -6,16 +6,17 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from exitkit.cli.interrupts import interruptible, speaks_for_all
+from exitkit.cli.terminal import Console
 
 if TYPE_CHECKING:
     from exitkit.training.progress import Progress as TrainingProgress
@@ -112,6 +113,11 @@ class TrainProgress:
             self._exits.plain = "\n".join(describe_exits(progress))
         elif self.speaks and progress.epoch_done:
             self._print_line(progress)
+
+    def announce(self, lines: Sequence[str]) -> None:
+        """Print the lines that describe the images, before training."""
+        for line in lines if self.speaks else ():
+            self._console.print(line, markup=False)
 
     def _print_line(self, progress: TrainingProgress) -> None:
         now = time.monotonic()

@@ -50,7 +50,7 @@ def train(sets: tuple[str, ...], recipe_file: str | None, out: str, resume: bool
 
     try:
         with interruptible(), TrainProgress() as progress:
-            run = train_run(recipe, out, resume=resume, report=progress)
+            run = train_run(recipe, out, resume=resume, report=progress, announce=progress.announce)
     except KeyboardInterrupt:
         if not speaks_for_all():
             sys.exit(130)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from exitkit.escaping import counted
+
 _NEW = """\
 exitkit trains multi-exit networks with every published method, and compares
 them.
@@ -41,5 +43,5 @@ def welcome(folder: Path = Path("runs")) -> str:
         steps += [("exitkit watch", "show the progress of unfinished runs")]
     steps += [("exitkit compare --methods ge,boostnet,metagf", "start a comparison, or resume it")]
     lines = "\n".join(f"  {command}\n      {meaning}" for command, meaning in steps)
-    count = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
+    count = counted(len(runs), "run")
     return f"{_NEXT.format(folder=folder, runs=count, states=states, steps=lines)}\n{_MORE}"

@@ -5,8 +5,22 @@ A data set is a plugin (entry-point group `exitkit.datasets`): a dataclass deriv
 """
 
 from exitkit.data.base import Batch, Data, DataSet, Part, TensorData
+from exitkit.data.images import ImageDataSet
+from exitkit.data.objects import from_datasets
 from exitkit.data.split import Split, hold_out
 from exitkit.errors import UserError
 from exitkit.plugins import setting
 
-__all__ = ["Batch", "Data", "DataSet", "Part", "Split", "TensorData", "UserError", "hold_out", "setting"]
+__all__ = [
+    "Batch",
+    "Data",
+    "DataSet",
+    "ImageDataSet",
+    "Part",
+    "Split",
+    "TensorData",
+    "UserError",
+    "from_datasets",
+    "hold_out",
+    "setting",
+]

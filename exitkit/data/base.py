@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from exitkit.data.augment import crops_and_flips
+from exitkit.data.inventory import Inventory
+from exitkit.data.preprocessing import Preprocessing
 from exitkit.data.split import Split
 from exitkit.errors import UserError
 from exitkit.plugins import configure, setting
 
 Part = Literal["train", "validation", "test"]
+PARTS: tuple[Part, ...] = ("train", "validation", "test")
 
 
 class Batch(NamedTuple):
@@ -35,6 +38,8 @@ class DataSet:
         house: default recipe of runs on this data set: backbone, epochs, batch_size, lr, schedule, milestones,
             weight_decay.
         split_seed: seed of the hold-out split; fixed per data set, so that all runs share one split.
+        catalogued: numbers of images that are not test images, of test images, and of classes, for data sets that are
+            always the same; `exitkit compare --plan --no-data` shows them.
     """
 
     house: ClassVar[dict[str, Any]] = {
@@ -47,6 +52,7 @@ class DataSet:
         "weight_decay": 1e-4,
     }
     split_seed: ClassVar[int] = 0
+    catalogued: ClassVar[tuple[int, int, int] | None] = None
 
     validation: int = setting(5000, "number of validation images, held out of the training images, stratified")
     val_transform: Literal["eval", "train"] = setting(
@@ -54,6 +60,13 @@ class DataSet:
     )
 
     per_class: int | None = setting(None, "number of training images kept per class (the first ones); none: all")
+    thin_validation: bool | None = setting(
+        None,
+        "whether per_class also thins the validation images, in proportion; none: yes, unless validation is set",
+        added=True,
+        earlier=False,
+        kw_only=True,
+    )
     imbalance: float = setting(1.0, "long tail: images kept of the first class over those of the last; 1: no long tail")
 
     def __post_init__(self) -> None:
@@ -61,6 +74,11 @@ class DataSet:
             raise UserError(f"validation is {self.validation}; expected at least 1, to choose thresholds")
         if self.per_class is not None and self.per_class < 1:
             raise UserError(f"per_class is {self.per_class}; expected at least 1")
+        if self.per_class is None and self.thin_validation:
+            raise UserError("thin_validation is true, which has an effect only with per_class; expected per_class, too")
+        if self.per_class is not None and self.thin_validation is None:
+            usual = {field.name: field.default for field in dataclasses.fields(self)}["validation"]
+            object.__setattr__(self, "thin_validation", self.validation == usual)
         if not (self.imbalance >= 1 and math.isfinite(self.imbalance)):
             raise UserError(f"imbalance is {self.imbalance}; expected at least 1 (1: no long tail)")
 
@@ -70,6 +88,30 @@ class DataSet:
         None for data sets whose images are fixed, and if the folder does not exist.
         """
         return None
+
+    def suited(self, network: Preprocessing | None) -> Self:
+        """Return the data set, with the settings that are none taken from the network's own preprocessing.
+
+        Data sets of images of one size have no such settings.
+        """
+        return self
+
+    def root(self, data_dir: Path | None) -> Path | None:
+        """Return the folder that the names of image files are relative to; None if it is not known."""
+        return data_dir
+
+    def restore(self, inventory: Inventory, root: Path, class_names: list[str], split: Split) -> Data:
+        """Return the images of a run from the table of its files, without looking for files.
+
+        It is called only if the loaded images have an inventory (see `Data.inventory`).
+
+        Args:
+            inventory: the table.
+            root: the folder of the files.
+            class_names: the names of the classes.
+            split: the split of the run.
+        """
+        raise NotImplementedError
 
     def load(self, data_dir: Path | None, download: bool = True) -> Data:
         """Read the images, or prepare to read them on demand.
@@ -94,6 +136,7 @@ class Data:
         train_labels, test_labels: int64 [N], labels of all images that the `train` and `validation` indices, and the
             `test` indices, refer to.
         split: indices of the training, validation and test images.
+        passed_over: what a listing of files passed over, one text per reason.
     """
 
     class_names: list[str]
@@ -101,6 +144,7 @@ class Data:
     train_labels: Tensor
     test_labels: Tensor
     split: Split
+    passed_over: Sequence[str] = field(default=(), kw_only=True)
 
     @property
     def num_classes(self) -> int:
@@ -110,6 +154,18 @@ class Data:
     def labels(self, part: Part) -> Tensor:
         """Return the labels of a part, int64 [n], in the order of its positions."""
         return (self.test_labels if part == "test" else self.train_labels)[getattr(self.split, part)]
+
+    def check(self) -> str:
+        """Check before training that all images can be read; return what was checked, as text, or "".
+
+        Raises:
+            UserError: images are missing or damaged.
+        """
+        return ""
+
+    def inventory(self, root: Path) -> Inventory | None:
+        """Return the table of the image files, with names relative to `root`; None if the images are not files."""
+        return None
 
     def with_split(self, split: Split) -> Self:
         """Return the same images with a stored split.
@@ -179,7 +235,15 @@ def build_dataset(name: str, settings: Mapping[str, Any]) -> DataSet:
     """Return the data set called `name` with these settings; its `load` reads the images.
 
     Raises:
-        UserError: the name or a setting is unknown, or a value is invalid.
+        UserError: the name or a setting is unknown, a value is invalid, or the class is not that of a data set.
     """
     dataset: DataSet = configure("dataset", name, settings)
+    lacks = [part for part in ("house", "load", "digest", "per_class", "imbalance") if not hasattr(dataset, part)]
+    if lacks or getattr(type(dataset), "load", None) is DataSet.load:
+        missing = lacks[0] if lacks else "load"
+        raise UserError(f"data set {name} has no {missing}; expected a subclass of exitkit.data.base.DataSet")
+    unlisted = dataset.house.keys() - DataSet.house.keys() if isinstance(dataset.house, Mapping) else {"(no keys)"}
+    if unlisted or "backbone" not in dataset.house:
+        expected = f"a dictionary with backbone and any of {', '.join(list(DataSet.house)[1:])}"
+        raise UserError(f"house of data set {name} is {dataset.house!r:.80}; expected {expected}")
     return dataset

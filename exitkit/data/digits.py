@@ -26,6 +26,7 @@ class Digits(DataSet):
         "schedule": "cosine",
         "milestones": (),
     }
+    catalogued: ClassVar[tuple[int, int, int] | None] = (1797 - _TEST, _TEST, 10)
 
     validation: int = setting(200, "number of validation images, held out of the training images, stratified")
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from exitkit.errors import UserError
+from exitkit.escaping import counted
 from exitkit.files import load_tensors, save_tensors
 
 
@@ -39,6 +40,14 @@ class Split:
             raise UserError(f"{path} is not a split; expected int64 indices called train, validation and test")
         return cls(**tensors)
 
+    def without(self, validation: set[int], test: set[int]) -> Split:
+        """Return the split without some of the indices of the validation and of the test part."""
+        return Split(
+            self.train,
+            torch.tensor([index for index in self.validation.tolist() if index not in validation], dtype=torch.int64),
+            torch.tensor([index for index in self.test.tolist() if index not in test], dtype=torch.int64),
+        )
+
     def check(self, reference: Split, training: int, testing: int) -> None:
         """Check that the split can replace `reference`, the split that the images were loaded with.
 
@@ -59,7 +68,8 @@ class Split:
                     f"the stored split has {len(indices)} {name} images, but the data has {expected}; expected the "
                     "run's data set in --data-dir, without files added or removed"
                 )
-            if indices.min() < 0 or indices.max() >= count or len(indices.unique()) < len(indices):
+            valid = (indices >= 0) & (indices < count)
+            if not valid.all() or len(indices.unique()) < len(indices):
                 raise UserError(
                     f"the stored split is damaged: its {name} indices are not {expected} different integers from 0 "
                     f"to {count - 1}"
@@ -69,7 +79,7 @@ class Split:
 def hold_out(
     labels: Tensor, pool: Tensor, count: int, seed: int, what: str, names: Sequence[str] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Draw `count` of the indices in `pool`, stratified by class.
+    """Draw `count` of the indices in `pool`, stratified by class, with at least one per class on both sides.
 
     Args:
         labels: labels of all images, int64 [N].
@@ -91,7 +101,8 @@ def hold_out(
     classes, sizes = labels[pool].unique(return_counts=True)
     if not len(classes) <= count <= len(pool) - len(classes):
         raise UserError(
-            f"{what} of {count} images can't be drawn from {len(pool)} images in {len(classes)} classes; "
+            f"{what} of {counted(count, 'image')} can't be drawn from {counted(len(pool), 'image')} "
+            f"in {counted(len(classes), 'class', 'classes')}; "
             f"expected {len(classes)} to {len(pool) - len(classes)}, at least one per class on both sides"
         )
     if sizes.min() < 2:
@@ -100,4 +111,19 @@ def hold_out(
             f"class {names[rare] if names else rare} has a single image to draw {what} from; expected 2 or more"
         )
     rest, drawn = train_test_split(pool.numpy(), test_size=count, random_state=seed, stratify=labels[pool].numpy())
-    return torch.from_numpy(rest).sort().values, torch.from_numpy(drawn).sort().values
+    rest, drawn = torch.from_numpy(rest).sort().values, torch.from_numpy(drawn).sort().values
+    # The shares of rare classes may be rounded to none, or to all.
+    rest, drawn = _complete(labels, rest, drawn)
+    drawn, rest = _complete(labels, drawn, rest)
+    return rest, drawn
+
+
+def _complete(labels: Tensor, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both sides after an exchange of images, such that `target` has every class of `source`."""
+    for absent in sorted(set(labels[source].tolist()) - set(labels[target].tolist())):
+        counts = torch.bincount(labels[target])
+        taken = source[labels[source] == absent][0]
+        given = target[labels[target] == counts.argmax()][0]  # of the largest class, which keeps most of its share
+        source = torch.cat([source[source != taken], given[None]]).sort().values
+        target = torch.cat([target[target != given], taken[None]]).sort().values
+    return source, target

@@ -19,6 +19,7 @@ from exitkit.data.cifar_binary import find_binary, read_binary
 from exitkit.data.split import Split, hold_out
 from exitkit.data.torchvision_import import torchvision
 from exitkit.errors import UserError
+from exitkit.files import acquire
 
 DEFAULT_DIR = Path("data")
 
@@ -108,7 +109,7 @@ def _download_lock(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         # If the download of another process failed, that process may have removed the folder and this lock file.
         with contextlib.suppress(FileNotFoundError):
-            lock.acquire()
+            acquire(lock)
             if path.exists():
                 break
             lock.release()
@@ -137,6 +138,7 @@ class FashionMNIST(Small):
     std: ClassVar[tuple[float, ...]] = (0.3530,)
     padding: ClassVar[int] = 0
     classes: ClassVar[int] = 10
+    catalogued: ClassVar[tuple[int, int, int] | None] = (60_000, 10_000, 10)
     layouts: ClassVar[str] = "FashionMNIST/raw"
 
 
@@ -181,6 +183,7 @@ class CIFAR10(CIFAR):
     )
     records: ClassVar[tuple[int, int]] = (10000, 10000)
     label_bytes: ClassVar[int] = 1
+    catalogued: ClassVar[tuple[int, int, int] | None] = (50_000, 10_000, 10)
     layouts: ClassVar[str] = "cifar-10-batches-bin or cifar-10-batches-py"
 
 
@@ -200,4 +203,5 @@ class CIFAR100(CIFAR):
     )
     records: ClassVar[tuple[int, int]] = (50000, 10000)
     label_bytes: ClassVar[int] = 2
+    catalogued: ClassVar[tuple[int, int, int] | None] = (50_000, 10_000, 100)
     layouts: ClassVar[str] = "cifar-100-binary or cifar-100-python"

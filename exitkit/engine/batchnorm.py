@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from exitkit.engine.ranks import all_reduce
+
 
 class _SumOverRanks(torch.autograd.Function):
     """The sum over ranks; its gradient is the sum of the ranks' gradients."""
@@ -16,7 +18,7 @@ class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor) -> Tensor:
         total = x.clone()
-        dist.all_reduce(total)
+        all_reduce(total)
         return total
 
     @staticmethod

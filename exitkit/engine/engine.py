@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from exitkit.engine.batchnorm import synchronise_batchnorm
-from exitkit.engine.devices import Placement, choose_device, process_settings
+from exitkit.engine.devices import Layout, Placement, choose_device, process_settings
+from exitkit.engine.fused import compiled, fuse_batchnorm
 from exitkit.engine.precision import Arithmetic, Precision
-from exitkit.engine.ranks import Ranks, join_ranks, torchrun_variables
+from exitkit.engine.ranks import Ranks, join_ranks, rank_device, torchrun_variables
 from exitkit.errors import UserError
 
 
@@ -30,31 +31,42 @@ class Engine:
         device: device of the computation.
         precision: see `Precision`.
         ranks: this process's rank; None: a single process.
+        layout: memory layout. `auto` is channels-last in 16 bits on CPUs, and in every precision but fp32 on CUDA
+            devices; otherwise contiguous.
 
     Raises:
         UserError: the device does not support the precision.
     """
 
-    def __init__(self, device: torch.device, precision: Precision = "fp32", ranks: Ranks | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        precision: Precision = "fp32",
+        ranks: Ranks | None = None,
+        layout: Layout = "auto",
+    ) -> None:
+        self.device = device
         self.arithmetic = Arithmetic(precision, device.type)
-        self.placement = Placement(device, channels_last=device.type == "cuda" and precision != "fp32")
+        faster = precision != "fp32" if device.type == "cuda" else device.type == "cpu" and self.arithmetic.is_reduced
+        self.placement = Placement(device, faster if layout == "auto" else layout == "channels-last")
         self.ranks = ranks or Ranks()
 
-    @property
-    def device(self) -> torch.device:
-        """The device of the placement."""
-        return self.placement.device
-
     def place(self, network: nn.Module) -> None:
-        """Move a network to the device; with several ranks its batch norm uses the global batch.
+        """Move a network to the device, in the engine's memory layout.
 
-        On the CPU, 16-bit training uses the channels-last layout, unless the network is slower in it.
+        With several ranks its batch norm uses the global batch; in a single process it is fused, if that is possible.
         """
-        if self.arithmetic.is_reduced and self.device.type == "cpu":
-            self.placement = Placement(self.device, channels_last=getattr(network, "channels_last", True))
         if self.ranks.world > 1:
             synchronise_batchnorm(network)
+        elif self.fuses_batchnorm:
+            fuse_batchnorm(network)
         self.placement.network(network)
+
+    @property
+    def fuses_batchnorm(self) -> bool:
+        """Whether batch norm is replaced by that of `exitkit.engine.fused`."""
+        single = self.ranks.world == 1 and self.device.type == "cpu"
+        return single and self.placement.channels_last and compiled(self.arithmetic.dtype) is not None
 
     def backward(self, loss: Tensor, parameters: Sequence[nn.Parameter], rank_weight: float = 1.0) -> None:
         """Set each parameter's `grad` to the gradient of `loss`, averaged over the ranks (scaled in fp16).
@@ -66,11 +78,14 @@ class Engine:
         """
         for parameter in parameters:
             parameter.grad = None
-        self.arithmetic.scaled(rank_share(loss, rank_weight)).backward()
+        if loss.requires_grad:  # otherwise it depends on frozen parameters only
+            self.arithmetic.scaled(rank_share(loss, rank_weight)).backward()
         self.ranks.average([parameter.grad for parameter in parameters])
 
     def gradients(self, loss: Tensor, tensors: Sequence[Tensor], rank_weight: float = 1.0) -> list[Tensor | None]:
         """Return the gradients of `loss`, averaged over the ranks (None: not reached); the graph is kept."""
+        if not loss.requires_grad:  # it depends on frozen parameters only
+            return [None] * len(tensors)
         scaled = self.arithmetic.scaled(rank_share(loss, rank_weight))
         raw = torch.autograd.grad(scaled, tensors, retain_graph=True, allow_unused=True)
         gradients: list[Tensor | None] = [
@@ -105,25 +120,29 @@ def rank_share(local_mean: Tensor, rank_weight: float) -> Tensor:
 
 
 @contextlib.contextmanager
-def launch(device: str, precision: Precision, threads: int) -> Iterator[Engine]:
+def launch(
+    device: str, precision: Precision, threads: int, layout: Layout = "auto", *, deterministic: bool = True
+) -> Iterator[Engine]:
     """Configure this process and, under torchrun, join the other ranks; settings are restored at the end.
 
     Args:
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`; under torchrun each rank takes the GPU of its local rank.
         precision: see `Precision`.
         threads: CPU threads of this process.
+        layout: see `Engine`.
+        deterministic: see `process_settings`.
 
     Raises:
-        UserError: this machine does not have the device or precision, or several ranks are to train on mps.
+        UserError: this machine does not have the device or precision; several ranks are to train on mps, or on one GPU;
+            or the ranks differ in their number or kind of device.
     """
     world, rank, local = torchrun_variables()
-    if world > 1 and device == "auto" and not torch.cuda.is_available():
-        device = "cpu"  # ranks can't communicate on MPS
-    chosen = choose_device(f"cuda:{local}" if world > 1 and device in ("auto", "cuda") else device)
+    chosen = choose_device(rank_device(device, world, local, torch.cuda.device_count()))
     if world > 1 and chosen.type == "mps":
         raise UserError("several ranks can't train on mps; expected --device cpu, or one process")
-    engine = Engine(chosen, precision)
+    engine = Engine(chosen, precision, layout=layout)
     backend = "nccl" if chosen.type == "cuda" else "gloo"
-    with process_settings(chosen, tf32=precision == "tf32", threads=threads), join_ranks(world, rank, backend) as ranks:
+    settings = process_settings(chosen, tf32=precision == "tf32", threads=threads, deterministic=deterministic)
+    with settings, join_ranks(world, rank, backend) as ranks:
         engine.ranks = ranks
         yield engine

@@ -1,4 +1,4 @@
-"""Peak memory of training."""
+"""Peak memory of training, and the memory of the machine."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 
 _MIB = 2**20
+_CONTROL_GROUP = Path("/sys/fs/cgroup")
+_LIMIT_AND_USE = ("memory.max", "memory.current")
 
 
 def give_back_freed() -> None:
@@ -21,6 +23,21 @@ def give_back_freed() -> None:
     gc.collect()
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def available_mib() -> float:
+    """Return the memory that new processes can use, in MiB: of the system, or of this process's control group.
+
+    It is NaN where the system does not report it (outside Linux).
+    """
+    found = []
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        facts = Path("/proc/meminfo").read_text(encoding="ascii")
+        found.append(int(facts.split("MemAvailable:")[1].split()[0]) / 1024)
+    with contextlib.suppress(OSError, ValueError):
+        limit, used = (int((_CONTROL_GROUP / name).read_text(encoding="ascii")) for name in _LIMIT_AND_USE)
+        found.append((limit - used) / _MIB)
+    return min(found, default=float("nan"))
 
 
 def begin_peak(device: torch.device) -> None:

@@ -81,6 +81,11 @@ class Arithmetic:
         self._scaler.update()
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The type in which forward passes compute."""
+        return _AUTOCAST.get(self.precision, torch.float32)
+
+    @property
     def is_reduced(self) -> bool:
         """Whether forward passes compute in 16 bits."""
         return self.precision in _AUTOCAST

@@ -4,6 +4,7 @@ A combination maps the logits z of all exits to log-probabilities, before scores
 reads the exits 0..k only, so that a combination needs nothing of the network beyond exit k. With p_j = softmax(z_j),
 the output q_k of exit k is:
 
+- calibrated: q_k = softmax(z_k / T_k), temperature scaling (Guo et al., ICML 2017, https://arxiv.org/abs/1706.04599).
 - product: q_k ∝ prod_{j <= k} max(z_j, 0)^((j + 1) / K), the product anytime ensemble (Jazbec et al., NeurIPS 2023,
   https://arxiv.org/abs/2306.02652). Classes without a positive logit are excluded. Where no class is left, the exit and
   all later ones keep the output of the exit before. Where exit 0 has no positive logit, all exits give softmax(z_0).
@@ -16,8 +17,9 @@ the output q_k of exit k is:
   (Meronen et al., WACV 2024, https://arxiv.org/abs/2302.06359). The paper also has a Laplace approximation of the last
   layers, which needs their inputs and is not part of this module.
 
-geometric, additive and mie are fitted to validation labels by negative log-likelihood (NLL), exit by exit:
+calibrated, geometric, additive and mie are fitted to validation labels by negative log-likelihood (NLL), exit by exit:
 
+- calibrated: T_k minimises the NLL of q_k; see `calibration.fit_temperatures`.
 - geometric: NLL + RIDGE (|w_k - 1|^2 + |b_k|^2) is convex in w_k [k + 1] and b_k [C], and is minimised by bounded
   L-BFGS. The released code learns log w by 501 epochs of Adam on *training* logits. With more than `BIASED_CLASSES`
   classes, b_k = 0.
@@ -44,25 +46,39 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from exitkit.errors import UserError, unknown
-from exitkit.inference.calibration import HIGHEST, LOWEST, checked_labels
+from exitkit.inference.as_json import parsed, reading
+from exitkit.inference.calibration import HIGHEST, LOWEST, checked_labels, fit_temperatures
 from exitkit.inference.scores import below_top, checked_temperatures
 from exitkit.inference.thresholds import Floats, Integers
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-COMBINATIONS = ("product", "caching", "geometric", "additive", "mean", "mie")
+COMBINATIONS = ("calibrated", "product", "caching", "geometric", "additive", "mean", "mie")
 """Names of the combinations."""
+FITTED = ("calibrated", "geometric", "additive", "mie")
+"""Names of the combinations that are fitted to labels; the others are the same for all validation samples."""
 
 RIDGE = 1e-3
 """Pull of the weights of `geometric` towards 1, and of its biases towards 0."""
 BIASED_CLASSES = 200
 """Largest number of classes for which `geometric` has biases; 1000 would overfit a validation set."""
-_FITTED = ("geometric", "additive")
+_WEIGHTED = ("geometric", "additive")
 _STEPS = 100
 _GRID = 13
 
 Rows = tuple[tuple[float, ...], ...]
+
+
+_MOST_EXITS = 1000
+_FORM = {
+    "name": str,
+    "exits": int,
+    "weights": list[list[float]],
+    "biases": list[list[float]],
+    "temperatures": list[float],
+}
+"""The fields of a combination in JSON, and their types."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +91,7 @@ class Combination:
         weights: for geometric and additive, row k has the weights of the exits 0..k in the output of exit k; for mie,
             one row, the cost of each exit; else none.
         biases: for geometric and additive, row k has the bias of each class at exit k, [K, C]; geometric may have none.
-        temperatures: for mie, by which the logits of each exit are divided, [K].
+        temperatures: for mie and calibrated, by which the logits of each exit are divided, [K].
 
     Raises:
         UserError: the name is unknown, a number is missing or superfluous, or a weight is out of range.
@@ -90,10 +106,10 @@ class Combination:
     def __post_init__(self) -> None:
         if self.name not in COMBINATIONS:
             raise unknown("combination", self.name, COMBINATIONS)
-        if self.exits < 1:
-            raise UserError(f"a combination of {self.exits} exits; expected 1 or more")
+        if not 1 <= self.exits <= _MOST_EXITS:
+            raise UserError(f"a combination of {self.exits} exits; expected 1 to {_MOST_EXITS}")
         expected: tuple[int, ...] = (self.exits,) if self.name == "mie" else ()
-        if self.name in _FITTED:
+        if self.name in _WEIGHTED:
             expected = tuple(range(1, self.exits + 1))
         lengths = tuple(map(len, self.weights))
         if lengths != expected:
@@ -109,7 +125,7 @@ class Combination:
             )
         if not all(isfinite(value) and (value > 0 or self.name == "geometric") for row in self.biases for value in row):
             raise UserError(f"a bias of {self.name} is not a finite number, or not positive")
-        if self.name == "mie":
+        if self.name in ("mie", "calibrated"):
             checked_temperatures(self.temperatures, self.exits)
         elif self.temperatures:
             raise UserError(f"{self.name} has no temperatures")
@@ -180,19 +196,15 @@ class Combination:
         Raises:
             UserError: the text is not a combination.
         """
-        try:
-            values = json.loads(text)
+        with reading(text, "a combination"):
+            values = parsed(text, _FORM)
             weights, biases = (tuple(tuple(map(float, row)) for row in values[key]) for key in ("weights", "biases"))
-            return cls(values["name"], int(values["exits"]), weights, biases, tuple(map(float, values["temperatures"])))
-        except UserError:
-            raise
-        except (TypeError, ValueError, LookupError) as error:
-            raise UserError(
-                f"{text[:60]!r} is not a combination ({error}); expected the text that Combination.to_json returns"
-            ) from None
+            return cls(values["name"], values["exits"], weights, biases, tuple(map(float, values["temperatures"])))
 
 
-def fit_combination(name: str, logits: ArrayLike, labels: ArrayLike, costs: ArrayLike) -> Combination:
+def fit_combination(
+    name: str, logits: ArrayLike, labels: ArrayLike, costs: ArrayLike, start: Combination | None = None
+) -> Combination:
     """Return the combination fitted to validation outputs.
 
     Args:
@@ -200,6 +212,8 @@ def fit_combination(name: str, logits: ArrayLike, labels: ArrayLike, costs: Arra
         logits: validation logits [N, K, C]; -infinity excludes a class.
         labels: their classes [N], 0..C-1; product, caching and mean do not depend on them.
         costs: cumulative cost of each exit, [K], positive; only mie depends on them.
+        start: a combination of this name, exits and classes, from which geometric and additive, whose minima are
+            unique, start their search; None: equal weights.
 
     Raises:
         UserError: the name is unknown, shapes do not agree, a logit is NaN or +infinity, a cost is not positive, or an
@@ -215,16 +229,30 @@ def fit_combination(name: str, logits: ArrayLike, labels: ArrayLike, costs: Arra
         raise UserError(f"costs are {price.tolist()}; expected {exits} positive numbers, one per exit")
     if name == "mie":
         return Combination(name, exits, (tuple(price.tolist()),), (), _fit_mie(outputs, right, price))
-    if name not in _FITTED:
+    if name == "calibrated":
+        return Combination(name, exits, temperatures=tuple(fit_temperatures(outputs, right).tolist()))
+    if name not in FITTED:
         return Combination(name, exits)
     fit = _fit_geometric if name == "geometric" else _fit_additive
-    weights, biases = fit(outputs, right)
+    weights, biases = fit(outputs, right, start)
     return Combination(name, exits, weights, biases)
 
 
 def _log_softmax(xp: Any, z: Any) -> Any:
     shifted = z - xp.amax(z, axis=1, keepdims=True)
     return shifted - xp.log(xp.sum(xp.exp(shifted), axis=1, keepdims=True))
+
+
+def _add_logs(xp: Any, a: Any, b: Any) -> Any:
+    """Return log(e^a + e^b); several times faster than logaddexp, which is not vectorised."""
+    top = xp.maximum(a, b)
+    # Where both are -infinity, nothing is added.
+    base = xp.where(top == -xp.inf, xp.zeros_like(top), top)
+    return base + xp.log(xp.exp(a - base) + xp.exp(b - base))
+
+
+def _calibrated(combination: Combination, xp: Any, k: int, z: Any, carry: Any) -> tuple[Any, Any]:
+    return _log_softmax(xp, z / combination.temperatures[k]), ()
 
 
 def _product(combination: Combination, xp: Any, k: int, z: Any, carry: Any) -> tuple[Any, Any]:
@@ -249,13 +277,13 @@ def _caching(combination: Combination, xp: Any, k: int, z: Any, carry: Any) -> t
 
 
 def _averaged(combination: Combination, xp: Any, k: int, z: Any, carry: Any) -> tuple[Any, Any]:
-    # carry: the logarithm of the weighted sum of probabilities.
+    # carry: the logarithm of the weighted sum of probabilities, which may be below the range of float64.
     weights, temperature = (1.0,) * combination.exits, 1.0
     if combination.name == "mie":
         (weights,), temperature = combination.weights, combination.temperatures[k]
     total = _log_softmax(xp, z / temperature) + log(weights[k])
     if carry is not None:
-        total = xp.logaddexp(carry[0], total)
+        total = _add_logs(xp, carry[0], total)
     return total - log(sum(weights[: k + 1])), (total,)
 
 
@@ -274,11 +302,12 @@ def _geometric(combination: Combination, xp: Any, k: int, z: Any, carry: Any) ->
 
 
 def _additive(combination: Combination, xp: Any, k: int, z: Any, carry: Any) -> tuple[Any, Any]:
-    parts = (*(carry or ()), _log_softmax(xp, z))
-    total = xp.log(_like(xp, combination.biases[k], z)) + xp.zeros_like(z)
+    # carry: the probabilities of all exits so far. The biases are positive, so that no sum is 0.
+    parts = (*(carry or ()), xp.exp(_log_softmax(xp, z)))
+    total = _like(xp, combination.biases[k], z) + xp.zeros_like(z)
     for weight, part in zip(combination.weights[k], parts, strict=True):
-        total = xp.logaddexp(total, part + log(weight))
-    return _log_softmax(xp, total), parts
+        total = total + weight * part
+    return xp.log(total / xp.sum(total, axis=1, keepdims=True)), parts
 
 
 def _like(xp: Any, values: tuple[float, ...], z: Any) -> Any:
@@ -287,6 +316,7 @@ def _like(xp: Any, values: tuple[float, ...], z: Any) -> Any:
 
 
 _ADVANCE: dict[str, Callable[[Combination, Any, int, Any, Any], tuple[Any, Any]]] = {
+    "calibrated": _calibrated,
     "product": _product,
     "caching": _caching,
     "geometric": _geometric,
@@ -305,7 +335,7 @@ def _log_probabilities(logits: np.ndarray, labels: Integers, k: int, required: b
     return z
 
 
-def _fit_geometric(logits: np.ndarray, labels: Integers) -> tuple[Rows, Rows]:
+def _fit_geometric(logits: np.ndarray, labels: Integers, before: Combination | None) -> tuple[Rows, Rows]:
     # Imported when used: evaluation without a fit need not load scipy.
     from scipy.optimize import minimize
 
@@ -320,6 +350,8 @@ def _fit_geometric(logits: np.ndarray, labels: Integers) -> tuple[Rows, Rows]:
         parts[k][outside] = 0
         excluded |= outside
         start = np.concatenate([np.ones(k + 1), np.zeros(classes if biased else 0)])
+        if before is not None:
+            start = np.array([*before.weights[k], *(before.biases[k] if biased else ())])
         best = minimize(
             _geometric_loss,
             start,
@@ -367,20 +399,21 @@ def _geometric_loss(
     return float(loss + RIDGE * centred @ centred), gradient + 2 * RIDGE * centred
 
 
-def _fit_additive(logits: np.ndarray, labels: Integers) -> tuple[Rows, Rows]:
+def _fit_additive(logits: np.ndarray, labels: Integers, before: Combination | None) -> tuple[Rows, Rows]:
     samples, exits, classes = logits.shape
     of_label = np.empty((samples, exits))
     weights, biases = [], []
     for k in range(exits):
         logp = _log_probabilities(logits[:, k], labels, k, required=False)
         of_label[:, k] = np.exp(logp[np.arange(samples), labels])
-        shares = _mixture(of_label[:, : k + 1], labels, classes)
+        start = None if before is None else np.array([*before.weights[k], *before.biases[k]])
+        shares = _mixture(of_label[:, : k + 1], labels, classes, start)
         weights.append(tuple(shares[: k + 1].tolist()))
         biases.append(tuple(shares[k + 1 :].tolist()))
     return tuple(weights), tuple(biases)
 
 
-def _mixture(of_label: Floats, labels: Integers, classes: int) -> Floats:
+def _mixture(of_label: Floats, labels: Integers, classes: int, start: Floats | None = None) -> Floats:
     """Return the weights [M + C], of sum 1, of the best mixture of M exits and C classes.
 
     They minimise F(u) = -mean_i log(sum_m u_m p_m(y_i) + u_{y_i}) + sum(u) - sum(a log u) over u > 0, where a is 1 / N
@@ -392,10 +425,12 @@ def _mixture(of_label: Floats, labels: Integers, classes: int) -> Floats:
         of_label: probability of the right class at each exit, p_m(y_i), [N, M].
         labels: [N].
         classes: C.
+        start: weights to start from, positive.
     """
     samples, exits = of_label.shape
     barrier = np.concatenate([np.full(exits, 1.0), np.full(classes, 1 / classes)]) / samples
-    u = np.concatenate([np.full(exits, 0.9 / exits), np.full(classes, 0.1 / classes)])
+    equal = np.concatenate([np.full(exits, 0.9 / exits), np.full(classes, 0.1 / classes)])
+    u = equal if start is None else start
 
     def loss(values: Floats) -> float:
         mixed = of_label @ values[:exits] + values[exits:][labels]

@@ -304,7 +304,8 @@ def controlled_point(
         control: one of `CONTROLS`.
         exit_index: exits where the samples leave, [P, N], for control per exit, by one of `TESTS`.
         exits: the exits to control, bool [P, K]; see `exits_to_control`. None: all, so that a point passes only if
-            enough samples leave at the first exit already.
+            enough samples leave at the first exit already; a point that no sample leaves early and without losses is
+            taken for the full network, which has no exit to control: it is left out of the sequence of tests.
         seed: seed of the order of the samples, which betting depends on; data sets are often sorted by class, and
             sorted samples are not independent draws.
 
@@ -322,6 +323,9 @@ def controlled_point(
     if exit_index is None and exits is not None:
         raise UserError("exits to control are given without exit_index; expected where each sample leaves, [P, N]")
     order = np.argsort(-price, kind="stable")
+    if exit_index is not None and exits is None and points:
+        early = (np.asarray(exit_index) < np.max(exit_index, initial=0)).any(axis=1) | values.any(axis=1)
+        order = order[early[order]]
     if exit_index is not None:
         passes = _pass_per_exit(values, np.asarray(exit_index), exits, epsilon, delta, control, seed)[order]
     elif control == "crc":

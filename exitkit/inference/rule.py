@@ -12,10 +12,15 @@ import torch
 from torch import Tensor
 
 from exitkit.errors import UserError, unknown
+from exitkit.inference.as_json import Number, encoded, parsed, reading
 from exitkit.inference.scores import SCORES, Agreement, checked_temperatures, exit_scores
 
 _CLOSE = 1e-9
 """Scores this close to the threshold are computed by `exit_scores`, as in evaluation: torch's last digit may differ."""
+
+
+_FORM = {"score": str, "thresholds": list[Number], "temperatures": list[Number] | None}
+"""The fields of an exit rule in JSON, and their types."""
 
 
 class PointRule(Protocol):
@@ -137,9 +142,8 @@ class ExitRule:
 
     def to_json(self) -> str:
         """Return the rule as JSON; infinities are written as strings, since JSON has no such numbers."""
-        words = {inf: "inf", -inf: "-inf"}
-        limits = [words.get(value, value) for value in self.thresholds]
-        return json.dumps({"score": self.score, "thresholds": limits, "temperatures": self.temperatures})
+        parts = {"score": self.score, "thresholds": self.thresholds, "temperatures": self.temperatures}
+        return json.dumps({name: encoded(value) for name, value in parts.items()})
 
     @classmethod
     def from_json(cls, text: str) -> ExitRule:
@@ -148,17 +152,11 @@ class ExitRule:
         Raises:
             UserError: the text is not a rule.
         """
-        try:
-            values = json.loads(text)
+        with reading(text, "an exit rule"):
+            values = parsed(text, _FORM)
             temperatures = values["temperatures"]
             divisors = None if temperatures is None else _numbers(temperatures)
             return cls(values["score"], _numbers(values["thresholds"]), divisors)
-        except UserError:
-            raise
-        except (TypeError, ValueError, LookupError) as error:
-            raise UserError(
-                f"{text[:60]!r} is not an exit rule ({error}); expected the text that ExitRule.to_json returns"
-            ) from None
 
 
 def _numbers(values: list[Any]) -> tuple[float, ...]:

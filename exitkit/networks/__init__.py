@@ -1,4 +1,4 @@
-"""Public interface of multi-exit networks: the cascade, backbones, costs, pruning, compilation, attached exits."""
+"""Public interface of multi-exit networks: cascade, backbones, costs, pruning, folding, compilation, attached exits."""
 
 from exitkit.errors import UserError
 from exitkit.networks.attach.exits import attach_exits
@@ -6,6 +6,7 @@ from exitkit.networks.build import build_network
 from exitkit.networks.cascade import (
     Carry,
     ExitOutput,
+    Features,
     GradientTap,
     Head,
     LogitLink,
@@ -18,6 +19,7 @@ from exitkit.networks.cascade import (
 from exitkit.networks.compilation import compile_parts
 from exitkit.networks.costs import ExitCost, cost
 from exitkit.networks.families.base import IMAGENET, Backbone, Home, preset
+from exitkit.networks.folding import fold
 from exitkit.networks.ownership import batchnorm_parameters, owners, unreached
 from exitkit.networks.placement import place
 from exitkit.networks.pruning import prune_to
@@ -31,6 +33,7 @@ __all__ = [
     "Carry",
     "ExitCost",
     "ExitOutput",
+    "Features",
     "GradientTap",
     "Head",
     "Home",
@@ -45,6 +48,7 @@ __all__ = [
     "build_network",
     "compile_parts",
     "cost",
+    "fold",
     "load_released_weights",
     "map_tensors",
     "owners",

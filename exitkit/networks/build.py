@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from exitkit import plugins
@@ -11,6 +12,22 @@ from exitkit.networks.families.base import Backbone, home
 
 _TOO_LARGE = ("allocate memory", "Overflow", "out of memory", "Storage size calculation overflowed")
 """Parts of torch's error messages for tensors that do not fit into memory."""
+
+
+def make_backbone(name: str, settings: Mapping[str, Any]) -> Backbone:
+    """Return the backbone called `name` with these settings; its `build` makes a network.
+
+    Raises:
+        UserError: an unknown name or field, an invalid value, or a class that is not that of a backbone.
+    """
+    backbone: Backbone = plugins.configure("backbone", name, settings)
+    lacks = [part for part in ("build", "home") if not hasattr(backbone, part)]
+    if lacks or type(backbone).build is Backbone.build:
+        missing = lacks[0] if lacks else "build"
+        raise UserError(
+            f"backbone {name} has no {missing}; expected a subclass of exitkit.networks.families.base.Backbone"
+        )
+    return backbone
 
 
 def build_network(
@@ -31,7 +48,13 @@ def build_network(
     Raises:
         UserError: an unknown name or field, or settings that give no valid network.
     """
-    backbone: Backbone = plugins.configure("backbone", name, settings)
+    return build_backbone(make_backbone(name, settings), name, num_classes, input_shape)
+
+
+def build_backbone(
+    backbone: Backbone, name: str, num_classes: int | None, input_shape: tuple[int, int, int] | None
+) -> MultiExitNetwork:
+    """Build the network of a backbone with settings; see `build_network`."""
     home_shape, home_classes = home(plugins.load("backbone", name))
     classes = home_classes if num_classes is None else num_classes
     if classes < 2:

@@ -11,10 +11,11 @@ Forward passes, early exit, cost counting and timing all run the chain through `
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
 from exitkit.errors import UserError
@@ -49,6 +50,12 @@ class Outputs(NamedTuple):
     """The logit link's carry after the last exit."""
 
 
+class Features(NamedTuple):
+    """What the heads read of a batch: one tensor [B, ...] per exit, which `forward` accepts in place of images."""
+
+    tensors: tuple[Tensor, ...]
+
+
 class Head(nn.Module):
     """An exit's classifier in two parts: `embed` (view -> [B, d]) and `classify` ([B, d] -> [B, C]).
 
@@ -56,6 +63,9 @@ class Head(nn.Module):
         embed: the first part.
         classify: the second part.
         before_pooling: how many leading layers of `embed`, an `nn.Sequential`, come before it pools.
+
+    Attributes:
+        temperature: a number by which the exit's logits are divided; None: 1.
     """
 
     def __init__(self, embed: nn.Module, classify: nn.Module, before_pooling: int = 0) -> None:
@@ -63,6 +73,8 @@ class Head(nn.Module):
         self.embed = embed
         self.classify = classify
         self.before_pooling = before_pooling
+        self.temperature: Tensor | None
+        self.register_buffer("temperature", None)
 
     def features_and_embedding(self, view: Tensor) -> tuple[Tensor, Tensor]:
         """Return the features before pooling (the view itself where no layer comes before) and the embedding [B, d]."""
@@ -72,10 +84,23 @@ class Head(nn.Module):
         features: Tensor = layers[: self.before_pooling](view)
         return features, layers[self.before_pooling :](features)
 
+    def layers(self) -> tuple[list[nn.Module], list[nn.Module]]:
+        """Return the layers of `embed`: the leading ones that have nothing to train and no dropout, and the others."""
+        layers = list(self.embed) if isinstance(self.embed, nn.Sequential) else [self.embed]
+        fixed = 0
+        while fixed < len(layers) and _is_fixed(layers[fixed]):
+            fixed += 1
+        return layers[:fixed], layers[fixed:]
+
     def forward(self, view: Tensor) -> Tensor:
         """Return the head's logits [B, C]."""
         logits: Tensor = self.classify(self.embed(view))
         return logits
+
+
+def _is_fixed(layer: nn.Module) -> bool:
+    stateful = any(True for _ in layer.parameters()) or any(True for _ in layer.buffers())
+    return not stateful and not any(isinstance(module, _DropoutNd) for module in layer.modules())
 
 
 class GradientTap:
@@ -134,15 +159,9 @@ class MultiExitNetwork(nn.Module):
 
     Subclasses whose state is not a single tensor override `view` and `with_view`.
 
-    Class attributes:
-        channels_last: whether training in 16 bits is faster in the channels-last layout; `python -m
-            exitkit.benchmarks.speed training` measures it.
-
     Raises:
         UserError: the numbers of stages and heads differ, or are 0.
     """
-
-    channels_last: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -202,12 +221,20 @@ class MultiExitNetwork(nn.Module):
             features, embedding = head.features_and_embedding(view)
         else:
             embedding = head.embed(view)
-        raw = head.classify(embedding)
-        logits, carry = self.link(index, raw, embedding, carry)
+        output, carry = self._answer(index, embedding, features, carry)
         if index < self.num_exits - 1:
             for tap in taps:
                 state = tap.onward(self, index, state)
-        return ExitOutput(logits, raw, embedding, features), state, carry
+        return output, state, carry
+
+    def _answer(self, index: int, embedding: Tensor, features: Tensor | None, carry: Carry) -> tuple[ExitOutput, Carry]:
+        """Return the output of an exit, given the embedding of its head, and the carry for the next exit."""
+        head = cast(Head, self.heads[index])
+        raw = head.classify(embedding)
+        logits, carry = self.link(index, raw, embedding, carry)
+        if head.temperature is not None:
+            logits = logits / head.temperature
+        return ExitOutput(logits, raw, embedding, features), carry
 
     def _into_last_unit(self, index: int, state: State) -> State:
         for tap in self.taps:
@@ -221,15 +248,62 @@ class MultiExitNetwork(nn.Module):
             output, state, carry = self.step(index, state, carry)
             yield output
 
-    def forward(self, x: Tensor) -> Outputs:
-        """Return all exits' outputs for images x [B, *input_shape]."""
-        state, carry = x, None
+    def forward(self, x: Tensor | Features) -> Outputs:
+        """Return all exits' outputs for images x [B, *input_shape], or for the features that the heads read of them."""
+        carry: Carry = None
         outputs = []
+        state: State = x
         for index in range(self.num_exits):
-            output, state, carry = self.step(index, state, carry)
+            if isinstance(x, Features):
+                output, carry = self._answer_features(index, x.tensors[index], carry)
+            else:
+                output, state, carry = self.step(index, state, carry)
             outputs.append(output)
         logits, raw, embeddings, features = zip(*outputs, strict=True)
         return Outputs(logits, raw, embeddings, features, carry)
+
+    def features(self, x: Tensor) -> Features:
+        """Return what the heads read of images x [B, *input_shape]: `forward` of it gives the outputs of `forward(x)`.
+
+        Leading layers of a head that have nothing to train, such as pooling, are applied, unless outputs hold the
+        features before pooling. Gradient taps have no effect: they only change gradients of the stages.
+        """
+        tensors, state = [], x
+        for stage, head in zip(self.stages, self.heads, strict=True):
+            state = stage(state)
+            tensor = self.view(state)
+            for layer in () if self.keep_features else cast(Head, head).layers()[0]:
+                tensor = layer(tensor)
+            tensors.append(tensor)
+        return Features(tuple(tensors))
+
+    def _answer_features(self, index: int, tensor: Tensor, carry: Carry) -> tuple[ExitOutput, Carry]:
+        """Return the output of an exit, given its tensor of `Features`."""
+        head = cast(Head, self.heads[index])
+        features = None
+        if self.keep_features:
+            features, tensor = head.features_and_embedding(tensor)
+        else:
+            for layer in head.layers()[1]:
+                tensor = layer(tensor)
+        return self._answer(index, tensor, features, carry)
+
+    def add_temperatures(self) -> None:
+        """Divide the logits of each exit by its head's temperature from now on, which is 1 at first.
+
+        The raw logits do not change, and the logit link gets the logits before the division. Adding temperatures again
+        changes nothing.
+        """
+        reference = next(self.parameters())
+        for head in cast(Iterable[Head], self.heads):
+            if head.temperature is None:
+                head.temperature = torch.ones((), dtype=reference.dtype, device=reference.device)
+
+    def set_temperatures(self, temperatures: Iterable[float]) -> None:
+        """Set the temperatures of all heads, which `add_temperatures` has added."""
+        for head, temperature in zip(cast(Iterable[Head], self.heads), temperatures, strict=True):
+            assert head.temperature is not None
+            head.temperature.fill_(temperature)
 
     def add_tap(self, tap: GradientTap) -> None:
         """Add a gradient tap; adding an equal one again changes nothing.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -18,6 +20,18 @@ def eagerly() -> AbstractContextManager[None]:
     """Return a context without compiled code: torch.compile supports neither forward mode nor double backward."""
     stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
     return stance
+
+
+@contextmanager
+def eagerly_counted() -> Iterator[None]:
+    """Disable compiled code, as `eagerly` does, for a count of operations by PyTorch's counter.
+
+    The counter registers hooks for all modules, and a part that `torch.compile` has wrapped warns that hooks run once
+    more for its wrapper, which changes no count.
+    """
+    with eagerly(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Using `torch\.compile\(module\)` when there are global hooks", UserWarning)
+        yield
 
 
 def compile_parts(network: MultiExitNetwork) -> None:

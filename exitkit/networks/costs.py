@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,11 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from exitkit.engine.randomness import seeded_everywhere
+from exitkit.errors import UserError
 from exitkit.networks.cascade import MultiExitNetwork
+from exitkit.networks.compilation import eagerly_counted
+from exitkit.networks.copying import copied
 
 aten = torch.ops.aten
 Shape = tuple[int, ...]
@@ -75,7 +78,8 @@ _PAPERS = {
 def cost(network: MultiExitNetwork, input_shape: tuple[int, int, int] | None = None) -> list[ExitCost]:
     """Count the cost of each exit for one image.
 
-    A copy of the network runs on the `meta` device, so that the network does not change and no memory is allocated.
+    A copy of the network runs on the `meta` device, so that the network does not change and no memory is allocated; if
+    a part of it needs values (control flow that depends on the image), on an image of zeros.
 
     Args:
         network: the network, adapted by its method; a logit link adds to the cost.
@@ -84,17 +88,31 @@ def cost(network: MultiExitNetwork, input_shape: tuple[int, int, int] | None = N
     Returns:
         one `ExitCost` per exit, first to last.
     """
-    meta_copy = copy.deepcopy(network).to("meta").eval()
-    state: Any = torch.empty(1, *(input_shape or network.input_shape), device="meta", dtype=_dtype(network))
+    shape = input_shape or network.input_shape
+    try:
+        return _counted(copied(network).to("meta"), shape)
+    except UserError:
+        raise
+    except Exception:  # parts that need values, or that can't be moved, raise errors of many types
+        if any(parameter.is_meta for parameter in network.parameters()):
+            raise
+        return _counted(copied(network), shape)
+
+
+def _counted(network: MultiExitNetwork, shape: tuple[int, int, int]) -> list[ExitCost]:
+    """Count the cost of each exit by running the network, which changes, on an image of zeros."""
+    network.eval()
+    reference = next(network.parameters())
     carry = None
     counts: list[tuple[int, int]] = []
     parameters: list[int] = []
     operations = FlopCounterMode(display=False)
     papers = FlopCounterMode(display=False, custom_mapping=_PAPERS)
     flow = _Flow(operations)
-    with _counting(), _executed_parameters(meta_copy) as executed, operations, papers, flow:
+    with _counting(reference.device), _executed_parameters(network) as executed, operations, papers, flow:
+        state: Any = torch.zeros(1, *shape, device=reference.device, dtype=_dtype(network))
         for index in range(network.num_exits):
-            output, state, carry = meta_copy.step(index, state, carry)
+            output, state, carry = network.step(index, state, carry)
             flow.mark(output.logits)
             counts.append((papers.get_total_flops() // 2, operations.get_total_flops() // 2))
             parameters.append(sum(executed.values()))
@@ -103,12 +121,18 @@ def cost(network: MultiExitNetwork, input_shape: tuple[int, int, int] | None = N
 
 
 @contextmanager
-def _counting() -> Iterator[None]:
-    """Disable autograd and fused attention, so that the counters see every operation separately."""
+def _counting(device: torch.device) -> Iterator[None]:
+    """Disable autograd, compilation and fused attention, so that the counters see every operation separately."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.inference_mode(False), torch.no_grad():
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            eagerly_counted(),
+            seeded_everywhere(device, 0),
+            torch.device(device),
+        ):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
@@ -175,9 +199,14 @@ def _executed_parameters(network: nn.Module) -> Iterator[dict[int, int]]:
     sizes: dict[int, int] = {}
 
     def record(module: nn.Module, inputs: Any) -> None:
-        sizes.update({id(p): p.numel() for p in module.parameters(recurse=False) if p.dim()})
+        parameters = list(module.parameters(recurse=False))
+        for child in module.children():
+            parameters += child.parameters() if isinstance(child, torch.jit.ScriptModule) else ()
+        sizes.update({id(p): p.numel() for p in parameters if p.dim()})
 
-    handles = [module.register_forward_pre_hook(record) for module in network.modules()]
+    # Scripted modules have no hooks.
+    own = [module for module in network.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    handles = [module.register_forward_pre_hook(record) for module in own]
     try:
         yield sizes
     finally:

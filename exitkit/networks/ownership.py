@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -44,6 +46,34 @@ def owners(network: MultiExitNetwork) -> dict[str, tuple[int, ...]]:
 def unreached(network: MultiExitNetwork) -> list[str]:
     """Return the names of the trainable parameters on which no exit depends (MSDNet's last fine-scale units)."""
     return [name for name, exits in owners(network).items() if not exits]
+
+
+def frozen(network: MultiExitNetwork) -> frozenset[str]:
+    """Return the names of the parameters that are not trained."""
+    return frozenset(name for name, parameter in network.named_parameters() if not parameter.requires_grad)
+
+
+def frozen_batchnorms(network: MultiExitNetwork, fixed: Collection[str]) -> list[_BatchNorm]:
+    """Return the batch-norm layers whose statistics must not change, because they belong to a frozen part.
+
+    A layer belongs to a frozen part if its parameters are frozen; one without parameters, if those of the innermost
+    module around it that has parameters are.
+
+    Args:
+        network: the network.
+        fixed: names of the parameters that are frozen.
+    """
+    values = {id(parameter) for name, parameter in network.named_parameters() if name in fixed}
+    layers = []
+    for name, module in network.named_modules():
+        if isinstance(module, _BatchNorm):
+            part, path = list(module.parameters()), name
+            while not part and path:
+                path = path.rpartition(".")[0]
+                part = list(network.get_submodule(path).parameters())
+            if all(id(parameter) in values for parameter in part):
+                layers.append(module)
+    return layers
 
 
 def batchnorm_parameters(network: MultiExitNetwork) -> set[str]:

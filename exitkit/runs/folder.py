@@ -2,14 +2,20 @@
 
 recipe.json          the resolved recipe        environment.json   versions, device, when
 split.safetensors    train, validation, test    metrics.csv        losses and accuracies, epoch by epoch
+images.csv.gz        the image files and their classes, for data sets of files (see data/inventory.py)
 checkpoint.pt        the training state         timing.csv         seconds and peak memory per epoch
+trunk-*.safetensors  the trunk of that state, if its phase keeps it fixed (see training/checkpoint.py)
 progress.json        progress, written every few seconds during training (see training/progress.py)
 tensorboard/         the metrics as a TensorBoard log, if requested (see training/tensorboard.py)
 learned.json         tables that the method learned besides the network, if any (see LearnedTable)
 probes.safetensors   measurements on one fixed batch, if requested (see training/probe.py)
+features/            the features of a frozen trunk, while its heads are trained (see training/features.py)
 weights.safetensors  the trained network        cost.json          multiply-adds and parameters per exit
 outputs-validation.safetensors, outputs-test.safetensors           logits [N, K, C], labels [N], indices [N]
+embeddings-validation.safetensors, embeddings-test.safetensors     embedding_1 [N, d_1], ... of each exit, if requested
+curvature.safetensors  of each exit's last layer on the training images, if requested (see runs/embeddings.py)
 latency.json         milliseconds until each exit's prediction, if measured (see benchmarks/commands/bench.py)
+classes.csv          images and correct predictions per class and exit (see runs/classes.py)
 results.json         accuracy of each exit; written last, so that a folder with it is a finished run
 """
 
@@ -25,8 +31,9 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from exitkit.errors import HeldError, UserError
-from exitkit.files import disk_error, drafted, exists, load_arrays, make_folder, owner, read_json, write_json
+from exitkit.errors import DamagedError, HeldError, UserError
+from exitkit.escaping import counted
+from exitkit.files import acquire, disk_error, drafted, exists, load_arrays, make_folder, owner, read_json, write_json
 from exitkit.runs.formats import (
     Environment,
     Latency,
@@ -44,13 +51,20 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
+    from exitkit.runs.classes import ClassHits
+
 RESULTS = "results.json"
+METRICS = "metrics.csv"
 WEIGHTS = "weights.safetensors"
 SPLIT = "split.safetensors"
+IMAGES = "images.csv.gz"
 PROBES = "probes.safetensors"
+CURVATURE = "curvature.safetensors"
 LEARNED = "learned.json"
 LATENCY = "latency.json"
+CLASSES = "classes.csv"
 DIAGNOSTICS = "diagnostics"
+FEATURES = "features"
 _LOCK = "run.lock"
 _LOCK_PATIENCE = 15.0  # seconds; the lock of a killed process is released at once, that of a worker soon after
 
@@ -75,7 +89,7 @@ class RunFolder:
             )
             near = get_close_matches(self.path.name, beside)
             if inside:
-                hint = f"; it contains {len(inside)} runs, such as {self.path / inside[0]}"
+                hint = f"; it contains {counted(len(inside), 'run')}, such as {self.path / inside[0]}"
             elif near:
                 hint = f"; did you mean {self.path.parent / near[0]}?"
             else:
@@ -111,11 +125,11 @@ class RunFolder:
         """Hold the run's lock, and delete what a killed process was writing; the lock ends with the process.
 
         Raises:
-            UserError: another process holds the lock.
+            UserError: another process holds the lock, the folder is gone, or its file system has no locks.
         """
         try:
             lock = FileLock(self.path / _LOCK, timeout=_LOCK_PATIENCE)
-            lock.acquire()
+            acquire(lock)
         except Timeout:
             raise HeldError(
                 f"run {self.path} is being trained by another process; wait for it, or choose another --out"
@@ -124,7 +138,10 @@ class RunFolder:
             raise disk_error(self.path, error) from None
         try:
             for leftover in self.path.glob(".*.part"):
-                leftover.unlink(missing_ok=True)
+                if leftover.is_dir():
+                    shutil.rmtree(leftover, ignore_errors=True)
+                else:
+                    leftover.unlink(missing_ok=True)
             # Incomplete drafts of this folder; a process that still writes one will return this folder instead.
             for draft in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.part"):
                 shutil.rmtree(draft, ignore_errors=True)
@@ -150,11 +167,11 @@ class RunFolder:
         """The resolved recipe."""
         values = read_json(self.path / "recipe.json")
         if not isinstance(values, dict):
-            raise UserError(f"{self.path / 'recipe.json'} is damaged; expected a table of keys")
+            raise DamagedError(f"{self.path / 'recipe.json'} is damaged; expected a table of keys")
         try:
             return ResolvedRecipe.make(**values)
         except (UserError, TypeError) as error:
-            raise UserError(f"{self.path / 'recipe.json'} is damaged: {error}") from None
+            raise DamagedError(f"{self.path / 'recipe.json'} is damaged: {error}") from None
 
     @property
     def identity(self) -> dict[str, str]:
@@ -187,12 +204,12 @@ class RunFolder:
         path = self.path / file
         name, file_owner = self.name, owner(path)
         if name and file_owner and name != file_owner:
-            raise UserError(f"{path} is of run {file_owner}, and {SPLIT} of run {name}; restore the run's own file")
+            raise DamagedError(f"{path} is of run {file_owner}, and {SPLIT} of run {name}; restore the run's own file")
         return path
 
     def epochs_done(self) -> int:
         """Return the number of trained epochs, over all phases."""
-        metrics = self.path / "metrics.csv"
+        metrics = self.path / METRICS
         if not metrics.exists():
             return 0
         try:
@@ -215,7 +232,9 @@ class RunFolder:
         results: dict[str, Any] = read_checked(self.path / RESULTS, Results)
         exits = len(self.costs())
         if any(len(results[part]) != exits for part in ("validation", "test")):
-            raise UserError(f"{self.path / RESULTS} has another number of exits than cost.json; evaluate the run again")
+            raise DamagedError(
+                f"{self.path / RESULTS} has another number of exits than cost.json; evaluate the run again"
+            )
         return results
 
     def costs(self) -> list[dict[str, int]]:
@@ -224,9 +243,9 @@ class RunFolder:
 
     def metrics(self) -> pd.DataFrame:
         """Return one row per epoch: phase, epoch (within it), lr, losses and accuracies (percent) of every exit."""
-        metrics = read_table(self.path / "metrics.csv", ["phase"], ["epoch", "lr"])
+        metrics = read_table(self.path / METRICS, ["phase"], ["epoch", "lr"])
         if metrics.empty:
-            raise UserError(f"{self.path / 'metrics.csv'} is damaged (it has no epoch)")
+            raise DamagedError(f"{self.path / METRICS} is damaged (it has no epoch)")
         return metrics
 
     def latency(self) -> list[float]:
@@ -268,12 +287,72 @@ class RunFolder:
         """Return the number of images that the run was trained on, or 0 if its split is missing."""
         return len(load_arrays(self.path / SPLIT).get("train", ())) if exists(self.path / SPLIT) else 0
 
+    def classes(self, part: str) -> ClassHits:
+        """Return the images and the correct predictions per class and exit of part `validation` or `test`."""
+        # Imported when used: numpy takes a tenth of a second to load.
+        from exitkit.runs.classes import ClassHits, read_classes
+
+        path = self.path / CLASSES
+        if exists(path):
+            return read_classes(path, part, len(self.costs()))
+        outputs = self.outputs(part)  # runs of earlier releases
+        return ClassHits.count(outputs["logits"], outputs["labels"])
+
+    def class_names(self) -> list[str]:
+        """Return the names of the classes; their numbers for runs of earlier releases."""
+        about = self.environment()
+        return about.get("class_names") or [str(number) for number in range(about.get("num_classes", 0))]
+
     def outputs(self, part: str) -> dict[str, np.ndarray]:
         """Return the outputs of all exits: logits [N, K, C], labels [N], indices [N] of part `validation` or `test`."""
         path = self.own(f"outputs-{part}.safetensors")
         arrays = load_arrays(path)
         check_outputs(path, arrays, self.results()[part])
         return arrays
+
+    def has_embeddings(self) -> bool:
+        """Whether the last evaluation stored the embeddings of the exits."""
+        return exists(self.path / CURVATURE)
+
+    def embeddings(self, part: str) -> list[np.ndarray]:
+        """Return the embeddings of each exit for the images of `outputs`, [N, d_k] each.
+
+        Raises:
+            UserError: they were not stored, or are damaged.
+        """
+        self._check_embeddings()
+        path = self.own(embeddings_file(part))
+        arrays, outputs = load_arrays(path), self.outputs(part)["logits"]
+        found = [arrays.get(f"embedding_{number}") for number in range(1, outputs.shape[1] + 1)]
+        if any(array is None or array.ndim != 2 or len(array) != len(outputs) for array in found):
+            raise DamagedError(f"{path} does not fit the outputs of the run; evaluate it again with --embeddings")
+        return [array for array in found if array is not None]
+
+    def curvature(self) -> dict[str, np.ndarray]:
+        """Return the curvature of each exit's last layer, see `exitkit.runs.embeddings`.
+
+        Raises:
+            UserError: it was not stored, or is damaged.
+        """
+        self._check_embeddings()
+        path = self.own(CURVATURE)
+        arrays = load_arrays(path)
+        exits = range(1, len(self.costs()) + 1)
+        missing = {"images", *(f"{kind}_{number}" for kind in ("outputs", "features") for number in exits)}
+        if missing := missing - arrays.keys():
+            raise DamagedError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
+        return arrays
+
+    def _check_embeddings(self) -> None:
+        if not self.has_embeddings():
+            raise UserError(
+                f"run {self.path} has no stored embeddings; store them with: exitkit evaluate {self.path} --embeddings"
+            )
+
+
+def embeddings_file(part: str) -> str:
+    """Return the name of the file of embeddings of part `validation` or `test`."""
+    return f"embeddings-{part}.safetensors"
 
 
 def absence(path: Path) -> str:

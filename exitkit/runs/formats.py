@@ -8,15 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NotRequired
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired
 
-from pydantic import FiniteFloat, TypeAdapter, ValidationError
+from pydantic import Field
 
 # Before Python 3.12 pydantic takes no other.
 from typing_extensions import TypedDict
 
-from exitkit.errors import UserError
-from exitkit.files import read_json
+from exitkit.errors import DamagedError
+from exitkit.escaping import counted
+from exitkit.files import checked, read_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,21 +28,28 @@ CHECKPOINT_KEYS = {"network", "optimizer", "scaler", "strategy", "auxiliaries", 
 """Keys of every checkpoint."""
 
 
+Size = Annotated[int, Field(ge=1, le=10**9)]
+Count = Annotated[int, Field(ge=0, le=10**18)]
+Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
 class ExitCost(TypedDict):
     """Cost of leaving at an exit."""
 
-    exit: int
-    papers: int
-    macs: int
-    params: int
+    exit: Count
+    papers: Count
+    macs: Count
+    params: Count
 
 
 class Results(TypedDict):
     """Accuracy of each exit, in percent."""
 
-    validation: list[FiniteFloat]
-    test: list[FiniteFloat]
+    validation: Annotated[list[Percent], Field(min_length=1)]
+    test: Annotated[list[Percent], Field(min_length=1)]
     images: NotRequired[str]
+    left_out: NotRequired[dict[str, list[str]]]
 
 
 class Environment(TypedDict):
@@ -51,10 +59,17 @@ class Environment(TypedDict):
     torch: str
     device: str
     gpu: str | None
+    processor: NotRequired[str]
+    ranks: NotRequired[Size]
+    python: NotRequired[str]
+    system: NotRequired[str]
+    started: NotRequired[str]
     code: NotRequired[str]
     images: NotRequired[str | None]
-    input_shape: NotRequired[list[int]]
-    num_classes: NotRequired[int]
+    input_shape: NotRequired[Annotated[list[Size], Field(min_length=3, max_length=3)]]
+    num_classes: NotRequired[Size]
+    preprocessing: NotRequired[dict[str, Any] | None]
+    class_names: NotRequired[list[str]]
 
 
 class Learned(TypedDict):
@@ -64,37 +79,29 @@ class Learned(TypedDict):
     title: str
     rows: list[str]
     columns: list[str]
-    values: list[list[float | None]]
+    values: list[list[Number | None]]
 
 
 class Latency(TypedDict):
     """Milliseconds until the prediction of each exit."""
 
-    milliseconds: list[FiniteFloat]
+    milliseconds: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]]
 
 
 def read_checked(path: Path, kind: Any) -> Any:
     """Return the content of a JSON file, which must have the type `kind`.
 
     Raises:
-        UserError: the file is missing, damaged or of another type.
+        DamagedError: the file is missing, damaged or of another type.
     """
-    value = read_json(path)
-    try:
-        TypeAdapter(kind).validate_python(value, strict=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        reason = f"{where}: {first['msg']}" if where else first["msg"]
-        raise UserError(f"{path} is damaged ({reason})") from None
-    return value
+    return checked(path, kind, read_json(path))
 
 
 def read_costs(path: Path) -> list[dict[str, int]]:
     """Return the content of `cost.json`: one row per exit; exits are numbered from 1."""
     costs: list[dict[str, int]] = read_checked(path, list[ExitCost])
     if [row["exit"] for row in costs] != list(range(1, len(costs) + 1)) or not costs:
-        raise UserError(f"{path} is damaged (expected exits 1, 2, ... in order)")
+        raise DamagedError(f"{path} is damaged (expected exits 1, 2, ... in order)")
     return costs
 
 
@@ -103,7 +110,7 @@ def read_learned(path: Path) -> list[dict[str, Any]]:
     tables: list[dict[str, Any]] = read_checked(path, list[Learned])
     for table in tables:
         if [len(row) for row in table["values"]] != [len(table["columns"])] * len(table["rows"]):
-            raise UserError(f"{path} is damaged (the values of {table['title']!r} do not fit its rows and columns)")
+            raise DamagedError(f"{path} is damaged (the values of {table['title']!r} do not fit its rows and columns)")
     return tables
 
 
@@ -111,7 +118,7 @@ def read_table(path: Path, words: Sequence[str], numbers: Sequence[str]) -> pd.D
     """Return the table of a CSV file, which must have the columns `words` and the numeric columns `numbers`.
 
     Raises:
-        UserError: the file is missing or damaged, or a column is missing or not numeric.
+        DamagedError: the file is missing or damaged, or a column is missing or not numeric.
     """
     # Imported when used: pandas takes half a second to load.
     import pandas as pd
@@ -120,35 +127,43 @@ def read_table(path: Path, words: Sequence[str], numbers: Sequence[str]) -> pd.D
         table = pd.read_csv(path)
     except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
         reason = "it is missing" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
-        raise UserError(f"{path} can't be read ({reason})") from None
+        raise DamagedError(f"{path} can't be read ({reason})") from None
     missing = [name for name in (*words, *numbers) if name not in table]
     if missing:
-        raise UserError(f"{path} is damaged (it lacks the column {missing[0]})")
+        raise DamagedError(f"{path} is damaged (it lacks the column {missing[0]})")
     for name in numbers:
         if not pd.api.types.is_numeric_dtype(table[name]) and len(table):
-            raise UserError(f"{path} is damaged (the column {name} has a value that is not a number)")
+            raise DamagedError(f"{path} is damaged (the column {name} has a value that is not a number)")
     return table
+
+
+def left_out(part: str, messages: Sequence[str]) -> str:
+    """Return the text about the images that an evaluation goes on without."""
+    more = f"; and {len(messages) - 3} more" if len(messages) > 3 else ""
+    return f"without {counted(len(messages), f'{part} image')}: {'; '.join(messages[:3])}{more}"
 
 
 def check_outputs(path: Path, arrays: Mapping[str, np.ndarray], accuracies: Sequence[float]) -> None:
     """Check the stored outputs of all exits, and compare their accuracy with the stored accuracies (percent).
 
     Raises:
-        UserError: an array is missing or of the wrong shape or type, or the outputs are of another run.
+        DamagedError: an array is missing or of the wrong shape or type, or the outputs are of another run.
     """
     missing = {"logits", "labels", "indices"} - arrays.keys()
     if missing:
-        raise UserError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
+        raise DamagedError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
     logits, labels, indices = (arrays[name] for name in ("logits", "labels", "indices"))
     valid = logits.ndim == 3 and logits.dtype.kind == "f" and 0 not in logits.shape
     valid = valid and all(array.shape == logits.shape[:1] and array.dtype.kind == "i" for array in (labels, indices))
     if not valid or labels.min() < 0 or labels.max() >= logits.shape[2] or indices.min() < 0:
-        raise UserError(f"{path} is damaged: expected logits [N, K, C], and labels [N] and indices [N] that fit them")
+        raise DamagedError(
+            f"{path} is damaged: expected logits [N, K, C], and labels [N] and indices [N] that fit them"
+        )
     computed = 100 * (logits.argmax(axis=2) == labels[:, None]).mean(axis=0)
     if len(computed) != len(accuracies) or any(
         not math.isclose(value, stored, abs_tol=1e-6) for value, stored in zip(computed, accuracies, strict=True)
     ):
-        raise UserError(
+        raise DamagedError(
             f"{path} and {path.with_name('results.json')} are of different evaluations; evaluate the run again"
         )
 
@@ -161,17 +176,17 @@ def check_probes(path: Path, arrays: Mapping[str, np.ndarray], epochs: int) -> N
     """Check the arrays of T probes, for S stages, K exits and N images; none may be later than epoch `epochs`.
 
     Raises:
-        UserError: an array is missing, or has the wrong shape or type.
+        DamagedError: an array is missing, or has the wrong shape or type.
     """
     missing = _PROBED.keys() - arrays.keys()
     if missing:
-        raise UserError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
+        raise DamagedError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
     sizes: dict[str, int] = {}
     for name, letters in _PROBED.items():
         array = arrays[name]
         valid = array.dtype.kind == ("i" if name == "epoch" else "f") and array.ndim == len(letters)
         pairs = zip(letters, array.shape, strict=True) if valid else ()
         if not valid or any(sizes.setdefault(letter, size) != size or not size for letter, size in pairs):
-            raise UserError(f"{path} is damaged: {name} has the wrong shape or type")
+            raise DamagedError(f"{path} is damaged: {name} has the wrong shape or type")
     if arrays["epoch"].min() < 1 or arrays["epoch"].max() > epochs:
-        raise UserError(f"{path} is damaged: it has probes of epochs that were not trained")
+        raise DamagedError(f"{path} is damaged: it has probes of epochs that were not trained")

@@ -15,13 +15,14 @@ from torch import Tensor
 from exitkit.data.base import Data
 from exitkit.data.split import Split
 from exitkit.errors import UserError
-from exitkit.files import load_tensors
 from exitkit.networks.cascade import MultiExitNetwork
+from exitkit.networks.released.weights import check_finite, own_tensors, read_released_file
 from exitkit.plugins import method_parts
 from exitkit.runs.folder import SPLIT, RunFolder
 from exitkit.runs.job import is_folder, load_network, make_strategy, resolve
 from exitkit.runs.recipe import ResolvedRecipe
 from exitkit.runs.weights import (
+    check_unchanged,
     run_weights_digest,
     side_network,
     side_networks_digest,
@@ -34,17 +35,22 @@ def load_initial(recipe: ResolvedRecipe, network: MultiExitNetwork) -> None:
     """Load the recipe's initial weights (`init_from`) into the network, if it has any.
 
     Raises:
-        UserError: the weights are missing, have changed since the recipe was resolved, or are of another network.
+        UserError: the weights are missing, have changed since the recipe was resolved, are of another network, or are
+            not finite.
     """
     if recipe.init_from is None:
         return
-    _check_unchanged(recipe.init_from, weights_digest(recipe.init_from), recipe.init_weights)
+    check_unchanged(recipe.init_from, weights_digest(recipe.init_from), recipe.init_weights)
     path = weights_file(recipe.init_from)
+    tensors = own_tensors(network, read_released_file(path))
+    # Without the calibration of that run: training changes what it was fitted to.
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".temperature")}
     try:
-        network.load_state_dict(load_tensors(path))
+        network.load_state_dict(tensors)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"init_from: {path} is of another network than this run's ({reason})") from None
+    check_finite(network, f"init_from ({path})")
 
 
 def check_unseen(folder: Path, recipe: ResolvedRecipe, data: Data) -> None:
@@ -108,7 +114,7 @@ def load_teachers(recipe: ResolvedRecipe, out: Path, data: Data) -> dict[str, Mu
         folder = RunFolder(out / by_method[name].id if name in by_method else name)
         folder.results()  # the error for an unfinished run explains how to resume it
         if name not in by_method:
-            _check_unchanged(name, run_weights_digest(name), recipe.ingredients.get(name))
+            check_unchanged(name, run_weights_digest(name), recipe.ingredients.get(name))
         check_unseen(folder.path, recipe, data)
         networks[name] = load_network(folder, data).requires_grad_(False)
         if networks[name].num_classes != data.num_classes:
@@ -122,10 +128,5 @@ def load_side_network(recipe: ResolvedRecipe, source: str, name: str) -> Mapping
     Raises:
         UserError: it is missing, or has changed since the recipe was resolved.
     """
-    _check_unchanged(source, side_networks_digest(source), recipe.ingredients.get(source))
+    check_unchanged(source, side_networks_digest(source), recipe.ingredients.get(source))
     return side_network(source, name)
-
-
-def _check_unchanged(source: str, digest: str, planned: str | None) -> None:
-    if planned is not None and digest != planned:
-        raise UserError(f"the weights of {source} have changed since this run was planned; make a new run")

@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from exitkit import plugins
-from exitkit.data.base import Data, DataSet, build_dataset
+from exitkit.data.base import Data, DataSet, Part, build_dataset
+from exitkit.data.inventory import Inventory
+from exitkit.data.sharing import shared
 from exitkit.data.split import Split
 from exitkit.data.thinning import thin
 from exitkit.engine.devices import choose_device
 from exitkit.engine.precision import AUTO, choose_precision
 from exitkit.engine.randomness import derive
-from exitkit.errors import UserError
-from exitkit.files import load_tensors
-from exitkit.networks.build import build_network
+from exitkit.errors import Note, UserError
+from exitkit.files import exists, load_tensors
+from exitkit.networks.build import build_backbone, make_backbone
 from exitkit.networks.cascade import MultiExitNetwork
-from exitkit.runs.folder import SPLIT, WEIGHTS, RunFolder
+from exitkit.networks.families.base import Backbone
+from exitkit.runs.folder import IMAGES, SPLIT, WEIGHTS, RunFolder
+from exitkit.runs.formats import left_out
 from exitkit.runs.recipe import Recipe, ResolvedRecipe
-from exitkit.runs.weights import run_weights_digest, side_networks_digest, weights_digest
+from exitkit.runs.weights import (
+    check_unchanged,
+    published_weights_digest,
+    run_weights_digest,
+    side_networks_digest,
+    weights_digest,
+)
 from exitkit.strategy.base import Phase, TrainingStrategy
 from exitkit.strategy.composition import build_strategy
 
@@ -79,13 +90,14 @@ def resolve(recipe: Recipe) -> ResolvedRecipe:
     dataset = make_dataset(recipe)
     house = {key: value for key, value in dataset.house.items() if getattr(recipe, key) is None}
     filled = recipe.with_values(**house)
-    backbone = plugins.configure("backbone", str(filled.backbone), recipe.backbone_settings)
+    backbone = make_backbone(str(filled.backbone), recipe.backbone_settings)
+    dataset = dataset.suited(backbone.preprocessing())
     strategy = make_strategy(recipe)
     values = filled.model_dump() | {
         "method_settings": _plain(strategy.settings()),
         "backbone_settings": _plain({name: getattr(backbone, name) for name in plugins.fields(type(backbone))}),
         "dataset_settings": _plain({name: getattr(dataset, name) for name in plugins.fields(type(dataset))}),
-        "ingredients": _digests(recipe, strategy),
+        "ingredients": _digests(recipe, strategy, backbone),
     }
     if filled.precision == AUTO:
         values["precision"] = choose_precision(AUTO, choose_device(filled.device))
@@ -96,8 +108,10 @@ def resolve(recipe: Recipe) -> ResolvedRecipe:
     return ResolvedRecipe.make(**values)
 
 
-def _digests(recipe: Recipe, strategy: TrainingStrategy) -> dict[str, str]:
-    """Return {folder: digest} of the runs that a method reads; digests that the recipe already has are kept.
+def _digests(recipe: Recipe, strategy: TrainingStrategy, backbone: Backbone) -> dict[str, str]:
+    """Return {path: digest} of the runs that a method reads, and of the files that hold a network's initial weights.
+
+    Digests that the recipe already has are kept.
 
     A teacher that is a method has no digest, since the recipe determines its run.
     """
@@ -105,6 +119,7 @@ def _digests(recipe: Recipe, strategy: TrainingStrategy) -> dict[str, str]:
         name: run_weights_digest for name in strategy.teacher_runs() if is_folder(name)
     }
     sources |= dict.fromkeys(strategy.ingredients(), side_networks_digest)
+    sources |= dict.fromkeys(backbone.weights_files(), published_weights_digest)
     return {name: recipe.ingredients.get(name) or digest(name) for name, digest in sources.items()}
 
 
@@ -153,11 +168,14 @@ def load_data(recipe: Recipe, split: Path | None = None) -> Data:
     Raises:
         UserError: images are missing or damaged, or the split is of other images.
     """
-    dataset = make_dataset(recipe)
-    loaded = dataset.load(Path(recipe.data_dir) if recipe.data_dir is not None else None, recipe.download)
-    data = thin(loaded, dataset.per_class, dataset.imbalance)
+    dataset, data_dir = make_dataset(recipe), data_folder(recipe)
+    loaded = shared(lambda: dataset.load(data_dir, recipe.download), f"{recipe.dataset} {dataset!r} {data_dir}")
+    data = thin(loaded, dataset.per_class, dataset.imbalance, bool(dataset.thin_validation))
     if split is None:
         return data
+    table, root = split.with_name(IMAGES), dataset.root(data_dir)
+    if root is not None and exists(table) and (now := data.inventory(root)):
+        Inventory.read(table).check_listing(now, f"run {split.parent}")
     try:
         return data.with_split(Split.load(split))
     except UserError as error:
@@ -165,11 +183,91 @@ def load_data(recipe: Recipe, split: Path | None = None) -> Data:
 
 
 def images_digest(recipe: Recipe) -> str | None:
-    """Return a digest of a recipe's images for data sets that are defined by the files in a folder, else None."""
-    return None if recipe.data_dir is None else make_dataset(recipe).digest(Path(recipe.data_dir))
+    """Return a digest of a recipe's images for data sets that are defined by the user's files or objects, else None."""
+    return make_dataset(recipe).digest(data_folder(recipe))
 
 
-def check_images(run: RunFolder, recipe: Recipe) -> None:
+def data_folder(recipe: Recipe) -> Path | None:
+    """Return a recipe's folder of images."""
+    return None if recipe.data_dir is None else Path(recipe.data_dir)
+
+
+def image_root(recipe: Recipe) -> Path | None:
+    """Return the folder that the names of a recipe's image files are relative to, if it is known."""
+    return make_dataset(recipe).root(data_folder(recipe))
+
+
+def load_run_data(run: RunFolder | str | Path, data_dir: str | None = None) -> Data:
+    """Load the images of a run as it split them (`exitkit.load_data`).
+
+    Validation and test images whose file is missing or damaged are left out, with a `Note`.
+
+    Args:
+        run: the run, or its folder.
+        data_dir: folder of the images; by default that of the recipe.
+
+    Raises:
+        UserError: the images are missing, or differ from those of the run's results.
+    """
+    run = RunFolder.of(run)
+    data, messages = load_evaluated(run, data_dir)
+    for part, texts in messages.items():
+        warnings.warn(Note(f"{run.path.name}: {left_out(part, texts)}"), stacklevel=2)
+    return data
+
+
+def load_evaluated(
+    run: RunFolder, data_dir: str | None = None, strict: bool = True
+) -> tuple[Data, dict[Part, list[str]]]:
+    """Load the images that a run is evaluated on, and {part: messages} about those that are left out.
+
+    Args:
+        run: the run.
+        data_dir: folder of the images; by default that of the recipe.
+        strict: whether other images in the place of the run's are an error, or are left out.
+
+    Raises:
+        UserError: the images are missing, or differ from those of the run's results.
+    """
+    recipe = run.recipe if data_dir is None else run.recipe.with_values(data_dir=data_dir)
+    root = image_root(recipe)
+    if root is None or not exists(run.path / IMAGES):  # not files, or a run of an earlier release
+        if strict:
+            _check_digest(run, recipe)
+        return load_data(recipe, run.path / SPLIT), {}
+    inventory = Inventory.read(run.path / IMAGES)
+    unreadable, replaced = inventory.compare(root)
+    if len(unreadable) == len(inventory.facts):
+        raise UserError(
+            f"{root} has none of the {len(unreadable)} validation and test images of run {run.path}; give their folder "
+            "by --data-dir DIR"
+        )
+    if replaced and strict:
+        raise UserError(
+            f"run {run.path} was evaluated on other images than those in {root} now (such as {replaced[0]}); give "
+            "their folder by --data-dir DIR"
+        )
+    names = run.environment().get("class_names", [])
+    data = make_dataset(recipe).restore(inventory, root, names, Split.load(run.path / SPLIT))
+    return _without(data, inventory, unreadable | {name: f"image {root / name} was replaced" for name in replaced})
+
+
+def _without(data: Data, inventory: Inventory, faults: Mapping[str, str]) -> tuple[Data, dict[Part, list[str]]]:
+    """Return the data without some files of its validation and test parts, and {part: messages}."""
+    dropped: dict[Part, set[int]] = {"validation": set(), "test": set()}
+    messages: dict[Part, list[str]] = {}
+    lists: dict[Part, list[str]] = {"validation": inventory.train_files, "test": inventory.test_files}
+    for part, files in lists.items():
+        for index in getattr(data.split, part).tolist() if faults else ():
+            if files[index] in faults:
+                dropped[part].add(index)
+                messages.setdefault(part, []).append(faults[files[index]])
+        if len(dropped[part]) == len(getattr(data.split, part)):
+            raise UserError(f"no {part} image can be read: {messages[part][0]}")
+    return replace(data, split=data.split.without(dropped["validation"], dropped["test"])), messages
+
+
+def _check_digest(run: RunFolder, recipe: Recipe) -> None:
     """Check that a run was evaluated on the images that are now in the recipe's folder.
 
     Raises:
@@ -181,39 +279,40 @@ def check_images(run: RunFolder, recipe: Recipe) -> None:
         return  # a new evaluation will replace missing or damaged results
     if evaluated is not None and images_digest(recipe) not in (None, evaluated):
         raise UserError(
-            f"run {run.path} was evaluated on other images than those in {recipe.data_dir} now; "
+            f"run {run.path} was evaluated on other images than those {recipe.place_of_images} now; "
             "give their folder by --data-dir DIR"
         )
 
 
-def load_run_data(run: RunFolder | str | Path, data_dir: str | None = None) -> Data:
-    """Load the images of a run as it split them (`exitkit.load_data`).
+def make_network(
+    recipe: ResolvedRecipe, input_shape: tuple[int, int, int], num_classes: int, *, weights: bool = True
+) -> MultiExitNetwork:
+    """Build a recipe's network with its initial weights, not yet adapted.
 
     Args:
-        run: the run, or its folder.
-        data_dir: folder of the images; by default that of the recipe.
+        recipe: the resolved recipe, whose seed the weights follow.
+        input_shape: (channels, height, width) of the images.
+        num_classes: width of the logits.
+        weights: whether to read the files of weights that the backbone names; else all weights are random.
 
     Raises:
-        UserError: the images are missing, or differ from those of the run's results.
+        UserError: the weights can't be read, or have changed since the recipe was resolved.
     """
-    run = RunFolder.of(run)
-    recipe = run.recipe if data_dir is None else run.recipe.with_values(data_dir=data_dir)
-    check_images(run, recipe)
-    return load_data(recipe, run.path / SPLIT)
-
-
-def make_network(recipe: ResolvedRecipe, input_shape: tuple[int, int, int], num_classes: int) -> MultiExitNetwork:
-    """Build a recipe's network with the initial weights of its seed, not yet adapted."""
+    backbone = make_backbone(recipe.backbone, recipe.backbone_settings)
+    if not weights:
+        backbone = backbone.without_weights()
+    for source in backbone.weights_files():
+        check_unchanged(source, published_weights_digest(source), recipe.ingredients.get(source))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(recipe.seed, "weights"))
-        settings = recipe.backbone_settings
-        return build_network(recipe.backbone, num_classes=num_classes, input_shape=input_shape, **settings)
+        return build_backbone(backbone, recipe.backbone, num_classes, input_shape)
 
 
 def count_exits(recipe: ResolvedRecipe) -> int:
     """Return the number of exits of a recipe's network, without loading images or allocating weights."""
+    backbone = make_backbone(recipe.backbone, recipe.backbone_settings)
     with torch.device("meta"):
-        return build_network(recipe.backbone, **recipe.backbone_settings).num_exits
+        return build_backbone(backbone.without_weights(), recipe.backbone, None, None).num_exits
 
 
 def load_network(run: RunFolder | str | Path, data: Data | None = None) -> MultiExitNetwork:
@@ -233,7 +332,7 @@ def load_network(run: RunFolder | str | Path, data: Data | None = None) -> Multi
     else:
         data = load_run_data(run) if data is None else data
         shape, classes = data.input_shape, data.num_classes
-    network = make_network(recipe, shape, classes)
+    network = make_network(recipe, shape, classes, weights=False)
     adapt(network, make_strategy(recipe), recipe.epochs)
     path = run.own(WEIGHTS)
     tensors = load_tensors(path)

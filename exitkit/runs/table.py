@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exitkit.errors import UserError
+from exitkit.errors import DamagedError, Note, UserError
 from exitkit.runs.folder import RESULTS, RunFolder, absence
 
 if TYPE_CHECKING:
@@ -34,10 +35,37 @@ def load_runs(folder: str | Path) -> pd.DataFrame:
     Columns: run, method, backbone, dataset, seed, epochs, exit (from 1), papers, macs, params, accuracy,
     validation_accuracy (percent), path.
 
+    A run with a damaged file is left out, with a `Note` that names the file.
+
     Raises:
-        UserError: the folder does not exist, or contains no finished run.
+        UserError: the folder does not exist, or contains no finished run; or all runs are damaged.
     """
-    return table_of(find_runs(folder))
+    return table_of(intact(find_runs(folder)))
+
+
+def intact(runs: Iterable[RunFolder], *, records: bool = False) -> list[RunFolder]:
+    """Return the runs whose recipe, costs and results are readable; the others are left out, each with a `Note`.
+
+    Args:
+        runs: finished runs.
+        records: also read the records of their epochs.
+
+    Raises:
+        UserError: every run is damaged; the message is that of the first.
+    """
+    good: list[RunFolder] = []
+    faults: list[DamagedError] = []
+    for run in runs:
+        try:
+            _ = run.recipe, run.results(), run.training_cost() if records else None
+            good.append(run)
+        except DamagedError as error:
+            faults.append(error)
+    if faults and not good:
+        raise faults[0]
+    for fault in faults:
+        warnings.warn(Note(f"a run is left out: {fault}"), stacklevel=2)
+    return good
 
 
 def table_of(runs: Iterable[RunFolder]) -> pd.DataFrame:

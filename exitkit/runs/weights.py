@@ -15,7 +15,7 @@ from exitkit.runs.formats import CHECKPOINT_KEYS
 
 
 def weights_file(source: str) -> Path:
-    """Return the file of the weights of `init_from`, which is the folder of a finished run, or a safetensors file.
+    """Return the file of the weights of `init_from`, which is the folder of a finished run, or a file of weights.
 
     Raises:
         UserError: `source` is neither.
@@ -24,7 +24,7 @@ def weights_file(source: str) -> Path:
     if path.is_dir():
         return run_weights(source)
     if not path.is_file():
-        raise UserError(f"init_from is {source}; expected the folder of a finished run, or a .safetensors file")
+        raise UserError(f"init_from is {source}; expected the folder of a finished run, or a file of weights")
     return path
 
 
@@ -56,9 +56,40 @@ def side_networks_digest(source: str) -> str:
     return _file_digest(run.path / "checkpoint.pt")
 
 
+def published_weights_digest(source: str) -> str:
+    """Return a digest of a file of another library's weights, or of all such files of a folder.
+
+    Raises:
+        UserError: the file or folder does not exist, or the folder holds no weights.
+    """
+    path = Path(source)
+    if not path.is_dir():
+        if not path.exists():
+            raise UserError(f"the weights {source} do not exist; expected a file, or a folder of a saved network")
+        return _file_digest(path)
+    files = sorted(file for ending in _ENDINGS for file in path.glob(f"*{ending}"))
+    if not files:
+        raise UserError(f"{source} holds no weights ({', '.join(_ENDINGS)})")
+    return hashlib.sha256("".join(map(_file_digest, files)).encode()).hexdigest()[:16]
+
+
+_ENDINGS = (".safetensors", ".bin")
+
+
+def check_unchanged(source: str, digest: str, planned: str | None) -> None:
+    """Check that weights are those that a run was planned with; `planned` is None for runs without a digest.
+
+    Raises:
+        UserError: they have changed.
+    """
+    if planned is not None and digest != planned:
+        raise UserError(f"the weights of {source} have changed since this run was planned; make a new run")
+
+
 def _file_digest(path: Path) -> str:
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
     except OSError as error:
         raise disk_error(path, error) from None
 

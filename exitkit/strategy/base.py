@@ -44,6 +44,20 @@ Variant = Literal["paper", "released"]
 
 
 @dataclass(frozen=True)
+class FrozenTrunk:
+    """The stages of a phase are fixed: not trained, and in evaluation mode (no dropout, fixed running statistics).
+
+    Args:
+        views: augmented views of each training image: None: a new one in every epoch; 0: the image, not augmented;
+            V: epoch e sees view e mod V.
+        cache: whether the features that the heads read are computed once and stored, if `views` is a number.
+    """
+
+    views: int | None = None
+    cache: bool = True
+
+
+@dataclass(frozen=True)
 class Phase:
     """A part of training with one strategy and a new optimiser.
 
@@ -56,7 +70,10 @@ class Phase:
         batchnorm: `train` (batch statistics; running statistics are updated) or `frozen` (fixed running statistics,
             except in modules that are new or trained by their prefix).
         lr: initial learning rate; None: the recipe's. It follows the recipe's schedule.
-        optimizer: `sgd` (with the recipe's momentum) or `adam`; both with the recipe's weight decay.
+        optimizer: `sgd` (with the recipe's momentum) or `adam`; None: the recipe's. All have the recipe's weight decay.
+        trunk: how the phase reads a fixed trunk, for phases that train no stage; None: stages are in training mode.
+        calibrate: whether the network's temperatures are fitted on the validation images when the phase ends; its
+            strategy's `adapt` adds them (`MultiExitNetwork.add_temperatures`).
     """
 
     name: str
@@ -65,7 +82,9 @@ class Phase:
     train: Literal["all", "heads", "new"] | tuple[str, ...] = "all"
     batchnorm: Literal["train", "frozen"] = "train"
     lr: float | None = None
-    optimizer: Literal["sgd", "adam"] = "sgd"
+    optimizer: Literal["sgd", "adam"] | None = None
+    trunk: FrozenTrunk | None = None
+    calibrate: bool = False
 
 
 class LearnedTable(NamedTuple):
@@ -92,12 +111,14 @@ class TrainingStrategy:
 
     Class attributes:
         slots: the slots that this method claims.
+        yields: the slots that it leaves to another part of a composition that claims them, too.
         paper: authors, title, venue and year of the paper.
         removed: settings of earlier releases that changed no result, with their defaults; recipes with them can still
             be read.
     """
 
     slots: ClassVar[frozenset[str]] = frozenset()
+    yields: ClassVar[frozenset[str]] = frozenset()
     paper: ClassVar[str] = ""
     removed: ClassVar[Mapping[str, Any]] = {}
 
@@ -149,7 +170,7 @@ class TrainingStrategy:
         return [self.cross_entropy(logits, batch[1]) for logits in outputs.logits]
 
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return each image's loss [B] for logits [B, C] and labels [B]."""
+        """Return each image's loss [B] for logits [B, C] and labels [B], or shares of the classes [B, C]."""
         smoothing = self.label_smoothing
         return F.cross_entropy(at_least_float32(logits), labels, reduction="none", label_smoothing=smoothing)
 
@@ -184,6 +205,14 @@ class TrainingStrategy:
         first.
         """
         return ()
+
+    def refuses(self) -> Mapping[str, str]:
+        """Return {key of a recipe: reason} of the options of fine-tuning that this method can't be trained with.
+
+        The keys are `optimizer`, `warmup`, `trunk_lr_factor`, `mixup`, `cutmix` and `weight_ema`. With `mixup` and
+        `cutmix` the labels of a batch are shares of the classes [B, C], which `cross_entropy` accepts.
+        """
+        return {}
 
     def ingredients(self) -> tuple[str, ...]:
         """Return the folders of the finished runs whose side networks `run.load_auxiliary` loads."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from exitkit.data.base import Batch
+from exitkit.networks.cascade import map_tensors
 
 
 class LocalBatch(Batch):
@@ -45,7 +46,12 @@ class LocalBatch(Batch):
         sizes = ((self.total + 1) // 2, self.total // 2)
         even_rows, odd_rows = ((odd == parity).nonzero().squeeze(1).to(self.labels.device) for parity in (0, 1))
         even_half, odd_half = (
-            LocalBatch.make(self.images[rows], self.labels[rows], (self.start + 1 - parity) // 2, size, world)
+            LocalBatch.make(_rows(self.images, rows), self.labels[rows], (self.start + 1 - parity) // 2, size, world)
             for parity, rows, size in zip((0, 1), (even_rows, odd_rows), sizes, strict=True)
         )
         return even_half, odd_half
+
+
+def _rows(images: Any, rows: Tensor) -> Any:
+    """Return rows of images, or of the features that stand for them."""
+    return map_tensors(lambda tensor: tensor[rows], images)

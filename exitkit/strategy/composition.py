@@ -45,11 +45,13 @@ class Composition(TrainingStrategy):
         claimed: dict[str, str] = {}
         for name, part in self.parts.items():
             for slot in sorted(part.claims() - {GRADIENT_TAP}):
-                if slot in claimed:
+                other = claimed.setdefault(slot, name)
+                if slot in self.parts[other].yields:
+                    claimed[slot] = name
+                elif other != name and slot not in part.yields:
                     raise UserError(
-                        f"{claimed[slot]} and {name} can't be composed: both claim the slot {slot!r}; leave one out"
+                        f"{other} and {name} can't be composed: both claim the slot {slot!r}; leave one out"
                     )
-                claimed[slot] = name
         smoothing = {part.label_smoothing for part in self.parts.values()}
         if len(smoothing) > 1:
             raise UserError(f"the parts of {'+'.join(self.parts)} have different label_smoothing; expected one value")
@@ -110,6 +112,10 @@ class Composition(TrainingStrategy):
     def teacher_runs(self) -> tuple[str, ...]:
         """Return every part's teachers."""
         return tuple(dict.fromkeys(name for part in self.parts.values() for name in part.teacher_runs()))
+
+    def refuses(self) -> Mapping[str, str]:
+        """Return every part's options."""
+        return {key: f"{name}: {why}" for name, part in self.parts.items() for key, why in part.refuses().items()}
 
     def ingredients(self) -> tuple[str, ...]:
         """Return every part's ingredients."""

@@ -1,10 +1,12 @@
-"""Pseudo steps of the optimiser and directional derivatives, for meta-learning."""
+"""The network with other parameters, pseudo steps of the optimiser, and directional derivatives, for meta-learning."""
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,24 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from exitkit.errors import UserError
+
+
+def call(network: nn.Module, tensors: Mapping[str, Tensor], *args: Any) -> Any:
+    """Return `network(*args)` with some of its parameters and buffers (by name) replaced.
+
+    A tensor that modules share is replaced in all of them. Unlike in `torch.func.functional_call` alone, modules may
+    occur several times in the network: each tensor of a module is replaced, and restored, once.
+    """
+    if not tensors:
+        return network(*args)
+    names = defaultdict[int, list[str]](list)  # of each tensor, one for every module that holds it
+    for path, module in network.named_modules():
+        # Scripted modules have mappings without the operator |.
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            names[id(tensor)].append(f"{path}.{name}".lstrip("."))
+    own = dict(network.named_parameters(remove_duplicate=False)) | dict(network.named_buffers(remove_duplicate=False))
+    replaced = {name: tensor for key, tensor in tensors.items() for name in names[id(own[key])]}
+    return torch.func.functional_call(network, replaced, args, tie_weights=False)
 
 
 class PseudoStep(NamedTuple):
@@ -36,20 +56,23 @@ def pseudo_step(
 
     Args:
         optimizer: SGD; its state does not change.
-        gradients: one per parameter, in the optimiser's order, or None.
+        gradients: one per parameter that is not frozen, in the optimiser's order, or None.
         names: {identity of a parameter: its name}.
 
     Raises:
         UserError: it is another optimiser; the step of SGD is linear in the gradient.
     """
     if not isinstance(optimizer, torch.optim.SGD):
-        raise UserError(f"a pseudo step of {type(optimizer).__name__} is not supported; expected SGD")
+        name = type(optimizer).__name__
+        raise UserError(
+            f"the method computes steps of the optimiser in advance, which {name} does not allow; expected SGD"
+        )
     parameters: dict[str, Tensor] = {}
     slopes: dict[str, float] = {}
     pending = iter(gradients)
     for group in optimizer.param_groups:
         lr, momentum, sign = float(group["lr"]), group["momentum"], -1.0 if group["maximize"] else 1.0
-        for parameter in group["params"]:
+        for parameter in trained_in(group):
             gradient = next(pending)
             if gradient is None:
                 continue
@@ -65,6 +88,11 @@ def pseudo_step(
             parameters[name] = (parameter - lr * change).requires_grad_()
             slopes[name] = -lr * slope
     return PseudoStep(parameters, slopes)
+
+
+def trained_in(group: Mapping[str, Any]) -> list[nn.Parameter]:
+    """Return the parameters of an optimiser's group that are not frozen."""
+    return [parameter for parameter in group["params"] if parameter.requires_grad]
 
 
 @contextmanager
@@ -88,9 +116,20 @@ def tangents(
     """Return the directional derivative of each output of a function of named tensors, by one forward-mode product.
 
     Outputs that do not depend on the tensors have the derivative zero.
+
+    Raises:
+        UserError: torch has no forward-mode derivative of an operation.
     """
     # Fused attention does not support forward mode.
     with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
         duals = {name: forward_ad.make_dual(point[name].detach(), direction[name]) for name in point}
-        outputs = [forward_ad.unpack_dual(output) for output in function(duals)]
+        try:
+            outputs = [forward_ad.unpack_dual(output) for output in function(duals)]
+        except NotImplementedError as error:
+            operation = re.search(r"forward AD with (\w+)", str(error))
+            raise UserError(
+                f"torch has no forward-mode derivative of {operation[1] if operation else 'an operation'}, which the "
+                "method needs; expected a network without it, such as one without weight or spectral norm "
+                "(torch.nn.utils.parametrize.remove_parametrizations), or another method"
+            ) from None
         return [torch.zeros_like(out.primal) if out.tangent is None else out.tangent.clone() for out in outputs]

@@ -33,9 +33,12 @@ class Meter:
     def add(self, losses: Sequence[Tensor], logits: Sequence[Tensor], labels: Tensor) -> None:
         """Add one batch: K losses [B], K logits [B, C], labels [B].
 
+        The label of a mixed image, whose labels are shares of the classes [B, C], is the class of the largest share.
+
         Raises:
             NonFiniteError: a loss is NaN or infinite (on a GPU within 20 steps).
         """
+        labels = labels if labels.ndim == 1 else labels.argmax(1)
         exact = torch.float32 if labels.device.type == "mps" else torch.float64  # MPS has no float64
         hits = torch.stack([(output.argmax(1) == labels).sum() for output in logits]).to(exact)
         sums = torch.stack([torch.stack([loss.sum() for loss in losses]).to(exact), hits])
@@ -52,9 +55,11 @@ class Meter:
         for (step, _), row in zip(self._pending, finite, strict=True):
             if not row.all():
                 exit_number = int((~row).nonzero()[0]) + 1
+                at = self._position
+                kept = " (the last good checkpoint is kept)" if at.epoch or at.phase else ""
                 raise NonFiniteError(
-                    f"the loss of exit {exit_number} is not finite in epoch {self._position.epoch + 1}, step {step + 1}"
-                    "; try a lower --lr (the last good checkpoint is kept)"
+                    f"the loss of exit {exit_number} is not finite in epoch {at.epoch + 1}, step {step + 1}"
+                    f"; try a lower --lr{kept}"
                 )
         self._pending = []
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from exitkit.data.base import Batch
 from exitkit.errors import UserError
+from exitkit.strategy.functional import trained_in
 from exitkit.strategy.run import Run
 
 Named = dict[str, Tensor]
@@ -60,7 +61,7 @@ class Replicas:
         # SGD is elementwise, so that torch's own SGD makes the steps of all replicas at once.
         groups = run.optimizer.param_groups
         self._optimizer = torch.optim.SGD(
-            [{**group, "params": [stacks[id(p)] for p in group["params"]]} for group in groups]
+            [{**group, "params": [stacks[id(p)] for p in trained_in(group)]} for group in groups]
         )
 
     def _stack(self, tensor: Tensor) -> Tensor:
@@ -93,7 +94,7 @@ class Replicas:
         weights = self._weights()
         losses, logits = self._at_once(losses_and_logits)
         flat = [loss.flatten() for loss in losses], [output.flatten(0, 1) for output in logits]
-        self._run.meter.add(*flat, batch[1].repeat(len(self._emphasis)))
+        self._run.meter.add(*flat, torch.cat([batch[1]] * len(self._emphasis)))
         self._update(torch.stack([losses[exit].mean(1) for exit in weights]), list(weights.values()))
 
     def _at_once(self, function: Callable[[Named], Any]) -> Any:

@@ -15,11 +15,12 @@ from exitkit.engine.engine import Engine
 from exitkit.engine.precision import Precision
 from exitkit.engine.randomness import derive, generator
 from exitkit.errors import UserError
+from exitkit.escaping import counted
 from exitkit.networks.cascade import MultiExitNetwork, Outputs, map_tensors
 from exitkit.networks.compilation import eagerly
 from exitkit.strategy.auxiliary import Auxiliary
 from exitkit.strategy.batch import LocalBatch
-from exitkit.strategy.functional import PseudoStep, pseudo_step, tangents, untracked
+from exitkit.strategy.functional import PseudoStep, call, pseudo_step, tangents, trained_in, untracked
 from exitkit.strategy.meter import Meter
 from exitkit.strategy.position import Position
 
@@ -96,7 +97,7 @@ class Run:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """The parameters that the network's optimiser trains, in its order."""
+        """The parameters that the network's optimiser trains, in its order; frozen ones are left out."""
         return parameters_of(self.optimizer)
 
     @property
@@ -129,7 +130,7 @@ class Run:
                 statistics normalise in both cases.
         """
         with self._engine.arithmetic.autocast(), untracked(self.network, batchnorm == "kept"), eagerly():
-            outputs: Outputs = torch.func.functional_call(self.network, dict(parameters), (images,))
+            outputs: Outputs = call(self.network, parameters, images)
         return outputs
 
     def losses(self, batch: Batch, parameters: Mapping[str, Tensor] | None = None) -> list[Tensor]:
@@ -180,7 +181,7 @@ class Run:
 
         def losses(parameters: Mapping[str, Tensor]) -> Sequence[Tensor]:
             with untracked(self.network), eagerly():
-                outputs = torch.func.functional_call(self.network, dict(parameters), (batch[0],))
+                outputs = call(self.network, parameters, batch[0])
             return self.objective(outputs, batch) if terms is None else terms(outputs)
 
         return tangents(losses, {name: self.network.get_parameter(name) for name in direction}, direction)
@@ -229,11 +230,19 @@ class Run:
         """Return the parameters that `apply(gradients)` would give, without changing anything.
 
         Raises:
-            UserError: the optimiser is not SGD.
+            UserError: the optimiser is not SGD, or trains a side network.
         """
         self.check_network_alone("a pseudo step")
         names = {id(parameter): name for name, parameter in self.network.named_parameters()}
         return pseudo_step(self.optimizer, gradients, names)
+
+    def check_pseudo_steps(self) -> None:
+        """Check, before training, that `pseudo_step` supports the optimiser.
+
+        Raises:
+            UserError: it does not.
+        """
+        self.pseudo_step([None] * len(self.parameters))
 
     def halves(self, batch: Batch) -> tuple[LocalBatch, LocalBatch] | None:
         """Split the global batch into its even and its odd images, and return this rank's images of each.
@@ -253,7 +262,7 @@ class Run:
         """
         rank = -1 if alike else self._engine.ranks.rank
         with self._engine.placement.forked_randomness():
-            torch.manual_seed(derive(int(self.rng(tag).initial_seed()), rank))
+            self._engine.placement.seed(derive(int(self.rng(tag).initial_seed()), rank))
             yield
 
     def auxiliary(
@@ -370,8 +379,8 @@ class Run:
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    """Return the parameters that an optimiser trains, in its order."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    """Return the parameters that an optimiser trains, in its order; frozen ones are left out."""
+    return [parameter for group in optimizer.param_groups for parameter in trained_in(group)]
 
 
 def per_exit(strategy: Objective, hook: str, values: PerExit, exits: Sized) -> PerExit:
@@ -386,5 +395,7 @@ def per_exit(strategy: Objective, hook: str, values: PerExit, exits: Sized) -> P
             f"{hook} of {name} returned a {type(values).__name__}; expected a list of {len(exits)}, one per exit"
         )
     if len(values) != len(exits):
-        raise UserError(f"{hook} of {name} returned {len(values)} values; expected {len(exits)}, one per exit")
+        raise UserError(
+            f"{hook} of {name} returned {counted(len(values), 'value')}; expected {len(exits)}, one per exit"
+        )
     return values

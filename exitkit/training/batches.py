@@ -14,18 +14,22 @@ from exitkit.data.base import Data
 from exitkit.engine.engine import Engine
 from exitkit.engine.randomness import derive, generator
 from exitkit.errors import UserError
-from exitkit.runs.recipe import ResolvedRecipe
-from exitkit.strategy.base import Phase
+from exitkit.runs.recipe import Recipe, ResolvedRecipe
+from exitkit.strategy.base import FrozenTrunk, Phase
 from exitkit.strategy.batch import LocalBatch
 from exitkit.strategy.position import Position
 from exitkit.strategy.run import Run
+from exitkit.training.finetuning import make_mix
 from exitkit.training.progress import Progress, Report
 
 _REPORT_INTERVAL = 0.2  # seconds
+_WARMUP_START = 0.01
 
 
 def learning_rate(recipe: ResolvedRecipe, at: Position, start: float | None = None) -> float:
     """Return the learning rate: `cosine` falls with every step, `step` at the first epoch after each milestone.
+
+    Before, it rises linearly from a hundredth of the initial rate for `warmup` epochs, after which `cosine` begins.
 
     Args:
         recipe: the recipe, with the schedule and the initial rate.
@@ -33,17 +37,32 @@ def learning_rate(recipe: ResolvedRecipe, at: Position, start: float | None = No
         start: initial rate of this phase, if it is not the recipe's.
     """
     rate = recipe.lr if start is None else start
+    fraction = at.fraction
+    if recipe.warmup:
+        done = fraction * at.epochs
+        if done < recipe.warmup:
+            return rate * (_WARMUP_START + (1 - _WARMUP_START) * done / recipe.warmup)
+        fraction = (done - recipe.warmup) / (at.epochs - recipe.warmup)
     if recipe.schedule == "cosine":
-        return rate * 0.5 * (1 + math.cos(math.pi * at.fraction))
+        return rate * 0.5 * (1 + math.cos(math.pi * fraction))
     passed = sum(at.epoch / at.epochs >= milestone for milestone in recipe.milestones or ())
     return rate * recipe.decay**passed
+
+
+def view_of(recipe: Recipe, at: Position, trunk: FrozenTrunk | None) -> tuple[bool, int]:
+    """Return whether the training images of an epoch are augmented, and the seed of their augmentation."""
+    if trunk is None or trunk.views is None:
+        return True, derive(recipe.seed, "augment", at.phase, at.epoch)
+    if trunk.views == 0:
+        return False, 0
+    return True, derive(recipe.seed, "augment", at.phase, at.epoch % trunk.views)
 
 
 class EpochBatches:
     """The batches of one epoch; iterating again is another pass over the same batches in the same order.
 
-    Every batch updates the run's position, sets the learning rate and seeds the process's random numbers (dropout), all
-    as functions of the position only.
+    Every batch updates the run's position, sets the learning rate and seeds the process's random numbers (mixed images,
+    dropout), all as functions of the position only. Each rank mixes its own images.
 
     Args:
         run: the run that trains on the batches.
@@ -68,6 +87,7 @@ class EpochBatches:
         self._run, self._data, self._recipe, self._engine = run, data, recipe, engine
         self._phase, self._done, self._report = phase, done, report
         self._reported = 0.0
+        self._mix = make_mix(recipe, run.network.num_classes)
 
     def __len__(self) -> int:
         return len(self._positions())
@@ -91,15 +111,16 @@ class EpochBatches:
         parts = self._positions()
         at.steps, at.abreast = len(parts), 1
         run.meter.reset()
-        seed = derive(recipe.seed, "augment", at.phase, at.epoch)
+        augment, seed = view_of(recipe, at, self._phase.trunk)
         began = time.perf_counter()
         positions = [part[0] for part in parts]
-        for step, batch in enumerate(self._data.batches("train", positions, augment=True, seed=seed)):
+        for step, batch in enumerate(self._data.batches("train", positions, augment=augment, seed=seed)):
             at.step = step
             for group in run.optimizer.param_groups:
-                group["lr"] = learning_rate(recipe, at, self._phase.lr)
-            torch.manual_seed(derive(recipe.seed, "noise", at.phase, at.epoch, step, engine.ranks.rank))
-            images, labels = engine.placement.images(batch.images), engine.placement.labels(batch.labels)
+                group["lr"] = learning_rate(recipe, at, self._phase.lr) * group.get("lr_factor", 1.0)
+            engine.placement.seed(derive(recipe.seed, "noise", at.phase, at.epoch, step, engine.ranks.rank))
+            mixed = self._mix(*batch) if self._mix else batch
+            images, labels = engine.placement.images(mixed[0]), engine.placement.labels(mixed[1])
             run.batch = LocalBatch.make(images, labels, *parts[step][1:], engine.ranks.world)
             yield run.batch
             self._report_progress(at.abreast * (step + 1) / (time.perf_counter() - began))

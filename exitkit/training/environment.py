@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import platform
 import time
 from importlib.metadata import version
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 
+from exitkit import plugins
+from exitkit.data.lazy import LazyData
 from exitkit.engine.engine import Engine
 from exitkit.runs.fingerprints import code_digest
 from exitkit.runs.job import Job, images_digest
@@ -28,13 +31,27 @@ def environment(job: Job, engine: Engine) -> dict[str, Any]:
         "gpu": gpu,
         "processor": _processor(),
         "ranks": engine.ranks.world,
+        "layout": "channels-last" if engine.placement.channels_last else "contiguous",
+        "fused_batchnorm": engine.fuses_batchnorm,
         "code": code_digest(job.recipe.method),
         "images": images_digest(job.recipe),
         "parameters": sum(parameter.numel() for parameter in job.network.parameters()),
         "input_shape": list(job.data.input_shape),
         "num_classes": job.data.num_classes,
+        "preprocessing": _preprocessing(job),
+        "class_names": list(job.data.class_names),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def _preprocessing(job: Job) -> dict[str, Any] | None:
+    """Return the transform of the images, and where it comes from; None for images of one size."""
+    if not isinstance(job.data, LazyData) or job.data.preprocessing is None:
+        return None
+    recipe, chosen = job.recipe, job.data.preprocessing
+    network = plugins.configure("backbone", recipe.backbone, recipe.backbone_settings).preprocessing()
+    source = {None: "data set", chosen: "network"}.get(network, "settings")
+    return dataclasses.asdict(chosen) | {"source": source}
 
 
 def _processor() -> str:

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from exitkit.engine.devices import Layout
 from exitkit.engine.engine import Engine
 from exitkit.engine.precision import Precision
 from exitkit.engine.randomness import derive
-from exitkit.errors import UserError
+from exitkit.errors import UserError, unknown
+from exitkit.escaping import counted
 from exitkit.networks.cascade import MultiExitNetwork
-from exitkit.strategy.base import TrainingStrategy
+from exitkit.networks.ownership import frozen
+from exitkit.runs.job import make_phases
+from exitkit.strategy.base import Phase, TrainingStrategy
 from exitkit.strategy.batch import LocalBatch
 from exitkit.strategy.composition import build_strategy
 from exitkit.strategy.position import Position
 from exitkit.strategy.run import Run
+from exitkit.training.local_checks import (
+    as_sequence,
+    check_batch,
+    check_network,
+    check_optimizer,
+    errors_explained,
+    set_mode,
+)
+from exitkit.training.phase import check_trains, trains
 
 
 class LocalRun(Run):
@@ -30,27 +45,56 @@ class LocalRun(Run):
         engine: Engine,
         seed: int,
         position: Position,
+        phase: Phase,
+        added: Collection[str],
     ) -> None:
         super().__init__(network, strategy, optimizer, engine, seed, position)
-        self._method = strategy
+        self._method, self._phase, self._added = strategy, phase, added
 
     def train_step(self, batch: tuple[Tensor, Tensor]) -> None:
-        """Make one step of the strategy on images [B, C, H, W] and labels [B]; the position does not change."""
-        self.batch = LocalBatch.make(*batch)
-        self._method.train_step(self, self.batch)
+        """Make one step of the strategy on images [B, *input_shape] and labels [B]; the position does not change.
 
-    def train_epoch(self, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Train for one epoch, and move to the next; the learning rate is the optimiser's own.
+        The network must be in training mode; a trunk that the method does not train, and batch norm of frozen parts,
+        are put into evaluation mode.
 
         Raises:
-            UserError: there are no batches, or more epochs than the run was made for.
+            UserError: the network is in evaluation mode, or the batch is not such a pair (see `check_batch`).
         """
+        set_mode(self.network, self._phase, self._added)
+        self.batch = self.placed(batch)
+        with errors_explained(self):
+            self._method.train_step(self, self.batch)
+
+    def placed(self, batch: tuple[Tensor, Tensor]) -> LocalBatch:
+        """Return a batch in the memory layout of the network, after checking it."""
+        images, labels = check_batch(batch, self.network)
+        placement = self._engine.placement
+        return LocalBatch.make(placement.images(images) if placement.channels_last else images, labels)
+
+    def train_epoch(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Train for one epoch in training mode, and move to the next; the learning rate is the optimiser's own.
+
+        A network in evaluation mode is put into training mode; of one in training mode, single modules may be in
+        evaluation mode. What the method does not train is put into evaluation mode as by `train_step`.
+
+        Args:
+            batches: pairs (images, labels), see `train_step`: a list, a `DataLoader`, or any other iterable; one
+                without a length, such as a generator, is read into a list first.
+
+        Raises:
+            UserError: there are no batches, a batch is wrong, or more epochs than the run was made for.
+        """
+        batches = as_sequence(batches)
         if not len(batches):
             raise UserError("the epoch has no batches; expected at least one")
         if self.position.epoch >= self.position.epochs:
-            made_for = f"the run was made for {self.position.epochs} epochs"
+            made_for = f"the run was made for {counted(self.position.epochs, 'epoch')}"
             raise UserError(f"{made_for}; give their number by Run.local(epochs=...)")
-        self._method.train_epoch(self, _Passes(self, batches))
+        if not self.network.training:
+            self.network.train()
+        set_mode(self.network, self._phase, self._added)
+        with errors_explained(self):
+            self._method.train_epoch(self, _Passes(self, batches))
         self.position.end_epoch()
 
 
@@ -62,6 +106,7 @@ def local_run(
     seed: int = 0,
     epochs: int = 1,
     precision: Precision = "fp32",
+    layout: Layout = "auto",
 ) -> LocalRun:
     """Make a run in memory, in one process, on the network's device (`exitkit.Run.local`).
 
@@ -69,33 +114,65 @@ def local_run(
     `run.train_step((images, labels))` makes a step, and `run.train_epoch(batches)` an epoch over a list of such pairs.
     The preparation does not change the caller's random state.
 
+    Of a method with one phase, the parameters that the phase does not train are frozen, as `exitkit.train` does it:
+    `heads` trains the heads on a fixed trunk. Methods with several phases are one phase here, which trains all
+    parameters. Temperatures are not fitted.
+
     Args:
-        network: the network; it is adapted in place.
+        network: the network; it is adapted in place. Frozen parameters (`requires_grad=False`) stay as they are.
         strategy: a method, or the name of a method with its default settings.
-        optimizer: optimiser of the network's parameters.
+        optimizer: optimiser of all parameters that are not frozen and that the method trains.
         seed: seed of all random numbers of the strategy.
         epochs: number of epochs, for values that follow the schedule.
         precision: see `Precision`.
+        layout: memory layout, see `Engine`; network and images are converted to it.
 
     Raises:
-        UserError: `epochs` is below 1, or the strategy can't train this network.
+        UserError: `epochs` is below 1; the optimiser lacks parameters that are trained, or has those of another
+            network; or the strategy can't train this network or use this optimiser.
     """
-    if epochs < 1:
-        raise UserError(f"epochs is {epochs}; expected at least 1")
+    for name, value, known in (("precision", precision, Precision), ("layout", layout, Layout)):
+        if value not in get_args(known):
+            raise unknown(name, str(value), get_args(known))
+    if not isinstance(epochs, int) or epochs < 1:
+        raise UserError(f"epochs is {epochs}; expected a number of at least 1")
+    label = strategy if isinstance(strategy, str) else type(strategy).__name__
     if isinstance(strategy, str):
         strategy = build_strategy(strategy)
+    if not isinstance(strategy, TrainingStrategy):
+        raise UserError(f"strategy is {strategy!r}; expected the name of a method, or what build_strategy returns")
+    check_network(network)
+    phase = _phase(strategy, epochs, network.num_exits)
+    check_optimizer(optimizer, network, phase)
     optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    before = {id(parameter) for parameter in network.parameters()}
-    engine = Engine(next(network.parameters()).device, precision)
+    before = {name for name, _ in network.named_parameters()}
+    modules = {name for name, _ in network.named_modules()}
+    fixed = frozen(network)
+    engine = Engine(next(network.parameters()).device, precision, layout=layout)
     strategy.adapt(network)
-    added = [p for p in network.parameters() if id(p) not in before | optimized]
-    if added:
-        optimizer.add_param_group({"params": added})
-    run = LocalRun(network, strategy, optimizer, engine, seed, Position(epochs=epochs))
+    engine.place(network)
+    check_trains(phase, label, network, before, fixed)
+    for name, parameter in network.named_parameters():
+        if not trains(phase, name, new=name not in before):
+            parameter.requires_grad_(False)
+    new = [p for name, p in network.named_parameters() if name not in before and id(p) not in optimized]
+    if new:
+        optimizer.add_param_group({"params": new})
+    added = {name for name, _ in network.named_modules()} - modules
+    run = LocalRun(network, strategy, optimizer, engine, seed, Position(epochs=epochs), phase, added)
     with engine.placement.forked_randomness():
         torch.manual_seed(derive(seed, "prepare", 0))
         strategy.prepare(run)
     return run
+
+
+def _phase(strategy: TrainingStrategy, epochs: int, exits: int) -> Phase:
+    """Return the only phase of a strategy, or a phase that trains all parameters in place of several."""
+    with contextlib.suppress(UserError):  # too few epochs for several phases
+        phases = make_phases(strategy, epochs, exits)
+        if len(phases) == 1:
+            return phases[0]
+    return Phase("train", strategy, epochs)
 
 
 class _Passes:
@@ -113,7 +190,7 @@ class _Passes:
         run.meter.reset()
         for step, batch in enumerate(self._batches):
             at.step = step
-            run.batch = LocalBatch.make(*batch)
+            run.batch = run.placed(batch)
             yield run.batch
         run.batch = None
         at.passes += at.abreast

@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from exitkit.data.base import Data
 from exitkit.engine.engine import launch
 from exitkit.engine.memory import begin_peak, give_back_freed, peak_mib
 from exitkit.errors import UserError
 from exitkit.files import exists, save_tensors
-from exitkit.runs.evaluate import augment_validation, evaluate_held, measure
-from exitkit.runs.fingerprints import check_same
+from exitkit.inference.calibration import fit_temperatures
+from exitkit.runs.evaluate import augment_validation, collect_outputs, evaluate_held, measure
+from exitkit.runs.fingerprints import check_same, start_facts
 from exitkit.runs.folder import WEIGHTS, RunFolder, nearest_unfinished
 from exitkit.runs.ingredients import load_initial, teacher_recipes
 from exitkit.runs.job import resolve
 from exitkit.runs.recipe import Recipe, ResolvedRecipe
 from exitkit.strategy.meter import split_totals
 from exitkit.training.batches import EpochBatches, learning_rate
-from exitkit.training.checkpoint import finite_state
+from exitkit.training.checkpoint import check_finite
 from exitkit.training.history import EpochMeasures, History
 from exitkit.training.observers import EpochEnd
 from exitkit.training.phase import BegunPhase
 from exitkit.training.progress import Progress, ProgressFile, Report
-from exitkit.training.setup import Training, set_up
+from exitkit.training.setup import Announce, Training, set_up
 
 
 def train(
@@ -35,6 +37,7 @@ def train(
     *,
     resume: bool | None = None,
     report: Report = lambda progress: None,
+    announce: Announce = lambda lines: None,
 ) -> RunFolder:
     """Train and evaluate one run, in a folder of its own below `out`.
 
@@ -45,6 +48,7 @@ def train(
             settings, which is an error; False: an unfinished run of these settings is an error; None: begin or resume.
             A finished run is returned as it is.
         report: called with a `Progress` a few times per second.
+        announce: called with lines of text that describe the images, before training.
 
     Returns:
         the finished run's folder.
@@ -55,37 +59,55 @@ def train(
     """
     resolved = resolve(recipe if isinstance(recipe, Recipe) else Recipe.make(**recipe))
     path = Path(out) / resolved.id
-    if not RunFolder.is_finished(path):
+    process = launch(
+        resolved.device, resolved.precision, resolved.threads, resolved.layout, deterministic=resolved.deterministic
+    )
+    with process as engine:
+        ranks = engine.ranks
+        with ranks.agreeing() as facts:  # all ranks must search before the main rank makes the folder
+            if ranks.world > 1:
+                facts.update(start_facts(resolved))
+            existing = _find(path, resolved, resume)
+            facts["run folder"] = _state(existing)
+            if existing is not None:
+                check_same([(existing, resolved)], tell=ranks.is_main)
+        if existing is not None and existing.finished:
+            return existing
         for name, teacher in teacher_recipes(resolved).items():
             train(teacher, out, report=partial(_report_teacher, report, name))
-    with launch(resolved.device, resolved.precision, resolved.threads) as engine:
-        existing = _find(path, resolved, resume)
-        engine.ranks.barrier()  # all ranks must search before the main rank makes the folder
-        if existing is not None:
-            check_same([(existing, resolved)], tell=engine.ranks.is_main)
-            if existing.finished:
-                return existing
         give_back_freed()
         with engine.placement.forked_randomness():
-            return _train(resolved, set_up(resolved, engine, path, ProgressFile(path, report, engine.ranks.is_main)))
+            progress = ProgressFile(path, report, engine.ranks.is_main)
+            return _train(resolved, set_up(resolved, engine, path, progress, announce))
 
 
 def _train(recipe: ResolvedRecipe, training: Training) -> RunFolder:
     """Train the phases and evaluate; every rank returns when the run is finished."""
     folder, engine, ranks = training.folder, training.engine, training.engine.ranks
-    with folder.held() if ranks.is_main else nullcontext():
-        ranks.barrier()  # the process that held the lock before has written its last checkpoint
-        finished = folder.finished
-        ranks.barrier()
+    with ExitStack() as lock:
+        with ranks.agreeing():
+            if ranks.is_main:
+                lock.enter_context(folder.held())
+        with ranks.agreeing() as facts:  # the process that held the lock before has written its last checkpoint
+            finished = folder.finished
+            facts["run folder"] = _state(folder)
+            if ranks.world > 1:
+                facts["digest of the checkpoint"] = training.checkpoints.digest()
         if not finished:
             _train_phases(training)
-            if ranks.is_main:
-                save_tensors(folder.path / WEIGHTS, training.job.network.state_dict(), folder.name)
-                evaluate_held(folder, recipe.with_values(device=str(engine.device)))
-                for observer in training.observers:
-                    observer.on_training_end()
-            ranks.barrier()  # only the main rank evaluates
+            with ranks.agreeing():  # only the main rank evaluates
+                if ranks.is_main:
+                    save_tensors(folder.path / WEIGHTS, training.job.network.state_dict(), folder.name)
+                    evaluate_held(folder, recipe.with_values(device=str(engine.device)))
+                    for observer in training.observers:
+                        observer.on_training_end()
     return folder
+
+
+def _state(folder: RunFolder | None) -> str:
+    if folder is None:
+        return "absent"
+    return "finished" if folder.finished else "unfinished"
 
 
 def _report_teacher(report: Report, name: str, progress: Progress) -> None:
@@ -117,6 +139,7 @@ def _train_phases(training: Training) -> None:
     """Train the remaining epochs of all phases, with a checkpoint after each epoch."""
     job = training.job
     state = training.checkpoints.load()
+    training.describe_data()
     if state:
         training.history = History.load(state, training.folder.path)
     first = state["position"][0] if state else job.first
@@ -127,58 +150,73 @@ def _train_phases(training: Training) -> None:
         if number < first:
             continue  # it is trained already, and only adapts the network
         if state and number == first:
-            training.checkpoints.restore(begun.run, state)
-        while begun.run.position.epoch < phase.epochs:
-            _train_epoch(training, begun)
-        for observer in training.observers:
-            observer.on_phase_end(begun.run, phase.strategy, phase.name)
+            training.checkpoints.restore(begun, state)
+        with training.phase_data(number, begun) as data:
+            while begun.run.position.epoch < phase.epochs:
+                _train_epoch(training, begun, data)
+        with training.engine.ranks.agreeing():
+            for observer in training.observers:
+                observer.on_phase_end(begun.run, phase.strategy, phase.name)
 
 
-def _train_epoch(training: Training, begun: BegunPhase) -> None:
-    """Train one epoch, or its remaining passes, and save."""
+def _train_epoch(training: Training, begun: BegunPhase, data: Data) -> None:
+    """Train one epoch, or its remaining passes, on the data of its phase, and save."""
     run, history, device = begun.run, training.history, training.engine.device
     begin_peak(device)
     start = time.perf_counter() - history.seconds  # includes the time before an interruption
     history.seconds = 0.0
-    batches = _batches(training, begun)
+    batches = _batches(training, begun, data)
     begun.train_mode()
 
     def save() -> None:
-        saved = replace(history, seconds=time.perf_counter() - start)
-        training.checkpoints.save(run, saved)
-        training.engine.ranks.barrier()
+        with training.engine.ranks.agreeing():
+            training.checkpoints.save(begun, replace(history, seconds=time.perf_counter() - start))
 
     run.on_checkpoint = save
     begun.phase.strategy.train_epoch(run, batches)
     seconds = time.perf_counter() - start
-    _end_epoch(training, begun, batches, seconds, peak_mib(device))
+    _end_epoch(training, begun, data, batches, seconds, peak_mib(device))
 
 
-def _batches(training: Training, begun: BegunPhase) -> EpochBatches:
+def _calibrate(training: Training, data: Data) -> None:
+    """Fit the network's temperatures on the validation images."""
+    network, augment = training.job.network, augment_validation(training.recipe, "validation")
+    network.set_temperatures([1.0] * network.num_exits)
+    outputs = collect_outputs(network, data, "validation", training.engine, augment)
+    network.set_temperatures(fit_temperatures(outputs["logits"].float(), outputs["labels"]))
+
+
+def _batches(training: Training, begun: BegunPhase, data: Data) -> EpochBatches:
     job, number = training.job, begun.run.position.phase
     lengths = [phase.epochs for phase in job.phases]
     total, before = sum(lengths[job.first :]), sum(lengths[job.first : number])
     done = (before / total, begun.phase.epochs / total)
-    return EpochBatches(begun.run, job.data, job.recipe, training.engine, begun.phase, done, training.progress)
+    return EpochBatches(begun.run, data, job.recipe, training.engine, begun.phase, done, training.progress)
 
 
-def _end_epoch(training: Training, begun: BegunPhase, batches: EpochBatches, seconds: float, peak: float) -> None:
+def _end_epoch(
+    training: Training, begun: BegunPhase, data: Data, batches: EpochBatches, seconds: float, peak: float
+) -> None:
     """Validate, record the epoch, notify the observers, and save."""
     job, engine, run, phase, history = training.job, training.engine, begun.run, begun.phase, training.history
     ranks, epoch = engine.ranks, run.position.epoch + 1
     trained = EpochMeasures(*split_totals(ranks.total(run.meter.totals(), engine.device)))
     augment = augment_validation(job.recipe, "validation")
-    sums = measure(job.network, job.data, "validation", engine, augment)
+    sums = measure(begun.evaluated, data, "validation", engine, augment)
     validated = EpochMeasures(*split_totals(ranks.total(sums, engine.device)))
     history.add_epoch(phase.name, epoch, learning_rate(job.recipe, run.position, phase.lr), trained, validated)
     history.add_timing(phase.name, epoch, seconds, peak)
     begun.train_mode()
-    finite_state(run)  # before files of an epoch that can't be saved are written
+    if begun.average and epoch == phase.epochs:
+        begun.average.end()
+    check_finite(begun)  # before files of an epoch that can't be saved are written
     end = EpochEnd(history, batches.end(epoch, seconds, trained.losses, trained.accuracies))
-    for observer in training.observers:
-        observer.on_epoch_end(run, end)
-    run.position.end_epoch()
-    training.checkpoints.save(run, history)
-    ranks.barrier()
-    for observer in training.observers:
-        observer.on_epoch_saved(run, end)
+    with ranks.agreeing():  # only the main rank writes files
+        for observer in training.observers:
+            observer.on_epoch_end(run, end)
+        if phase.calibrate and epoch == phase.epochs:
+            _calibrate(training, data)
+        run.position.end_epoch()
+        training.checkpoints.save(begun, history, checked=True)
+        for observer in training.observers:
+            observer.on_epoch_saved(run, end)

@@ -8,7 +8,7 @@ from typing import Any
 
 from exitkit.errors import Note, UserError
 from exitkit.files import save_tensors, write_json, write_text
-from exitkit.runs.folder import LEARNED, PROBES, RunFolder
+from exitkit.runs.folder import LEARNED, METRICS, PROBES, RunFolder
 from exitkit.strategy.base import LearnedTable, TrainingStrategy
 from exitkit.strategy.run import Run
 from exitkit.training.history import TIMING_COLUMNS, History, csv_text
@@ -52,7 +52,7 @@ class MetricsFiles(Observer):
     def on_epoch_end(self, run: Run, end: EpochEnd) -> None:
         """Write the records so far."""
         history, path = end.history, self._folder.path
-        write_text(path / "metrics.csv", csv_text(history.metrics, list(history.metrics[0])))
+        write_text(path / METRICS, csv_text(history.metrics, list(history.metrics[0])))
         write_text(path / "timing.csv", csv_text(history.timing, TIMING_COLUMNS))
         if history.probes:
             save_tensors(path / PROBES, history.stacked_probes(), self._folder.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import platform
 import time
 from collections.abc import Callable
@@ -68,7 +69,10 @@ class ProgressFile:
         self._first = self._first or (now, progress.fraction)
         if self._main and (now >= self._next or progress.epoch_done):
             self._next = now + INTERVAL
-            self._write(asdict(progress) | {"seconds_left": self._seconds_left(now, progress.fraction)})
+            facts = asdict(progress) | {"seconds_left": self._seconds_left(now, progress.fraction)}
+            for name in ("losses", "accuracies"):  # JSON has no number that is not finite
+                facts[name] = [value if math.isfinite(value) else None for value in facts[name]]
+            self._write(facts)
         self._report(progress)
 
     def stop(self) -> None:
@@ -86,7 +90,8 @@ class ProgressFile:
         temporary = beside(self._path)
         with contextlib.suppress(OSError):
             try:
-                temporary.write_text(json.dumps(facts | {"host": platform.node(), "when": time.time()}) + "\n")
+                content = json.dumps(facts | {"host": platform.node(), "when": time.time()}) + "\n"
+                temporary.write_text(content, encoding="utf-8")
                 temporary.replace(self._path)
             finally:
                 temporary.unlink(missing_ok=True)

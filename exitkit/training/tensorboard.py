@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import io
+import os
+import platform
 import re
 import shutil
+import time
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from exitkit.errors import UserError
+from exitkit.errors import Note, UserError
 from exitkit.files import disk_error
 from exitkit.strategy.run import Run
 from exitkit.training.observers import EpochEnd, Observer
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 FOLDER = "tensorboard"
 
@@ -37,41 +39,53 @@ class TensorBoardLog(Observer):
         if find_spec("tensorboard") is None:
             raise UserError("--tensorboard needs tensorboard; install it with: pip install 'exitkit[tensorboard]'")
         self._folder = run / FOLDER
-        self._writer: SummaryWriter | None = None
+        self._path: Path | None = None
         self._written = 0
 
     def on_epoch_saved(self, run: Run, end: EpochEnd) -> None:
         """Write the epochs that are not written yet."""
         self.write(end.history.metrics)
 
-    def on_training_end(self) -> None:
-        """Close the file."""
-        self.close()
-
     def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write those of a run's epochs that are not written yet.
+        """Write those of a run's epochs that are not written yet; all of them, if the log was deleted meanwhile.
 
         Raises:
             UserError: the log can't be written.
         """
         try:
-            if self._writer is None:
-                # Imported when used: tensorboard is an optional package.
-                from torch.utils.tensorboard import SummaryWriter
-
+            if self._path is None:
                 shutil.rmtree(self._folder, ignore_errors=True)
-                self._writer = SummaryWriter(str(self._folder))
-            for step, row in enumerate(rows[self._written :], self._written + 1):
-                for name, value in row.items():
-                    if name not in ("phase", "epoch"):
-                        tag = re.sub(r"_(\d+)$", r"/exit \1", name)
-                        self._writer.add_scalar(tag, value, step)
-            self._writer.flush()
+            elif not self._path.is_file():
+                warnings.warn(Note(f"{self._folder} was deleted; all epochs are written again"), stacklevel=2)
+                self._path = None
+            if self._path is None:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                self._path = self._folder / f"events.out.tfevents.{time.time():.0f}.{platform.node()}.{os.getpid()}"
+                self._written = 0
+            content = self._records(rows)
+            with self._path.open("ab") as file:
+                file.write(content)
         except OSError as error:
             raise disk_error(self._folder, error) from None
         self._written = len(rows)
 
-    def close(self) -> None:
-        """Close the file."""
-        if self._writer is not None:
-            self._writer.close()
+    def _records(self, rows: Sequence[Mapping[str, Any]]) -> bytes:
+        """Return the records of the epochs that are not written yet.
+
+        They are not written by torch's SummaryWriter, whose thread prints a traceback if it can't write.
+        """
+        # Imported when used: tensorboard is an optional package.
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+        from torch.utils.tensorboard.summary import scalar
+
+        content = io.BytesIO()
+        writer = RecordWriter(content)
+        if self._written == 0:
+            writer.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
+        for step, row in enumerate(rows[self._written :], self._written + 1):
+            for name, value in row.items():
+                if name not in ("phase", "epoch"):
+                    summary = scalar(re.sub(r"_(\d+)$", r"/exit \1", name), value)
+                    writer.write(Event(wall_time=time.time(), step=step, summary=summary).SerializeToString())
+        return content.getvalue()

@@ -12,9 +12,11 @@ import pytest
 import torch
 
 import exitkit
+from exitkit import ExitPolicy
 from exitkit.benchmarks.commands import bench
-from exitkit.benchmarks.timing import stopwatch
+from exitkit.benchmarks.timing import arrivals, stopwatch
 from exitkit.benchmarks.timing.energy import energy_meter
+from exitkit.inference import engines
 from exitkit.runs.folder import RunFolder
 
 from toy import FEW
@@ -80,6 +82,92 @@ def test_what_was_measured_is_kept_with_the_facts_and_printed(cli, runs, monkeyp
     assert re.findall(r"│ (exit \d) ", printed)[:4] == ["exit 1", "exit 2", "exit 3", "exit 4"]
 
 
+def test_engines_are_measured_side_by_side_and_the_tables_fit_80_columns(cli, runs, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, printed, errors = cli(
+        "bench",
+        runs[0],
+        "--engine",
+        "folded",
+        "--engine",
+        "eager",
+        "--repeats",
+        "1",
+        "--device",
+        "cpu",
+        "--budget",
+        "60K",
+    )
+    assert code == 0, errors
+    facts = json.loads((runs[0] / "latency.json").read_text())
+    assert list(facts["engines"]) == ["folded", "eager"] and facts["exits"] == facts["engines"]["folded"]["exits"]
+    assert RunFolder(runs[0]).latency() == facts["engines"]["folded"]["milliseconds"]
+    for values in facts["engines"].values():
+        (point,) = values["points"]
+        static = point["static"]
+        assert static["mean"] == min(form["mean"] for form in static["forms"])  # the faster form counts
+        assert [form["name"].split()[0] for form in static["forms"]] == ["cut", "stages"]
+        assert point["images"] == 256 and point["moved"] < 3 and point["difference"] < 1e-5
+    assert facts["engines"]["eager"]["points"][0]["difference"] == 0
+    assert max(map(len, printed.splitlines())) <= 80 and "…" not in printed
+    assert "mean milliseconds per image on each engine" in printed and "folded: 0 of 256 exits differ" in printed
+
+
+def test_throughput_refills_the_batches_of_deep_stages_with_the_same_predictions(trained):
+    run = RunFolder(sorted(trained.iterdir())[0])
+    network = exitkit.load_network(run).eval()
+    images = torch.randn(12, *network.input_shape)
+    point = stopwatch.Point("q", exitkit.ExitPolicy(exitkit.ExitRule.from_run(run, share=1.0)), 2)
+    subject = stopwatch.Subject(network, None, None, [point])
+    seen = []
+    step = subject.prepared.step
+
+    def watched(index, state, carry):
+        logits, *after = step(index, state, carry)
+        seen.append((index, len(logits)))
+        return logits, *after
+
+    subject.prepared = engines.FixedEngine("watched", watched)
+    with torch.inference_mode():
+        ways = subject.ways(4)
+        queued = ways["q"](images)
+        deep = [count for index, count in seen if index]
+        assert all(count == 4 for index, count in seen if not index) and max(deep) == 4
+        apart = torch.cat([ways["q"](batch) for batch in images.split(4)])
+        torch.testing.assert_close(queued, apart, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ways["cut at exit 2"](images), ways["stages up to exit 2"](images))
+
+
+def test_the_queue_serves_in_order_and_its_mean_wait_is_that_of_the_theory():
+    found = arrivals.latencies(np.array([2.0, 2.0, 1.0, 1.0]), np.array([1.0, 1.0, 10.0, 0.5]))
+    assert found.tolist() == [2.0, 3.0, 1.0, 1.5]  # arrivals at 1, 2, 12, 12.5; starts at 1, 3, 12, 13
+    generator = np.random.default_rng(0)
+    service, load = generator.choice([1.0, 5.0], 400_000), 0.6
+    waits = arrivals.latencies(service, generator.exponential(3 / load, 400_000)) - service
+    expected = (load / 3) * (1 + 25) / 2 / (2 * (1 - load))  # Pollaczek and Khinchine
+    assert waits.mean() == pytest.approx(expected, rel=0.03)
+
+
+def test_latency_grows_with_the_load_and_early_exit_is_served_at_the_same_arrivals():
+    rows = arrivals.under_load({"all": [0.004] * 8, "early": [0.001, 0.003] * 4}, [0.004] * 8)
+    assert [row["load"] for row in rows] == list(arrivals.LOADS) and rows[1]["images_per_second"] == 125
+    for way in ("all", "early"):
+        tails = [row["ways"][way]["p99"] for row in rows]
+        assert tails == sorted(tails) and tails[0] >= rows[0]["ways"][way]["p50"]
+    assert all(row["ways"]["early"]["mean"] < row["ways"]["all"]["mean"] for row in rows)
+
+
+def test_a_stream_is_measured_image_by_image_and_its_tables_fit_80_columns(cli, runs, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    options = ("--mode", "stream", "--repeats", "4", "--device", "cpu", "--budget", "60K")
+    code, printed, errors = cli("bench", runs[0], *options)
+    assert code == 0, errors
+    facts = json.loads((runs[0] / "latency.json").read_text())
+    static = f"static, exit {facts['points'][0]['static']['exit']}"
+    assert [list(row["ways"]) for row in facts["stream"]] == [["all exits", "budget 60K", static]] * 6
+    assert max(map(len, printed.splitlines())) <= 80 and "…" not in printed and "p99 of latency" in printed
+
+
 def test_a_summary_is_of_one_image():
     found = stopwatch.summary([0.2, 0.4, 1.2], batch_size=4)
     percentiles = {"p50": 100.0, "p95": 280.0, "p99": 296.0}
@@ -90,7 +178,7 @@ def test_rounds_take_turns_on_the_same_images_and_warm_up_does_not_count(monkeyp
     asked = []
     for name in "ab":
         subject = SimpleNamespace(
-            ways=lambda name=name: {name: None}, engine=SimpleNamespace(device=torch.device("cpu"))
+            ways=lambda size, name=name: {name: None}, engine=SimpleNamespace(device=torch.device("cpu"))
         )
         asked.append(subject)
     seen = []
@@ -101,14 +189,14 @@ def test_rounds_take_turns_on_the_same_images_and_warm_up_does_not_count(monkeyp
 
 
 def test_a_measurement_is_one_positive_number_an_exit_and_all_is_there_as_json(cli, runs):
-    options = ("--repeats", "2", "--mode", "throughput", "--batch-size", "600", "--boundary", "end-to-end")
+    options = ("--repeats", "2", "--mode", "throughput", "--batch-size", "100", "--boundary", "end-to-end")
     code, printed, errors = cli("bench", *runs, *options, "--device", "cpu", "--json")
     assert code == 0, errors
     found = json.loads(printed)
     for run in runs:
         facts = found[run.name]
         assert RunFolder(run).latency() == facts["milliseconds"] and min(facts["milliseconds"]) > 0
-        assert len(facts["points"]) == len(bench.SHARES) and facts["batch_size"] == 600
+        assert len(facts["points"]) == len(bench.SHARES) and facts["batch_size"] == 100
         results = RunFolder(run).results()["validation"]
         for point in facts["points"]:
             assert 1 <= point["static"]["exit"] <= len(results) and point["p50"] <= point["p95"] <= point["p99"]
@@ -128,6 +216,19 @@ def test_energy_is_read_from_the_counters_of_linux_which_begin_anew(tmp_path, re
     assert energy_meter("cpu", tmp_path / "nowhere") is None
 
 
+def test_a_policy_is_measured_at_its_own_points(cli, runs):
+    options = ("--policy", "mean+agreement", "--repeats", "1", "--device", "cpu", "--json")
+    code, printed, errors = cli("bench", runs[0], *options, "--budget", "100K")
+    assert code == 0, errors
+    (point,) = json.loads(printed)[runs[0].name]["points"]
+    assert point["name"] == "mean+agreement, budget 100K" and 1 <= point["static"]["exit"] <= 4
+    expected = ExitPolicy.from_run(runs[0], "mean+agreement", budget="100K")
+    assert point["rule"] == json.loads(expected.to_json()) and point["rule"]["combination"]["name"] == "mean"
+    code, printed, errors = cli("bench", runs[0], *options)
+    assert code == 0, errors
+    assert json.loads(printed)[runs[0].name]["points"][0]["name"] == "mean+agreement, no loss of accuracy"
+
+
 def test_it_may_be_measured_again(cli, runs):
     (runs[0] / "latency.json").write_text('{"milliseconds": [0, 0, 0, 0]}')
     assert cli("bench", runs[0], "--repeats", "1", "--device", "cpu")[0] == 0
@@ -140,9 +241,13 @@ def test_it_may_be_measured_again(cli, runs):
         ("--repeats 0", "--repeats is 0; expected at least 1"),
         ("--batch-size 0", "--batch-size is 0; expected at least 1"),
         ("--threads -1", "--threads is -1; expected at least 1"),
-        ("--mode fast", "unknown mode 'fast'; available: latency, throughput"),
+        ("--engine fold", "unknown engine 'fold'; did you mean folded"),
+        ("--mode stream --batch-size 2", "--batch-size is 2; expected 1 with --mode stream"),
+        ("--mode fast", "unknown mode 'fast'; available: latency, stream, throughput"),
         ("--boundary all", "unknown boundary 'all'"),
         ("--budget 1", "budget 1 is below the first exit's cost"),
+        ("--policy mies", "unknown combination, score or rule 'mies'; did you mean mie"),
+        ("--policy mie --budget 1", "budget 1 is below the first exit's cost"),
         ("--repeats many", "'many' is not a valid integer"),
         ("--device gpu", "device is 'gpu'; expected auto, cpu, cuda"),
     ],

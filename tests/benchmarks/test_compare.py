@@ -1,5 +1,6 @@
 """The comparison as one command: its tables, its files, killed and started again."""
 
+import json
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 import exitkit
+from exitkit.benchmarks.campaign.display import CampaignDisplay
+from exitkit.benchmarks.campaign.launchers import Event
 from exitkit.files import load_tensors
 
 from toy import FEW_OPTIONS
@@ -99,18 +102,19 @@ def test_all_methods_share_split_start_and_order(finished):
     assert all(torch.equal(split[part], value) for split in splits for part, value in splits[0].items())
 
 
-def test_a_copied_folder_gives_the_same_bytes_elsewhere(finished, tmp_path):
+def test_a_copied_folder_gives_the_same_bytes_elsewhere(finished, cli, tmp_path, monkeypatch):
     out, _ = finished
     shutil.copytree(out, tmp_path / "deep" / "copy", ignore=shutil.ignore_patterns("report"))
-    command = [sys.executable, "-m", "exitkit", "report", "copy", "--format", "csv,html"]
-    subprocess.run(command, cwd=tmp_path / "deep", capture_output=True, check=True)
+    monkeypatch.chdir(tmp_path / "deep")
+    done = cli("report", "copy", "--format", "csv,html")
+    assert done.code == 0, done.errors
     copied = tmp_path / "deep" / "copy" / "report"
     assert len(list(copied.glob("*.csv"))) > 10
     for path in copied.iterdir():
         assert path.read_bytes() == (out / "report" / path.name).read_bytes(), path.name
 
 
-def test_killed_it_leaves_no_worker_and_goes_on_to_the_same_bytes(finished, tmp_path):
+def test_killed_it_leaves_no_worker_and_goes_on_to_the_same_bytes(finished, cli, tmp_path):
     whole, _ = finished
     process = subprocess.Popen([*COMMAND, "--out", str(tmp_path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -120,14 +124,16 @@ def test_killed_it_leaves_no_worker_and_goes_on_to_the_same_bytes(finished, tmp_
     assert len(workers) == 2
     process.kill()
     process.wait()
-    time.sleep(1)
+    deadline = time.monotonic() + 10
+    while any(map(alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert not any(map(alive, workers))
     finished_before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/results.json")}
     assert 1 <= len(finished_before) < 6
 
-    again = compare(tmp_path)
-    assert again.returncode == 0, again.stderr
-    assert f"{len(finished_before)} of 6 runs are already finished" in again.stderr
+    again = cli(*COMMAND[3:], "--jobs", "1", "--out", tmp_path)
+    assert again.code == 0, again.errors
+    assert f"already finished: {len(finished_before)} of 6 runs" in again.errors
     assert all(path.stat().st_mtime_ns == before for path, before in finished_before.items())
     assert report(tmp_path) == report(whole)
 
@@ -149,7 +155,7 @@ def test_interrupted_it_ends_its_workers_and_says_how_to_go_on(tmp_path):
 
 
 def test_two_on_one_folder_end_well_or_say_why_not(tmp_path):
-    command = [*COMMAND, "--methods", "ge", "--seeds", "1", "--epochs", "1", "--out", str(tmp_path)]
+    command = [*COMMAND, "--methods", "ge", "--seeds", "1", "--epochs", "1", "--jobs", "1", "--out", str(tmp_path)]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     ends = [process.communicate(timeout=120) for process in both]
     codes = [process.returncode for process in both]
@@ -162,12 +168,66 @@ def test_two_on_one_folder_end_well_or_say_why_not(tmp_path):
     assert not list(tmp_path.rglob("*.part"))
 
 
-def test_a_method_that_diverges_leaves_the_others_table(tmp_path):
+def test_a_method_that_diverges_leaves_the_others_table(cli, tmp_path):
     # Branches that overflow stop Meta-GF alone.
-    done = compare(tmp_path, "--set", "auxiliary_weight=1e30", "--seeds", "1")
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    last = done.stderr.strip().splitlines()[-1]
+    done = cli(*COMMAND[3:], "--jobs", "1", "--set", "auxiliary_weight=1e30", "--seeds", "1", "--out", tmp_path)
+    assert done.code == 2
+    assert "Traceback" not in done.errors
+    last = done.errors.strip().splitlines()[-1]
     assert last.startswith("exitkit: failed: metagf-") and "not finite" in last
     anytime = pd.read_csv(tmp_path / "report" / "anytime.csv")
     assert list(dict.fromkeys(anytime.method)) == ["joint", "boostnet"]
+
+
+def test_a_summary_is_reported_and_goes_on_as_the_runs_themselves(finished, cli):
+    out, _ = finished
+    made = cli("report", out, "--out", "first", "--format", "csv,md", "--summary", "summary")
+    assert made.code == 0, made.errors
+    assert not [path for path in Path("summary").rglob("*") if path.suffix in (".safetensors", ".pt")]
+    again = cli("report", "summary", "--out", "second", "--format", "csv,md")
+    assert again.code == 0, again.errors
+    for path in Path("first").iterdir():
+        assert path.read_bytes() == (Path("second") / path.name).read_bytes(), path.name
+    names = {path.name for path in Path("summary").iterdir()}
+    continued = cli(*COMMAND[3:], "--out", "summary")
+    assert continued.code == 0, continued.errors
+    assert {path.name for path in Path("summary").iterdir()} == {*names, "report"}
+    assert not list(Path("summary").glob("*/weights.safetensors"))
+
+
+def test_claims_are_tested_with_the_report_options_of_the_study(finished, cli):
+    shutil.copytree(finished[0], "long-tail")  # a claim about this study measures its runs of joint
+    (plan,) = Path("long-tail").glob("comparison-*.json")
+    content = json.loads(plan.read_text())
+    content["report"]["budgets"] = ["0.06M", "0.12M"]
+    plan.write_text(json.dumps(content))
+    summary = Path("summaries", "long-tail")
+    made = cli("report", "long-tail", "--format", "csv", "--summary", summary)
+    assert made.code == 0, made.errors
+    assert "a summary made with budgets" in cli("report", summary, "--budgets", "0.06M,0.13M").errors
+    tested = cli("claims", summary)
+    assert tested.code == 0, tested.errors
+
+
+def test_a_summary_does_not_name_the_folder_of_the_images(finished, cli):
+    shutil.copytree(finished[0], "study")
+    (plan,) = Path("study").glob("comparison-*.json")
+    for path in (plan, *Path("study").glob("*/recipe.json")):
+        path.write_text(path.read_text().replace('"data_dir": null', '"data_dir": "images of mine"'))
+        assert "images of mine" in path.read_text()
+    made = cli("report", "study", "--format", "csv", "--summary", "summary")
+    assert made.code == 0, made.errors
+    texts = [path.read_text() for path in Path("summary").rglob("*.json")]
+    assert len(texts) > 6 and not any("images of mine" in text for text in texts)
+
+
+def test_a_run_that_stores_features_has_no_accuracy_to_show():
+    recipe = exitkit.Recipe.make(method="heads").resolve()
+    with CampaignDisplay([recipe], 1) as display:
+        display(Event(0, "begun", {}))
+        for accuracies in ([], [0.25, 0.5]):
+            display(
+                Event(0, "progress", {"fraction": 0.5, "epoch": 0, "epochs": 2, "rate": 1.0, "accuracies": accuracies})
+            )
+    (task,) = (task for task in display._bars.tasks if task.description == "heads seed 0")
+    assert task.fields["note"] == "epoch 0/2  1 steps/s  last exit 50.0 %"

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 
 from exitkit.benchmarks.report.figures import COLOURS
-from exitkit.benchmarks.report.page import Cell, Chart, Point, Section, Series, Table, Text, html_page
+from exitkit.benchmarks.report.page import TOP, Cell, Chart, Facts, Point, Row, Section, Series, Table, Text, html_page
 
 EVIL = "<script>alert(1)</script>"
 VOID = {"meta", "link", "path", "circle"}  # what the page leaves open or closes with "/>"
@@ -153,8 +153,8 @@ def test_a_band_is_drawn_between_its_ends_and_breaks_off_where_there_is_none():
 
 def test_an_accuracy_axis_ends_at_a_hundred():
     made = Page(page(chart(line("ge", points=[(1, 98.0), (2, 99.9)]))))
-    assert scale(made, "y")(34) == pytest.approx(100)  # the top of the frame
-    assert min(up for _, up in places(made)) > 34
+    assert scale(made, "y")(TOP) == pytest.approx(100)  # the top of the frame
+    assert min(up for _, up in places(made)) > TOP
 
 
 def test_a_chart_without_a_finite_point_says_so():
@@ -257,12 +257,29 @@ def test_names_with_numbers_sort_as_people_count(browse):
     )
 
 
+def test_a_long_table_shows_the_rows_with_all_words_of_its_field(browse):
+    rows = [[Cell(f"exit {n}"), Cell("heads" if n % 2 else "weights")] for n in range(1, 13)]
+    script = """const field = $(".filter input");
+    const shown = () => [...document.querySelectorAll("tbody tr")].filter((row) => !row.hidden).length;
+    const type = (text) => { field.value = text; field.dispatchEvent(new Event("input")); };
+    type("heads EXIT 1"); saw.some = column(0).length && shown(); saw.count = $(".filter output").textContent;
+    type("nothing"); saw.none = shown();
+    type(""); saw.all = shown(); saw.uncounted = $(".filter output").textContent;"""
+    saw = browse(page(Table("A", ["exit", "changes"], rows)), script)
+    assert (saw["some"], saw["count"]) == ("2", "2 of 12")  # exits 1 and 11
+    assert (saw["none"], saw["all"], saw["uncounted"]) == ("0", "12", "")
+    assert (
+        browse(page(Table("A", ["exit", "changes"], rows[:8])), "saw.field = $('.filter') !== null")["field"] == "false"
+    )
+
+
 def test_arrow_keys_read_every_point_and_escape_hides(browse):
     series = [line("ge"), line("kd", 1, [(1.1, 40.0), (3.9, 70.0)]), line(EVIL, 2)]
     saw = browse(
         page(chart(*series)),
         """saw.stops = plot.parentNode.querySelectorAll("[tabindex]").length;
-        plot.focus(); saw.first = read(); saw.ring = ring.classList.contains("on"); saw.said = $("#said").textContent;
+        const focus = (kind) => { plot[kind](); plot.dispatchEvent(new FocusEvent(kind)); }; // also in the background
+        focus("focus"); saw.first = read(); saw.ring = ring.classList.contains("on"); saw.said = $("#said").textContent;
         press("ArrowRight"); saw.right = read();
         press("End"); press("ArrowRight"); saw.end = read();
         press("ArrowDown"); saw.below = read();
@@ -270,7 +287,7 @@ def test_arrow_keys_read_every_point_and_escape_hides(browse):
         press("Escape"); saw.hidden = read(); saw.noring = ring.classList.contains("on");
         press("ArrowLeft"); saw.again = read();
         press("ArrowUp"); saw.above = read();
-        plot.blur(); saw.left = read();""",
+        focus("blur"); saw.left = read();""",
     )
     assert saw["stops"] == "1"
     assert (saw["first"], saw["ring"], saw["said"]) == ("ge 1 M", "true", "method: ge, cost: 1 M")
@@ -323,3 +340,37 @@ def test_a_legend_button_takes_a_series_away_and_brings_it_back(browse):
     assert (saw["hidden"], saw["seen"], saw["pressed"]) == ("", "01111", "false,true,true,true,true")
     assert (saw["nothing"], saw["next"]) == ("", "m1 2 M")
     assert (saw["none"], saw["silent"], saw["all"]) == ("00000", "", "11111")
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_is_cut_off_on_a_phone_or_a_small_screen(browse, width):
+    """Tables scroll inside of themselves, and charts scale, with text that can be read."""
+    budgets = [f"budget\n{n}00.5 K" for n in range(9)]
+    rows = [[Cell("a method with a name")] + [Cell(f"{90 + n}.25 ± 0.55") for n in range(9)]]
+    lines = [line(f"method {n}", n) for n in range(3)]
+    bound = Series("bound", [Point(x, 90.0, None, None, [("bound", "90")]) for x in (1.0, 4.0)], 0, dotted=True)
+    facts = Facts([[Cell("command"), Cell("exitkit compare " + "--methods " + "ge," * 80)]])
+    html = page(Table("Budgets", ["method", *budgets], rows), chart(*lines, bound), Row([chart(*lines)] * 4), facts)
+    frame = (
+        f"<!DOCTYPE html><html><body><iframe id=frame style='border:0;width:{width}px;height:900px'></iframe></body>"
+    )
+    source = json.dumps(html).replace("</", r"<\/")
+    saw = browse(
+        frame + "</html>",
+        f"""const frame = $("#frame");
+        frame.onload = () => {{
+          const root = frame.contentDocument, wide = root.documentElement.scrollWidth;
+          const boxes = [...root.querySelectorAll("svg.plot, .table, .legend, dl")].map(
+            (e) => e.getBoundingClientRect());
+          const scales = [...root.querySelectorAll("svg.plot")].map(
+            (e) => parseFloat(getComputedStyle(e).fontSize) * e.getBoundingClientRect().width / 720);
+          const table = root.querySelector(".table");
+          saw.wide = wide; saw.right = Math.max(...boxes.map((box) => box.right));
+          saw.left = Math.min(...boxes.map((box) => box.left)); saw.text = Math.min(...scales);
+          saw.scrolls = table.scrollWidth > table.clientWidth;
+        }};
+        frame.srcdoc = {source};""",
+    )
+    assert float(saw["wide"]) <= width and float(saw["right"]) <= width and float(saw["left"]) >= 0
+    assert float(saw["text"]) >= 9
+    assert saw["scrolls"] == str(width == 390).lower()  # nine budgets fit a screen of 1280 pixels

@@ -1,6 +1,7 @@
 """What a comparison's recipe stands for: which runs, in which order, and how long they take."""
 
 import itertools
+import json
 from importlib.metadata import entry_points
 
 import pytest
@@ -8,10 +9,12 @@ import pytest
 import exitkit
 from exitkit import Recipe
 from exitkit.benchmarks.campaign import estimate as estimates
-from exitkit.benchmarks.campaign import usable
-from exitkit.benchmarks.campaign.estimate import Estimate, Timing, in_words, wall_time
+from exitkit.benchmarks.campaign import launchers, usable
+from exitkit.benchmarks.campaign.estimate import Estimate, Step, Timing, in_words, wall_time
 from exitkit.benchmarks.campaign.plan import Plan
 from exitkit.benchmarks.commands.compare import _values
+from exitkit.data.describe import describe, describe_catalogued
+from exitkit.engine import memory
 from exitkit.errors import Note, UserError
 from exitkit.networks.build import build_network
 from exitkit.plugins import configure
@@ -180,7 +183,7 @@ def test_set_above_the_parts_is_for_those_that_have_the_field():
 def test_the_command_line_goes_before_the_recipe_and_its_parts():
     recipe = {"epochs": 30, "seeds": 5, "methods": ["ge"], "static": True, "set": {"lr": 0.3, "decay": 0.5}}
     recipe |= {"parts": [{"epochs": 9, "methods": ["boostnet"], "set": {"lr": 0.4}}, {"backbone": "ranet-tiny"}]}
-    given = {"epochs": 2, "seeds": None, "static": False, "methods": "kd", "backbone": "msdnet-tiny, ranet-tiny"}
+    given = {"epochs": 2, "seeds": None, "static": None, "methods": "kd", "backbone": "msdnet-tiny, ranet-tiny"}
     values = _values(recipe, given, {"lr": "0.5"}, {"batch_size": ["32", "64"]})
     assert values["seeds"] == 5 and values["static"] is True and values["set"] == {"lr": "0.5", "decay": 0.5}
     runs = [each.recipe for each in Plan.make(values | {"seeds": 1, "static": False}).runs()]
@@ -273,13 +276,81 @@ def test_a_zero_on_the_command_line_is_refused(option, cli, tmp_path):
 
 
 def test_a_plan_is_shown_and_nothing_is_done(cli, tmp_path, monkeypatch):
-    monkeypatch.setattr(estimates, "_timed", lambda recipe, data: Timing(1000, 4, [0.06]))
+    monkeypatch.setattr(estimates, "_timed", lambda recipe, data: Timing(1000, 4, [Step(0.06)]))
     code, printed, _ = cli("compare", "--plan", "--methods", "ge", "--epochs", "2", "--jobs", "3", "--out", "study")
     # Two methods with two seeds, 2 epochs of 1000 images of 60 ms each: four runs of 120 s, three at a time.
     assert code == 0 and "plan: 4 runs; about 4 min, 3 at a time" in printed
     here = ("--launcher", "here", "--methods", "ge", "--epochs", "2", "--jobs", "3")
     assert "plan: 4 runs; about 8 min, 1 at a time" in cli("compare", "--plan", *here).out
     assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_without_data_is_from_the_catalogue_and_given_times(cli, tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise AssertionError("images are read")
+
+    monkeypatch.setattr(estimates, "_timed", refuse)
+    monkeypatch.setattr(job, "load_data", refuse)
+    plan = ("compare", "--plan", "--no-data", "--methods", "ge", "--seeds", "2", "--jobs", "2")
+    data = ("--dataset", "cifar100,imagenet", "--out", "study")
+    result = cli(*plan, *data)
+    assert result.code == 0 and not list(tmp_path.iterdir())
+    text = " ".join(result.out.split())
+    assert "cifar100: 100 classes; 45,000 training, 5,000 validation and 10,000 test images, as catalogued" in text
+    assert "imagenet: 1,000 classes; 1,231,167 training" in text
+    assert "plan: 8 runs; unknown time (give --seconds-per-run), 2 at a time" in text
+    timed = cli(*plan, *data, "--seconds-per-run", "1800")
+    assert "plan: 8 runs; about 2 h 0 min, 2 at a time" in " ".join(timed.out.split())
+    facts = json.loads(cli(*plan, *data, "--json").out)
+    assert facts["unknown"] == 8 and {run["seconds"] for run in facts["runs"]} == {None}
+    own = cli(*plan, "--dataset", "folder", "--data-dir", "images")
+    assert own.code == 0 and "known when they are read" in " ".join(own.out.split())
+    for option in (("--no-data",), ("--seconds-per-run", "5")):
+        cli("compare", *option).refused(f"{option[0]} is given without --plan")
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        ({}, "45,000 training, 5,000 validation"),
+        ({"validation": 1000}, "49,000 training, 1,000 validation"),
+        ({"per_class": 45}, "4,500 training, 500 validation"),
+        ({"per_class": 45, "validation": 4000}, "4,500 training, 4,000 validation"),
+        ({"imbalance": 100.0}, "9,754 training, 5,000 validation"),
+    ],
+)
+def test_catalogued_sizes_follow_the_settings(settings, parts):
+    (line,) = describe_catalogued(configure("dataset", "cifar100", settings))
+    assert line == f"100 classes; {parts} and 10,000 test images, as catalogued (nothing was read)"
+
+
+def test_the_catalogued_digits_are_the_digits():
+    data = configure("dataset", "digits", {}).load(None)
+    (line,) = describe_catalogued(configure("dataset", "digits", {}))
+    assert describe(data)[1] in line
+
+
+def test_a_plan_states_the_memory_of_a_run_and_limits_the_parallel_runs_to_that_of_the_machine(cli, monkeypatch):
+    monkeypatch.setattr(estimates, "_timed", lambda recipe, data: Timing(1000, 4, [Step(0.06)], 2048.0))
+    monkeypatch.setattr(memory, "available_mib", lambda: 5000.0)
+    monkeypatch.setattr(launchers, "default_jobs", lambda device, threads: 4)
+    plan = ("compare", "--plan", "--methods", "ge", "--epochs", "2", "--device", "cpu")
+    code, printed, errors = cli(*plan)
+    assert "a run needs about 2.0 GiB, and 4.9 GiB are free: 2 at a time" in errors
+    assert code == 0 and "4 runs; about 4 min, 2 at a time, up to 2.0 GiB of memory each" in printed
+    more = cli(*plan, "--jobs", "3")
+    assert "3 at a time" in more.out and "3 runs at a time may not fit; expected at most --jobs 2" in more.errors
+    printed = cli(*plan, "--jobs", "2", "--json").out
+    assert [run["peak_mib"] for run in json.loads(printed)["runs"]] == [2048.0] * 4
+
+
+def test_the_peak_memory_is_measured_with_a_step_or_read_from_a_run(tmp_path):
+    tiny = {"backbone": "msdnet-tiny", "epochs": 1, "device": "cpu"}
+    small, large = (Recipe.make(**tiny, batch_size=size).resolve() for size in (64, 512))
+    estimate = Estimate(tmp_path)
+    assert 100 < estimate.peak_mib(small) < estimate.peak_mib(large) < 10_000
+    run = exitkit.train(small, tmp_path)
+    assert Estimate(tmp_path).peak_mib(small) == run.training_cost()["memory_mib"]
 
 
 @pytest.mark.parametrize(
@@ -300,7 +371,7 @@ def test_durations_are_written_as_a_person_would(seconds):
 
 
 def test_an_estimate_is_of_timed_steps_or_of_runs_that_are_there(tmp_path, monkeypatch):
-    timed, times = [], Timing(1000, 4, [0.001, 0.003])
+    timed, times = [], Timing(1000, 4, [Step(0.001), Step(0.003)])
     monkeypatch.setattr(estimates, "_timed", lambda recipe, data: timed.append(recipe.id) or times)
     tiny = {"backbone": "msdnet-tiny", "batch_size": 512}
 
@@ -349,7 +420,7 @@ def test_a_method_that_raises_is_left_to_its_run(tmp_path, monkeypatch):
 
 
 def test_what_init_from_leaves_out_is_not_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(estimates, "_timed", lambda recipe, data: Timing(1000, 4, [0.001, 0.003]))
+    monkeypatch.setattr(estimates, "_timed", lambda recipe, data: Timing(1000, 4, [Step(0.001), Step(0.003)]))
     run = exitkit.train({"method": "ge", "epochs": 1, "batch_size": 512}, tmp_path)
     recipe = Recipe.make(method="imta", epochs=10, init_from=str(run.path)).resolve()
     assert Estimate(tmp_path).seconds(recipe) == pytest.approx(6 * 3.0)

@@ -2,30 +2,31 @@
 
 import json
 import shutil
+from io import StringIO
 from pathlib import Path
 
+import fake_runs
 import numpy as np
 import pandas as pd
 import pytest
+from rich.console import Console
 from scipy import stats
 
 import exitkit
-from exitkit.benchmarks.report.policies import (
-    BASELINE,
-    Outputs,
-    Policy,
-    comparison,
-    curves,
-    default_budgets,
-    measure,
-    policies,
-)
+from exitkit.benchmarks.campaign.plan import Plan
+from exitkit.benchmarks.report import ReportOptions, collect, print_report, write_report, write_summary
+from exitkit.benchmarks.report.policies import Outputs, comparison, curves, default_budgets, measure, policies
+from exitkit.benchmarks.report.statistics import holm
 from exitkit.errors import UserError
+from exitkit.inference.choose import outcome
 from exitkit.inference.combinations import COMBINATIONS
 from exitkit.inference.operating_points import most_accurate_within
+from exitkit.inference.policy import BASELINE, PolicyName
 from exitkit.inference.rules import RULES, SCORED
 from exitkit.inference.scores import SCORES, confidence
 from exitkit.inference.thresholds import budgeted, correct, exit_counts, paper_shares
+
+from toy import FEW, FEW_OPTIONS
 
 COSTS = np.array([10.0, 25.0, 40.0])
 
@@ -50,6 +51,8 @@ def test_without_names_one_part_of_the_baseline_is_replaced():
     for one in made:
         parts = [(one.combination, "plain"), (one.score or "confidence", "confidence"), (one.rule, "shares")]
         assert sum(value != usual for value, usual in parts) <= 1
+    assert set(policies(embeddings=True)) == {*made, PolicyName("laplace"), PolicyName("mie-laplace")}
+    assert set(policies(names=["all"], embeddings=True)) == set(policies(embeddings=True))
 
 
 def test_all_names_give_all_policies_and_the_baseline_is_first():
@@ -63,9 +66,9 @@ def test_all_names_give_all_policies_and_the_baseline_is_first():
 
 def test_names_narrow_the_choice_but_the_baseline_stays():
     made = policies(["mie"], ["margin"], ["shares"])
-    assert made == (BASELINE, Policy("mie", "margin", "shares"))
-    assert policies(["mie"]) == (BASELINE, Policy("mie", "confidence", "shares"))
-    assert policies([], [], ["jei"]) == (BASELINE, Policy("plain", "", "jei"))
+    assert made == (BASELINE, PolicyName("mie", "margin", "shares"))
+    assert policies(["mie"]) == (BASELINE, PolicyName("mie", "confidence", "shares"))
+    assert policies([], [], ["jei"]) == (BASELINE, PolicyName("plain", "", "jei"))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +99,7 @@ def test_validation_results_are_of_samples_that_were_not_fitted():
     random = np.random.default_rng(3)
     logits = random.normal(size=(400, 3, 4))
     noise = Outputs((logits, random.integers(4, size=400)), (logits, random.integers(4, size=400)), COSTS)
-    for run in measure(noise, [BASELINE, Policy("geometric", "confidence", "fitted")]):
+    for run in measure(noise, [BASELINE, PolicyName("geometric", "confidence", "fitted")]):
         assert abs(run.validation_accuracy.mean() - 0.25) < 0.06
 
 
@@ -108,7 +111,7 @@ def test_a_score_that_no_rule_reads_is_refused(names):
 
 def test_a_policy_without_a_point_within_the_budget_has_no_result():
     stored = outputs()
-    runs = measure(stored, [BASELINE, Policy("plain", "", "eenet")])
+    runs = measure(stored, [BASELINE, PolicyName("plain", "", "eenet")])
     frame = comparison([runs], np.array([COSTS[0] + 0.01, COSTS[1]]))
     cheap = frame[frame["budget"] < COSTS[0] + 1].set_index("rule")
     assert runs[1].validation_cost.min() > COSTS[0] + 0.01
@@ -179,7 +182,7 @@ def test_the_command_compares_all_policies_and_writes_them(cli, runs):
     done = cli("policies", *runs, "--combination", "mie", "--rule", "stopping", "--rule", "agreement")
     assert done.code == 0, done.errors
     assert all(len(line) <= 80 for line in done.out.splitlines())
-    assert all(name in done.out for name in ("plain confidence", "mie, stopping", "mie, agreement"))
+    assert all(name in done.out for name in ("confidence", "mie+stopping", "mie+agreement"))
     assert {path.name for path in Path("policies").iterdir()} == {
         *("policies.csv", "curves.csv", "policies.html", "policies.png", "policies.pdf")
     }
@@ -223,3 +226,139 @@ def test_json_is_all_that_is_printed_and_budgets_are_taken(cli, runs):
 def test_a_mistake_is_one_line_and_nothing_is_written(cli, runs, arguments, words):
     cli("policies", runs[0], *arguments).refused(words)
     assert not Path(runs[0], "policies").exists()
+
+
+# In reports
+
+
+NAMED = ("mean+agreement", "margin")
+
+
+@pytest.fixture(scope="module")
+def reported():
+    members = fake_runs.runs()
+    return members, collect(members, options=ReportOptions(policy=NAMED), budgets=3)
+
+
+def test_a_report_has_the_policies_of_every_method(reported):
+    members, found = reported
+    names = ["confidence", *NAMED]
+    for method in ("joint", "ge", "boost_net"):
+        assert list(dict.fromkeys(found.policies[found.policies["method"] == method]["policy"])) == names
+    run = members[0]
+    parts = [(part["logits"], part["labels"]) for part in run.parts.values()]
+    chosen = policies(names=NAMED)
+    expected = measure(Outputs(*parts, np.array(run.macs, float)), chosen)
+    own = collect([run], options=ReportOptions(policy=NAMED), budgets=3)
+    budgets = own.policies["budget"].unique()
+    table = comparison([expected], budgets)
+    np.testing.assert_allclose(own.policies["accuracy_mean"], table["accuracy"])
+    np.testing.assert_allclose(own.policies["cost_mean"], table["cost"])
+    np.testing.assert_allclose(own.policy_curve["accuracy_mean"], curves([expected])["accuracy"])
+
+
+def test_differences_of_policies_are_paired_by_seed(reported):
+    members, found = reported
+    each = []
+    for run in members:
+        if run.label == "ge":
+            table = collect([run], options=ReportOptions(policy=NAMED), budgets=3).policies
+            wide = table.pivot(index="budget", columns="policy", values="accuracy_mean")
+            each.append((wide["margin"] - wide["confidence"]).mean())
+    row = found.policy_differences.set_index(["method", "policy"]).loc[("ge", "margin")]
+    expected = stats.ttest_1samp(each, 0)
+    assert row["mean"] == pytest.approx(np.mean(each)) and row["n"] == 2
+    assert row["p"] == pytest.approx(expected.pvalue)
+    np.testing.assert_allclose(found.policy_differences["p_holm"], holm(found.policy_differences["p"]))
+
+
+def test_a_report_without_policies_has_none_of_their_tables(tmp_path):
+    plain = collect(fake_runs.runs(), budgets=3)
+    assert plain.policies.empty and plain.policy_curve.empty and plain.policy_differences.empty
+    assert not [path for path in write_report(plain, tmp_path, formats=("csv", "md", "html")) if "polic" in path.name]
+
+
+def test_policies_are_in_every_form_of_a_report(reported, tmp_path):
+    _, found = reported
+    names = {path.name for path in write_report(found, tmp_path)}
+    assert names >= {"policies.csv", "policy_curve.csv", "policy_differences.csv", "policies.md", "policies.png"}
+    assert "mean+agreement" in (tmp_path / "report.md").read_text("utf-8")
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert "Exit policies, boost_net" in page and page.count("<h3>Exit policies</h3>") <= 1
+    console = Console(width=80, record=True, file=StringIO())
+    print_report(found, console)
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= 80 and any("mean+agreement" in line for line in lines)
+
+
+def test_a_summary_keeps_its_policies_and_refuses_others(reported, tmp_path):
+    trained_out = tmp_path / "runs"
+    recipe = {"backbone": "msdnet-tiny", "dataset_settings": {"per_class": 30}, "epochs": 1, "device": "cpu"}
+    run = exitkit.train(recipe, trained_out)
+    options = ReportOptions(policy=("margin",))
+    found = collect([run], options=options)
+    write_summary(found, [run], tmp_path / "summary")
+    (small,) = exitkit.find_runs(tmp_path / "summary")
+    pd.testing.assert_frame_equal(collect([small], options=options).policies, found.policies)
+    with pytest.raises(UserError, match=r"a summary made with policy margin, .*not mie"):
+        collect([small], options=ReportOptions(policy=("mie",)))
+
+
+def test_a_plan_hands_its_policies_to_the_report():
+    plan = Plan.make({"policy": ["mie", "all"], "report": {"points": 9}})
+    assert plan.report == {"points": 9, "policy": ["mie", "all"]}
+    names = [str(policy) for policy in ReportOptions.make(plan.report).policies()]
+    assert names[:2] == ["confidence", "mie"] and set(names) == set(map(str, policies()))
+    assert Plan.make({"policy": "mie"}).report == {"policy": ["mie"]}
+    with pytest.raises(UserError, match="unknown combination, score or rule 'mies'; did you mean mie"):
+        Plan.make({"policy": ["mies"]})
+
+
+def test_compare_and_report_take_policies(cli, runs):
+    done = cli("report", "runs", "--policy", "margin", "--policy", "mean", "--format", "csv")
+    assert done.code == 0, done.errors
+    assert set(pd.read_csv("runs/report/policies.csv")["policy"]) == {"confidence", "margin", "mean"}
+    cli("report", "runs", "--policy", "mies").refused("did you mean mie")
+    cli("compare", "--methods", "joint", "--policy", "margn", "--plan").refused("did you mean margin")
+
+
+# Last-layer Laplace, which reads stored embeddings
+
+
+def test_laplace_from_evaluation_to_bench_and_report(cli, tmp_path):
+    """A run without embeddings names the command that stores them; with them, every command takes the policy."""
+    run = exitkit.train({"backbone": "msdnet-tiny", "epochs": 1, "device": "cpu", **FEW}, tmp_path / "runs")
+    before = run.outputs("validation")["logits"]
+    for words in (("policies", run.path, "--combination", "laplace"), ("bench", run.path, "--policy", "laplace")):
+        line = f"has no stored embeddings; store them with: exitkit evaluate {run.path} --embeddings"
+        cli(*words).refused(line)
+    cli("report", "runs", "--policy", "laplace").refused("has no stored embeddings")
+    cli("evaluate", run.path, "--embeddings")
+    np.testing.assert_array_equal(run.outputs("validation")["logits"], before)
+    for k, head in enumerate(exitkit.load_network(run).heads):
+        weight, bias = (part.detach().numpy() for part in (head.classify.weight, head.classify.bias))
+        np.testing.assert_allclose(run.embeddings("validation")[k] @ weight.T + bias, before[:, k], atol=1e-4)
+    assert run.curvature()["images"] == [80]
+    words = ("--combination", "laplace", "--combination", "mie-laplace", "--budget", "100K", "--json")
+    (rows,) = json.loads(cli("policies", run.path, *words).out).values()
+    assert [row["combination"] for row in rows] == ["plain", "laplace", "mie-laplace"]
+    policy = exitkit.ExitPolicy.from_run(run, "mie-laplace", budget="100K")
+    (row,) = [row for row in rows if row["combination"] == "mie-laplace"]
+    assert outcome(run, policy)["test"]["accuracy"] == pytest.approx(row["accuracy"])
+    facts = json.loads(cli("bench", run.path, "--policy", "mie-laplace", "--repeats", "1", "--json").out)
+    assert "noise" not in json.dumps(facts)
+    cli("export", run.path, "--policy", "laplace", "--int8").refused("--policy laplace reads embeddings")
+    words = ("export", run.path, "--policy", "laplace", "--budget", "100K", "--format", "torch-export", "--json")
+    written = json.loads(cli(*words, "--out", "out").out)
+    assert "noise" not in json.dumps(written) and {"default", "100%"} <= {row["name"] for row in written["points"]}
+    cli("evaluate", run.path)
+    assert not run.has_embeddings() and not list(run.path.glob("embeddings-*"))
+
+
+def test_compare_stores_embeddings_for_its_policies_and_refuses_methods_with_a_link_before_training(cli, tmp_path):
+    words = ("compare", "--methods", "ge", "--seeds", "1", "--epochs", "1", "--launcher", "here", *FEW_OPTIONS)
+    cli(*words, "--methods", "boostnet", "--policy", "laplace").refused("boostnet on", "has the logit link BoostedLink")
+    assert not list(tmp_path.glob("runs/*/weights.safetensors"))
+    done = cli(*words, "--policy", "laplace", "--out", "runs")
+    assert "laplace" in done.out
+    assert all(run.has_embeddings() for run in exitkit.find_runs("runs"))

@@ -2,17 +2,19 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import shlex
 import shutil
 import subprocess
-from pathlib import Path
-from types import SimpleNamespace
 
 import matplotlib.image
 import numpy as np
 import pandas as pd
 import pytest
+from fake_runs import MACS, FakeRun, runs
 from rich.console import Console
 from scipy import stats
+from sklearn.metrics import balanced_accuracy_score, recall_score
 
 from exitkit.benchmarks.report import (
     Context,
@@ -23,58 +25,28 @@ from exitkit.benchmarks.report import (
     print_report,
     write_report,
 )
+from exitkit.benchmarks.report.comparison import Missing
+from exitkit.benchmarks.report.figures import oracle_figure
+from exitkit.benchmarks.report.html import html_report
 from exitkit.benchmarks.report.narrow_tables import number, sheets
+from exitkit.benchmarks.report.provenance import commands, provenance
 from exitkit.benchmarks.report.wide_tables import unit_for, write_costs
-from exitkit.errors import UserError
+from exitkit.cli.options import make_recipe, parse_sets
+from exitkit.cli.train import train
+from exitkit.errors import Note, UserError
 from exitkit.inference.scores import confidence
 from exitkit.inference.thresholds import budgeted, correct, exit_counts, share_for_budget
+from exitkit.runs.job import resolve
+from exitkit.runs.recipe import Recipe, flat_identity
 
-MACS = (123_456, 251_000, 322_100, 401_777)
 FILES = [f"{kind}.{suffix}" for kind in ("anytime", "budgeted") for suffix in ("csv", "md", "tex", "png", "pdf")]
 MORE = [f"{name}.csv" for name in ("curve", "points", "oracle")] + [f"oracle.{kind}" for kind in ("png", "pdf")]
 MORE += [
     f"{name}.{kind}"
-    for name in ("training", "differences", "verdicts", "risk", "calibration")
+    for name in ("training", "differences", "verdicts", "risk", "calibration", "balanced", "spent")
     for kind in ("csv", "md", "tex")
 ]
 MORE += ["report.md", "report.tex", "report.html"]
-
-
-class FakeRun:
-    """A finished run whose outputs are drawn at random, better from exit to exit."""
-
-    def __init__(self, label, seed, backbone="tiny_net", dataset="digits", macs=MACS, n=300, **identity):
-        self.label, self.macs = label, macs
-        self.path = Path("runs") / f"{label}-{seed}"
-        self.recipe = SimpleNamespace(
-            method=label, backbone=backbone, dataset=dataset, seed=seed, epochs=3, batch_size=64
-        )
-        same = {"method": json.dumps(label), "backbone": json.dumps(backbone), "dataset": json.dumps(dataset)}
-        self.identity_given = identity
-        self.identity = {**same, "seed": str(seed), "epochs": "3", **identity}
-        self.parts = {}
-        for part, samples in (("validation", 200), ("test", n)):
-            rng = np.random.default_rng([seed, samples, len(label)])
-            labels = rng.integers(0, 10, samples)
-            signal = np.eye(10)[labels][:, None] * np.linspace(2.5, 4, len(macs))[:, None]
-            logits = (rng.normal(size=(samples, len(macs), 10)) + signal).astype(np.float32)
-            self.parts[part] = {"logits": logits, "labels": labels, "indices": np.arange(samples)}
-
-    def outputs(self, part):
-        return self.parts[part]
-
-    def training_images(self):
-        return 1_234
-
-    def training_cost(self):
-        return {"seconds": 10.0 * len(self.label) + self.recipe.seed, "memory_mib": 100.0 + len(self.label)}
-
-    def costs(self):
-        return [{"exit": k, "papers": m + 10, "macs": m, "params": 7 * k} for k, m in enumerate(self.macs, 1)]
-
-
-def runs(methods=("joint", "ge", "boost_net"), seeds=2, **kwargs):
-    return [FakeRun(method, seed, **kwargs) for seed in range(seeds) for method in methods]
 
 
 def accuracy(run):
@@ -111,6 +83,41 @@ def test_anytime_is_the_mean_and_the_sample_sd_over_seeds():
     row = found[found["method"] == "ge"]
     np.testing.assert_allclose(row["accuracy_mean"], mine.mean(0))
     np.testing.assert_allclose(row["accuracy_sd"], np.sqrt(((mine - mine.mean(0)) ** 2).sum(0) / 2))
+
+
+def test_balanced_accuracy_stands_beside_what_ignores_the_image_and_nothing_learned_is_said(tmp_path):
+    given = runs(("joint", "ge"), n=600)
+    for run in given:
+        if run.label == "ge":
+            run.parts["test"]["logits"][:, :2] = np.eye(10)[3]  # its first two exits always answer 3
+    found = collect(given, options=ReportOptions(classes=True))
+    for run in given[:1]:
+        test = run.outputs("test")
+        recalls = [recall_score(test["labels"], test["logits"][:, k].argmax(1), average=None) for k in range(4)]
+    several = [[balanced_accuracy_score(r.parts["test"]["labels"], r.parts["test"]["logits"][:, k].argmax(1))
+                for k in range(4)] for r in given if r.label == "joint"]  # fmt: skip
+    joint = found.balanced[found.balanced["method"] == "joint"]
+    np.testing.assert_allclose(joint["balanced_mean"], 100 * np.mean(several, 0))
+    np.testing.assert_allclose(joint["balanced_sd"], 100 * np.std(several, 0, ddof=1))
+    assert found.balanced["chance"].eq(10).all() and joint["learned"].eq(1).all()
+    majority = np.mean([np.bincount(run.parts["test"]["labels"]).max() / 6 for run in given[::2]])
+    assert found.balanced["majority"].iloc[0] == pytest.approx(majority)
+    assert found.balanced[found.balanced["method"] == "ge"]["learned"].tolist() == [0, 0, 1, 1]
+    note = "tiny_net on digits: no better than chance (balanced accuracy, in all or some seeds): ge, exit 1, 2"
+    one = collect(given[:1], options=ReportOptions(classes=True)).recall
+    for exit, recall in enumerate(recalls, 1):
+        np.testing.assert_allclose(one[one["exit"] == exit]["recall_mean"], 100 * recall)
+    assert one["class"].tolist()[:2] == ["class 0", "class 1"]
+    write_report(found, tmp_path)
+    always = f"has an accuracy of {found.balanced['majority'].mean():.2f} % and a balanced accuracy of 10.00 %"
+    for text in (
+        " ".join(printed(found, 80).split()),
+        *((tmp_path / name).read_text() for name in ("report.md", "report.html")),
+        ((tmp_path / "report.tex").read_text() + (tmp_path / "balanced.tex").read_text()).replace("\\", ""),
+    ):
+        assert note in text and always in text
+    assert "| class 0 |" in (tmp_path / "recall.md").read_text()
+    assert not len(collect(given).recall) and "Recall" not in printed(collect(given), 80)
 
 
 def test_one_seed_has_no_sd(tmp_path):
@@ -211,7 +218,8 @@ def test_differences_are_paired_by_seed_and_only_seeds_of_both_count(tmp_path):
     assert 0 < abs(table.loc[("ge", "area"), "mean"]) < curve.accuracy_mean.max()
     assert set(found.differences.measure) == {"exit 1", "exit 2", "exit 3", "exit 4", "area"}
     write_report(found, tmp_path)
-    assert f"{row['mean']:+.2f}" in (tmp_path / "differences.md").read_text()
+    written = (tmp_path / "differences.md").read_text()
+    assert f"{row['mean']:+.2f}".replace("-", "−") in written and " -" not in written.replace(":-", "").split("|", 1)[1]
     assert "Difference to joint" in printed(found, 100)
 
 
@@ -367,7 +375,13 @@ def test_figures_show_every_point(tmp_path):
     assert 0 < low < MACS[0] / 1e6 and MACS[-1] / 1e6 < high < 0.5
     assert axes.get_ylim()[0] < found.anytime["accuracy_mean"].min() < axes.get_ylim()[1] <= 100
     assert axes.get_xlabel() == "multiply-adds (M)"
-    assert [len(line.get_xdata()) for line in budgeted_figure(found).axes[0].lines] == [39] * 3
+    for line, (method, curve) in zip(
+        budgeted_figure(found).axes[0].lines, found.curve.groupby("method", sort=False), strict=True
+    ):
+        costs, budgets = line.get_xdata() * 1e6, found.budgeted[found.budgeted.method == method]
+        assert line.get_label() == method and set(curve.cost_mean.round(3)) <= set(costs.astype(float).round(3))
+        # The curve exists wherever the table has a budget.
+        assert costs.min() <= budgets.cost_mean.min() and costs.max() >= budgets.cost_mean.max() - 1e-6
     write_report(found, tmp_path)
     for kind in ("anytime", "budgeted"):
         image = matplotlib.image.imread(tmp_path / f"{kind}.png")
@@ -520,3 +534,171 @@ def test_the_lead_says_of_how_many_images_and_crosses_are_told_where_they_are(tm
         run.training_images = lambda: 0  # of runs whose split is not there
     write_report(collect(given[:6]), tmp_path, formats=["md"])
     assert "digits: 200 validation and 300 test images of 10 classes." in (tmp_path / "report.md").read_text()
+
+
+def test_a_page_tells_what_made_it_and_shows_runs_of_networks_without_any(tmp_path):
+    members = runs(("joint", "ge"))
+    for run in members:
+        run.recipe.threads = 2
+    identity = {**members[0].identity, "backbone": json.dumps("other-net"), "seed": "0"}
+    planned = {run.path.name: {} for run in members}
+    missing = [Missing(identity, "failed: the disk is full")]
+    context = Context(stands_for=planned, missing=missing, commands=["exitkit compare --methods ge"])
+    found = collect(members, context=context)
+    facts = dict(provenance(found, members))
+    assert facts["command"] == "exitkit compare --methods ge" and facts["hardware"] == "cpu (2 threads per run)"
+    assert (
+        facts["versions"] == "exitkit 0.1, PyTorch 2.13" and facts["runs"] == "4 runs, begun 2026-01-01 to 2026-02-01"
+    )
+    html = html_report(found, pd.DataFrame(columns=learning_columns()), pd.DataFrame(), made_by=list(facts.items()))
+    sections = re.findall(r"<h2 id=[^>]*>([^<]*)<", html)
+    assert sections == ["Contents", "tiny_net on digits", "other-net on digits", "How this report was made"]
+    assert "failed: the disk is full" in html and "exitkit compare --methods ge" in html
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--method boostnet --seed 3",
+        "--method boostnet --epochs 2 --set schedule=step --set milestones=0.4,0.8 --set warmup=1",
+        "--method boostnet --set variant=released --set schedule=cosine --dataset cifar100",
+        "--method joint --set weights=1,0,0 --batch-size 32 --lr 0.05 --probe-every 1 --precision bf16",
+        "--method ge+kd --set kd.temperature=2 --set optimizer=adamw --set schedule=constant",
+        "--dataset cifar10 --set per_class=50 --backbone msdnet-tiny --set backbone.channels=4",
+    ],
+)
+def test_the_command_of_a_run_without_a_comparison_makes_the_same_run(words, tmp_path):
+    recipe = resolve(recipe_of(["exitkit", "train", *words.split()]))
+    run = FakeRun(recipe.method, recipe.seed)
+    run.identity, run.recipe = flat_identity(recipe), recipe
+    [(name, line)] = commands(Context(), [run])
+    assert name == "command" and resolve(recipe_of(shlex.split(line))).id == recipe.id
+
+
+def recipe_of(words):
+    """Return the recipe of a command line of `exitkit train`."""
+    given = train.make_context("train", words[2:]).params
+    sets = parse_sets(given.pop("sets"))
+    values = {key: value for key, value in given.items() if key in Recipe.model_fields}
+    return make_recipe({}, values).with_settings(sets)
+
+
+def one_epoch():
+    """Return the metrics of a run of one epoch, with one exit."""
+    measured = {f"{part}_{what}_1": [1.0] for part in ("train", "validation") for what in ("loss", "accuracy")}
+    return pd.DataFrame({"phase": ["joint"], "epoch": [1], "lr": [0.1], **measured})
+
+
+def test_seeds_share_a_command_and_every_format_shows_it(tmp_path):
+    members = runs(("joint", "ge"))
+    for run in members:
+        run.recipe.threads, run.metrics = 1, one_epoch
+    write_report(collect(members), tmp_path, runs=members, formats=("md", "latex", "html"))
+    line = "exitkit train --method ge --backbone tiny_net --dataset digits --epochs 3"
+    for name in ("report.md", "report.tex", "report.html"):
+        text = (tmp_path / name).read_text(encoding="utf-8").replace(r"\_", "_")
+        assert "command (SEED is 0, 1)" in text and line in text and text.count("--seed SEED") == 2, name
+    [summary] = [
+        text for name, text in commands(Context(stands_for={run.path.name: {} for run in members[1:]}), members)
+    ]
+    assert "--method joint" in summary and summary.endswith("--seed 0")
+
+
+def test_a_budget_outside_the_curves_is_refused_or_told():
+    options = ReportOptions(budgets=("100K", "400K"))
+    options.check_reach(1e5, 4e5)
+    with pytest.raises(UserError, match="budget 100K is below the lowest cost of a first exit; expected at least 1000"):
+        options.check_reach(100_001, 4e5)
+    with pytest.warns(Note, match="budget 400K is above the cost of every last exit, which is at most 399999: every"):
+        options.check_reach(1e5, 399_999)
+    with pytest.warns(Note, match="budget 2ms is above .* at most 1.5ms: every run is its full network there"):
+        ReportOptions(budgets=("2ms",), cost="latency").check_reach(0.5, 1.5)
+
+
+def learning_columns():
+    return ["method", "backbone", "dataset", "phase", "epoch", "exit"]
+
+
+def test_the_bound_of_the_oracle_covers_the_whole_range_of_costs():
+    found = collect(runs(("joint", "ge")))
+    lines = [
+        line for line in oracle_figure(found).axes[0].lines if line.get_linestyle() == ":" and len(line.get_xdata())
+    ]
+    assert len(lines) == 2
+    for line, (_, bound) in zip(lines, found.oracle.groupby("method", sort=False), strict=True):
+        x, y = np.array(line.get_xdata(), float) * 1e6, np.array(line.get_ydata(), float)
+        assert x[0] <= MACS[0] + 1 and x[-1] == pytest.approx(MACS[-1])
+        assert y[-1] == y[-2] == bound.accuracy_mean.max()
+
+
+def test_every_exit_has_learning_curves_in_the_page():
+    found = collect(runs(("joint",)))
+    rows = [
+        {"method": "joint", "backbone": "tiny_net", "dataset": "digits", "phase": "train", "epoch": epoch, "exit": exit}
+        | {
+            f"{part}_{what}_mean": 10.0 * exit + epoch
+            for part in ("train", "validation")
+            for what in ("loss", "accuracy")
+        }
+        for epoch in (1, 2)
+        for exit in (1, 2, 3, 4)
+    ]
+    html = html_report(found, pd.DataFrame(rows), pd.DataFrame())
+    assert re.findall(r"Learning, (exit \d)</strong>", html) == ["exit 1", "exit 2", "exit 3", "exit 4"]
+
+
+def test_the_page_begins_with_a_table_of_one_row_per_method():
+    found = collect(runs(("joint", "boost_net", "ge")))
+    html = html_report(found, pd.DataFrame(columns=learning_columns()), pd.DataFrame())
+    table = html[html.index("<table") : html.index("</table>")]
+    texts = [
+        [re.sub("<.*?>", "", cell) for cell in re.findall("<t[hd].*?</t[hd]>", row)] for row in table.split("<tr>")
+    ]
+    frame = pd.DataFrame(texts[2:], columns=texts[1])
+    assert list(frame["method"]) == ["joint", "boost_net", "ge"]
+    assert list(frame["changes"]) == ["weights", "–", "gradients"]  # of boost_net, no method of that name is known
+    area = found.differences[found.differences["measure"] == "area"].set_index("method")
+    budgeted = found.budgeted.pivot(index="method", columns="budget", values="accuracy_mean")
+    last = found.anytime.groupby("method")["accuracy_mean"].last()
+    for row in frame.to_dict("records"):
+        method, values = row["method"], list(row.values())
+        expected = [f"{value:.2f}" for value in [*budgeted.loc[method].iloc[[0, 4, -1]], last[method]]]
+        assert [f"{float(value):.2f}" for value in values[-4:]] == expected
+        if method != "joint":
+            written = [f"{area.loc[method, name]:+.2f}" for name in ("mean", "low", "high")]
+            assert [f"{float(row[name]):+.2f}" for name in ("area", "from", "to")] == written
+            assert float(row["p"]) == pytest.approx(area.loc[method, "p_holm"], abs=6e-4)
+
+
+def test_the_budgeted_table_comes_with_realised_costs():
+    found = collect(runs(("joint",)))
+    spent = found.spent.merge(found.budgeted, on=["method", "backbone", "dataset", "budget"])
+    np.testing.assert_allclose(spent["test"], spent["cost_mean"])
+    np.testing.assert_allclose(spent["validation"], spent["budget"], rtol=0.03)  # 200 images, rounded shares
+    (sheet,) = (sheet for sheet in sheets(found) if sheet.kind == "spent")
+    assert [row[1].mean for row in sheet.rows] == ["validation", "test"] and len(sheet.heads) == 2 + 9 + 1
+
+
+def test_targets_in_words_give_planned_and_realised_costs():
+    words = ("budget 60%", "budget 300K at-most", "lose 1", "budget 100K")
+    found = collect(runs(("joint", "ge")), options=ReportOptions(targets=words))
+    table = found.targets.set_index(["method", "target"])
+    for method in ("joint", "ge"):
+        rows = table.loc[method]
+        assert rows.loc["budget 60%", "planned"] == pytest.approx(0.6 * MACS[-1])
+        assert rows.loc["budget 60%", "validation_cost"] == pytest.approx(0.6 * MACS[-1], rel=0.02)  # 200 images
+        assert rows.loc["budget 300K at-most", "validation_cost"] < 300_000
+        assert rows.loc["lose 1", "planned"] == rows.loc["lose 1", "validation_cost"]
+        shares = rows.loc["lose 1", [f"share_{k}" for k in range(1, 5)]].astype(float)
+        assert shares.sum() == pytest.approx(1) and shares @ np.array(MACS) == pytest.approx(rows.loc["lose 1", "cost"])
+        assert rows.loc["budget 100K", "n"] == 0 and np.isnan(rows.loc["budget 100K", "cost"])
+    text = printed(found, 100)
+    assert "Operating points" in text and "Not reached: budget 100K is below the first exit's cost" in " ".join(
+        text.split()
+    )
+
+
+@pytest.mark.parametrize("text", ["", "budget", "lose much", "cost 5", "budget 60% maybe", "lose 1 certainty 2"])
+def test_targets_that_are_none_are_refused(text):
+    with pytest.raises(UserError, match=r"expected|not a number"):
+        ReportOptions(targets=(text,))

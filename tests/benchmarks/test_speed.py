@@ -1,6 +1,6 @@
 """The benchmark of speed: what it makes of times, and that every part of it runs. No test here looks at the clock."""
 
-import inspect
+import copy
 import json
 from dataclasses import replace
 
@@ -8,19 +8,36 @@ import pytest
 import torch
 from scipy.stats import binom
 
-from exitkit.benchmarks.speed import timing
+import exitkit
+from exitkit.benchmarks.speed import inference, plain, roofline, timing, training
 from exitkit.benchmarks.speed.__main__ import PARTS, speed
-from exitkit.benchmarks.speed.gpu import eager, prepared
-from exitkit.benchmarks.speed.inference import saved, single
-from exitkit.benchmarks.speed.layouts import FORMS, layouts, plain
+from exitkit.benchmarks.speed.evaluation import policies_row
+from exitkit.benchmarks.speed.gpu import eager, prepared, with_settings
+from exitkit.benchmarks.speed.inference import engine_rows, more_than_one_session, saved, session_operations, single
+from exitkit.benchmarks.speed.layouts import layouts
 from exitkit.benchmarks.speed.loading import loading_share, noise_images
-from exitkit.benchmarks.speed.row import judged, not_run
+from exitkit.benchmarks.speed.plain import LOOPS
+from exitkit.benchmarks.speed.roofline import counts, peak_bandwidth, peak_flops, rooflines
+from exitkit.benchmarks.speed.row import Profile, Row, judged, not_run
+from exitkit.benchmarks.speed.scaling import scaling_row
 from exitkit.benchmarks.speed.stages import stage_shares, stages
 from exitkit.benchmarks.speed.timing import Ratio, median_interval, paired_ratios
-from exitkit.benchmarks.speed.training import AGGREGATORS, LIMITS, l2w_rows, metagf_rows, methods, step_rows
+from exitkit.benchmarks.speed.training import (
+    AGGREGATORS,
+    FORMS,
+    LIMITS,
+    PLAIN_LIMITS,
+    Speedup,
+    l2w_rows,
+    metagf_rows,
+    methods,
+    plain_rows,
+    step_rows,
+)
 from exitkit.benchmarks.speed.work import Work
 from exitkit.cli import main
 from exitkit.errors import UserError
+from exitkit.inference.export.programs import all_exits
 from exitkit.plugins import registered
 
 TINY = Work("sdn-tiny", batch=16, classes=10, shape=(1, 16, 16), rounds=1)
@@ -33,7 +50,7 @@ def test_a_ratio_is_the_median_of_pairs_that_take_turns(monkeypatch):
         calls.append(call())
         return next(taken[calls[-1]])
 
-    monkeypatch.setattr(timing, "_seconds", seconds)
+    monkeypatch.setattr(timing, "seconds", seconds)
     ratio = paired_ratios(lambda: "ours", lambda: "base", rounds=3)
     assert ratio == Ratio(3.0, 2.0, 4.0, 6.0)  # the first pair is warm-up
     assert list(zip(calls[::2], calls[1::2], strict=True)) == [("ours", "base"), ("base", "ours")] * 2
@@ -55,6 +72,11 @@ def test_a_verdict_is_of_the_median_against_the_limit_from_either_side():
     assert not_run("x", 1.0) == ("x", 1.0, None, None, "not-run")
 
 
+def test_the_comparison_of_policies_is_timed_against_a_minute():
+    row = policies_row(samples=60, classes=3)
+    assert row.limit == 60 and row.measured > 0 and "60 images, 10 exits, 3 classes" in row.target
+
+
 def test_every_method_of_one_phase_and_pass_is_timed_and_every_limit_is_of_a_method():
     names = methods(TINY)
     assert {*LIMITS, *AGGREGATORS, "joint", "l2w", "kd"} - {"nashmtl"} <= set(names) <= set(registered("method"))
@@ -63,8 +85,6 @@ def test_every_method_of_one_phase_and_pass_is_timed_and_every_limit_is_of_a_met
 
 def test_all_parts_of_training_run(monkeypatch):
     torch.set_num_threads(1)
-    from exitkit.benchmarks.speed import training
-
     monkeypatch.setattr(training, "methods", lambda work: ["ge", "kd"])
     monkeypatch.setattr(training, "step_mib", lambda work, method: 1.0)
     found = list(step_rows(TINY))
@@ -82,6 +102,7 @@ def test_both_ways_of_training_that_a_gpu_compares_run_on_a_cpu(monkeypatch):
     monkeypatch.setattr(gpu, "compile_parts", lambda network: None)
     prepared(TINY)()
     eager(TINY)()
+    with_settings(TINY, deterministic=False)()
 
 
 def test_images_read_one_by_one_are_those_read_in_batches():
@@ -101,6 +122,30 @@ def test_early_exit_is_measured_where_half_of_the_operations_are_saved():
     assert saved(work).seconds > 0 and single(replace(work, batch=1)).seconds > 0
 
 
+def test_engines_are_measured_against_each_other_and_onnx_only_where_it_is_installed(monkeypatch):
+    torch.set_num_threads(1)
+    monkeypatch.setattr(inference, "_BATCH", 2)
+    monkeypatch.setattr(inference, "more_than_one_session", lambda network, images: {})  # tested below
+    results = list(engine_rows(TINY))
+    rows = [result for result in results if isinstance(result, Row)]
+    assert [row.target.partition(":")[0].split()[1] for row in rows[:3]] == ["folded", "onnx", "auto"]
+    assert len(rows) == 9 and all(row.verdict != "not-run" and row.ci for row in rows)
+    monkeypatch.setattr(inference, "missing_packages", lambda: ["onnx"])
+    verdicts = {row.target: row.verdict for row in engine_rows(TINY) if isinstance(row, Row)}
+    assert [target for target, verdict in verdicts.items() if verdict == "not-run"] == [
+        f"engine onnx: stages one by one, batch {size}, in runs of one session" for size in (1, 2)
+    ]
+
+
+def test_operations_of_stages_are_measured_against_those_of_one_session():
+    network = TINY.build().eval()
+    images = torch.zeros(2, *network.input_shape)
+    taken = session_operations([all_exits(network, images)], images, passes=2)
+    assert taken.keys() >= {"Gemm"} and min(taken.values()) > 0
+    more = more_than_one_session(network, images, count=3)
+    assert len(more) == 3 and list(more.values()) == sorted(more.values(), reverse=True)
+
+
 def test_stages_share_the_work_and_half_of_it_is_saved(capsys):
     shares = stage_shares(TINY)
     assert shares.operations.sum() == pytest.approx(1) and shares.time.sum() == pytest.approx(1)
@@ -115,18 +160,78 @@ def test_stages_share_the_work_and_half_of_it_is_saved(capsys):
         stage_shares(replace(TINY, batch=1))
 
 
-def test_every_form_of_the_plain_loop_takes_the_same_steps(capsys):
-    losses = {}
-    for form in FORMS:
+def change(work, network):
+    """Return the change of the parameters since the network was made, as one vector."""
+    starts = work.build().parameters()
+    return torch.cat([(p - start).detach().flatten() for p, start in zip(network.parameters(), starts, strict=True)])
+
+
+class TwoExits(Work):
+    """A network with two exits, for which PCGrad's random order changes nothing."""
+
+    def build(self):
         torch.manual_seed(0)
-        step = plain(TINY, form)
-        for _ in range(2):
-            step()
-        network = inspect.getclosurevars(step).nonlocals["network"]
-        losses[form] = torch.cat([p.detach().flatten() for p in network.parameters()])
-    for form, weights in losses.items():
-        close = 1e-3 if "bf16" in form else 1e-5
-        torch.testing.assert_close(weights, losses["fp32"], rtol=close, atol=close)
+        return exitkit.build_network("msdnet-tiny", blocks=2).train()
+
+
+@pytest.mark.parametrize("method", LOOPS)
+def test_a_plain_loop_takes_the_steps_of_the_method(method, monkeypatch):
+    kind = TwoExits if method == "pcgrad" else Work
+    work = kind("msdnet-tiny", batch=16, classes=10, shape=(1, 16, 16), lr=1e-2)
+    run, batch = work.run(method), work.data()
+    run.position.epochs, run.position.steps = 10**9, 1000
+    if method == "l2w":
+        predictor = copy.deepcopy(run.auxiliaries["weights"].module)
+        monkeypatch.setattr(plain, "weights_network", lambda exits: predictor)
+    networks, optimizer = [], Work.optimizer
+    monkeypatch.setattr(Work, "optimizer", lambda work, network: optimizer(work, networks.append(network) or network))
+    step = LOOPS[method](work)
+    for _ in range(2):
+        step()
+        run.train_epoch([batch] * 2) if method == "metagf" else run.train_step(batch)
+    ours, reference = change(work, run.network), change(work, *networks)
+    assert reference.norm() > 1e-3
+    assert (ours - reference).norm() < 1e-4 * reference.norm()
+    if method == "l2w":
+        for ours, reference in zip(run.auxiliaries["weights"].module.parameters(), predictor.parameters(), strict=True):
+            torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-6)
+
+
+def test_every_plain_loop_is_measured_and_a_missed_target_has_a_profile(monkeypatch):
+    assert LOOPS.keys() == PLAIN_LIMITS.keys()
+    monkeypatch.setattr(training, "LOOPS", {"joint": LOOPS["joint"]})
+    monkeypatch.setattr(training, "PLAIN_LIMITS", {"joint": 1e9})
+    monkeypatch.setattr(training, "PLAIN_FP32_LIMIT", 0.0)
+    monkeypatch.setattr(training, "choose_precision", lambda name, device: "bf16")
+    fp32, auto, profile, speedup = plain_rows(TINY)
+    assert (fp32.verdict, auto.verdict) == ("met", "missed")
+    assert isinstance(profile, Profile) and profile.target == auto.target
+    assert 0 < sum(profile.shares.values()) <= 1
+    assert isinstance(speedup, Speedup) and speedup.ratios.keys() == FORMS.keys()
+    monkeypatch.setattr(training, "choose_precision", lambda name, device: "fp32")
+    auto, fp32, speedup = plain_rows(TINY)
+    assert (fp32.verdict, auto.verdict) == ("met", "not-run")
+    assert speedup.ratios.keys() == FORMS.keys() - {"auto"}
+
+
+def test_the_work_of_a_step_is_counted_and_measured_against_the_core(monkeypatch):
+    operations, elements = counts(TINY)
+    macs = exitkit.cost(TINY.build())[-1].macs
+    assert operations == pytest.approx(3 * 2 * macs * TINY.batch, rel=0.1)  # no gradient of the images is computed
+    assert elements < counts(replace(TINY, batch=32))[1] < 2 * elements  # the weights do not grow with the batch
+    monkeypatch.setattr(roofline, "peak_flops", lambda dtype: peak_flops(dtype, 64))
+    monkeypatch.setattr(roofline, "peak_bandwidth", lambda: peak_bandwidth(2**16))
+    for measured in rooflines(TINY):
+        assert measured.arithmetic == pytest.approx(operations / measured.flops)
+        assert min(measured.memory, measured.measured) > 0
+
+
+def test_two_processes_are_measured_against_one():
+    row = scaling_row(replace(TINY, network="msdnet-tiny"))
+    assert row.measured > 0 and row.limit == 0.9
+
+
+def test_layouts_are_printed_as_a_table(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--networks", "msdnet-tiny", "--batch", "4", "--rounds", "1"], command=layouts)
     assert capsys.readouterr().out.splitlines()[-1].startswith("| msdnet-tiny | ")
@@ -138,7 +243,7 @@ def test_json_is_a_list_of_targets_and_nothing_else(capsys):
     assert not end.value.code
     rows = json.loads(capsys.readouterr().out)
     assert all(row.keys() == {"target", "limit", "measured", "ci", "verdict"} for row in rows)
-    assert [row["verdict"] for row in rows[1:]] == ["not-run"] * 2 or torch.cuda.is_available()
+    assert [row["verdict"] for row in rows[1:]] == ["not-run"] * 3 or torch.cuda.is_available()
 
 
 @pytest.mark.parametrize(

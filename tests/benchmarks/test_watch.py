@@ -29,7 +29,7 @@ class Campaign:
 
     def plan(self, *runs):
         planned = [{"run": name, "recipe": RECIPE | more} for name, more in runs]
-        self.folder.joinpath("comparison.json").write_text(json.dumps({"runs": planned}))
+        self.folder.joinpath("comparison-0123abcd.json").write_text(json.dumps({"runs": planned}))
 
     def begun(self, name, epochs=0, age=0.0, host=None, **more):
         path = self.folder / name
@@ -111,10 +111,51 @@ def test_a_file_that_is_half_there_or_no_such_thing_stops_nothing(name, content,
     campaign.finished("other")
     (path / name).write_bytes(content)
     (tmp_path / "comparison.json").write_bytes(content)
+    (tmp_path / "comparison-89abcdef.json").write_bytes(content)
     (tmp_path / "a file").write_text("")
     found = states(tmp_path)
     assert found["other"][0] == "finished" and "run" in found
     assert watch_command._view(tmp_path, look(tmp_path), 10)
+
+
+LINE = "train,1,0.1,2.5,1.5,40,60\n"
+DAMAGED = {
+    "metrics.csv": ["", "nonsense", METRICS.replace("epoch", "x") + LINE, METRICS + "train,two,0.1,2.5,1.5,40,60\n"]
+    + [METRICS + line for line in ("train,1\n", LINE.replace("\n", ",7\n"), LINE.replace("2.5", "inf"))],
+    "timing.csv": ["", "phase,epoch,seconds,peak_mib\ntrain,1,x,100\n"],
+    "recipe.json": [
+        "{}",
+        '{"method": "ge", "dataset": "digits", "seed": 0}',
+        '{"method": 3}',
+        '{"epochs": -1}',
+        '{"seed": 1e400}',
+        '{"method_settings": 5}',
+        "[" * 900,
+    ],
+    "progress.json": ['{"epoch": "two"}', '{"fraction": 7}', '{"losses": ["a"]}', '{"epochs": 1e30}', '{"when": NaN}'],
+    "results.json": ['{"test": ["a"]}', '{"test": [1e9]}', '{"test": {}}', '{"test": [NaN]}'],
+}
+
+
+@pytest.mark.parametrize(("name", "content"), [(name, text) for name, texts in DAMAGED.items() for text in texts])
+def test_a_run_with_wrong_values_is_shown_as_damaged_and_hides_no_other(name, content, campaign, cli, tmp_path):
+    path = campaign.begun("run", 1, host="another machine")
+    campaign.finished("other")
+    (path / name).write_text(content)
+    found = states(tmp_path)
+    assert found["other"] == ("finished", "") and found["run"][0] == "failed" and name in found["run"][1]
+    code, shown, errors = cli("watch", tmp_path, "--once")
+    assert code == 0 and not errors and "2 runs: 1 finished, 1 failed" in shown
+    (path / "results.json").write_text('{"validation": [44, 64], "test": [45.5, 65.5]}')
+    campaign.plan(("run", {}))
+    if name != "results.json":
+        assert states(tmp_path)["run"][0] == "failed"
+
+
+def test_a_finished_run_without_epochs_is_damaged(campaign, tmp_path):
+    campaign.finished("run")
+    (tmp_path / "run/metrics.csv").write_text(METRICS)
+    assert states(tmp_path)["run"] == ("failed", f"{tmp_path / 'run/metrics.csv'} is damaged (it has no epoch)")
 
 
 def test_time_left_is_of_what_is_left_at_as_many_runs_at_once_as_now():
@@ -181,7 +222,23 @@ def test_where_there_is_no_terminal_each_change_is_a_line_and_the_end_is_the_end
     assert code == 0 and lines == [
         "ge s0: running, epoch 2/4, loss 2.25 1.25, accuracy 41.0 61.0 %",
         "ge s0: finished, loss 2.25 1.25, accuracy 50.0 70.0 %",
+        "",
     ]
+    assert out.splitlines()[-1] == "1 run: 1 finished"
+
+
+def test_states_are_selected_and_all_runs_are_summed_up(cli, campaign, tmp_path):
+    campaign.plan(("waits", {"seed": 3}), ("lost", {"seed": 4}))
+    campaign.finished("done")
+    campaign.begun("now", 1, host="another machine", seed=1)
+    campaign.failed("lost", "no images")
+    code, out, _ = cli("watch", tmp_path, "--once", "--state", "failed,running")
+    shown = [line.split()[1] for line in out.splitlines() if line.split()[:1] == ["ge"]]
+    assert code == 0 and sorted(shown) == ["s1", "s4", "s4:"], out
+    assert "4 runs: 1 finished, 1 waiting, 1 failed, 1 running" in out
+    facts = json.loads(cli("watch", tmp_path, "--json", "--state", "waiting").out)
+    assert [run["run"] for run in facts["runs"]] == ["waits"] and sum(facts["states"].values()) == 4
+    cli("watch", tmp_path, "--state", "faild").refused("unknown state 'faild'; did you mean failed or stalled?")
 
 
 def test_a_folder_that_is_none_is_said_and_an_empty_one_may_fill_up(cli, tmp_path):

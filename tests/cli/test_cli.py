@@ -92,7 +92,8 @@ def test_a_run_is_trained_shown_and_reported(cli, tmp_path, monkeypatch):
     assert facts["recipe"]["method_settings"]["temperature"] == 0.3
     assert facts["recipe"]["backbone_settings"]["growth"] == 6
     assert [row["exit"] for row in facts["exits"]] == [1, 2, 3, 4]
-    assert "temperature=0.3" in cli("show", folder)
+    text = cli("show", folder)
+    assert "temperature=0.3" in text and " 1 epoch, batch 512" in text
     assert "finished" in cli("evaluate", folder)
     again = cli("train", "--recipe", folder)  # a run folder is a recipe: the very same run
     assert again.strip().splitlines()[-1] == f"run folder: {folder}"

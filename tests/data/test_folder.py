@@ -133,7 +133,9 @@ def test_flips_and_crops_vary_from_image_to_image(tmp_path):
     assert spans.max() > 0.8 > 0.4 > spans.min()
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "jpeg", "webp", "bmp", "ppm", "tif", "PNG"])
+@pytest.mark.parametrize(
+    "suffix", ["png", "jpg", "jpeg", "jfif", "webp", "bmp", "ppm", "pbm", "tif", "gif", "avif", "jp2", "PNG"]
+)
 def test_kinds_of_images(tmp_path, suffix):
     write_images(tmp_path, {"ant": 8, "bee": 8}, suffix=suffix)
     data = ImageFolder(**settings()).load(tmp_path)
@@ -147,7 +149,7 @@ def test_grey_and_palette_and_transparent_images_become_rgb(tmp_path):
         Image.open(tmp_path / "ant" / "07.png").convert(mode).save(tmp_path / "ant" / f"x{name}")
     data = ImageFolder(**settings()).load(tmp_path)
     assert images(read(data, "train")).shape[1:] == (3, SIZE, SIZE)
-    grey = data.train_paths.index(str(tmp_path / "ant" / "x00.png"))
+    grey = data.train_source.paths.index(str(tmp_path / "ant" / "x00.png"))
     parts = [part for part in ("train", "validation", "test") if grey in getattr(data.split, part)]
     position = getattr(data.split, parts[0]).tolist().index(grey)
     ((image, _),) = data.batches(parts[0], [torch.tensor([position])], augment=False, seed=0)
@@ -162,14 +164,14 @@ def test_what_begins_with_a_dot_and_what_is_no_image_is_passed_over(tmp_path):
     write_images(tmp_path, {"ant": 8, "bee": 8})
     write_images(tmp_path / "ant" / "deeper", {"still": 1}, seed=5)
     plain = ImageFolder(**settings()).load(tmp_path)
-    assert len(plain.train_paths) == 17
+    assert len(plain.train_source.paths) == 17
     (tmp_path / ".cache").mkdir()
     shutil.copytree(tmp_path / "bee", tmp_path / "ant" / ".thumbnails")
     (tmp_path / "ant" / "._00.png").write_bytes(b"not an image")
     (tmp_path / "ant" / "notes.txt").write_text("not an image")
     (tmp_path / "readme.md").write_text("not a class")
     again = ImageFolder(**settings()).load(tmp_path)
-    assert again.train_paths == plain.train_paths
+    assert again.train_source.paths == plain.train_source.paths
     assert again.class_names == ["ant", "bee"]
 
 
@@ -186,11 +188,12 @@ def test_an_unreadable_image_is_named_on_one_line(two_parts, workers, content):
     assert str(caught.value).startswith("image ")
 
 
-@pytest.mark.parametrize("content", [b"no image at all", b""], ids=["foreign", "empty"])
-def test_what_is_no_image_is_found_before_any_is_read(two_parts, content):
-    (two_parts / "val" / "bee" / "02.png").write_bytes(content)
+@pytest.mark.parametrize("content", [b"no image at all", b"", "cut"], ids=["foreign", "empty", "cut"])
+def test_the_check_before_training_names_every_kind_of_unreadable_file(two_parts, content):
+    bad = two_parts / "val" / "bee" / "02.png"
+    bad.write_bytes(bad.read_bytes()[:200] if content == "cut" else content)
     with pytest.raises(UserError, match=r"image .*val/bee/02\.png can't be read: ") as caught:
-        ImageFolder(**settings()).load(two_parts)
+        ImageFolder(**settings()).load(two_parts).check()
     assert "\n" not in str(caught.value)
 
 
@@ -213,8 +216,9 @@ def test_sixteen_bits_a_channel_are_refused_and_not_cut_off(two_parts):
     deep = np.full((20, 28), 40000, dtype=np.uint16)
     Image.fromarray(deep).save(two_parts / "val" / "ant" / "00.png")
     data = ImageFolder(**settings()).load(two_parts)
-    with pytest.raises(UserError, match=r"00\.png has more than 8 bits per channel"):
-        read(data, "test")
+    for reading in (data.check, lambda: read(data, "test")):
+        with pytest.raises(UserError, match=r"00\.png has more than 8 bits per channel"):
+            reading()
 
 
 def remove(path):
@@ -257,7 +261,7 @@ def test_other_mistakes(tmp_path, two_parts):
         ImageFolder().load(None)
     with pytest.raises(UserError, match="nowhere is not a folder"):
         ImageNet().load(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="50000 images can't be drawn from 30 images in 3 classes; expected 3 to 27"):
+    with pytest.raises(UserError, match="50,000 images can't be drawn from 30 images in 3 classes; expected 3 to 27"):
         ImageNet().load(two_parts)
     with pytest.raises(UserError, match="not laid out as ImageNet"):
         ImageNet().load(two_parts / "train")

@@ -25,6 +25,7 @@ from exitkit.data.digits import Digits
 from exitkit.data.folder import ImageFolder
 from exitkit.data.split import Split
 from exitkit.errors import Note, UserError
+from exitkit.runs.folder import RunFolder
 
 NETWORK = ("blocks=2", "base=1", "step=1", "channels=4", "growth=4", "growth_factors=1,1", "bottleneck_factors=1,1")
 NOTE = "does not fit this torch"
@@ -78,25 +79,36 @@ def test_a_folder_is_trained_and_evaluated_by_one_command(pictures, capsys, work
     assert "finished" in capsys.readouterr().out
 
 
-def test_a_damaged_image_stops_training_on_one_line_and_mending_it_goes_on(pictures, capsys):
+@pytest.mark.parametrize("part", ["train", "validation", "test"])
+def test_a_damaged_image_of_any_part_is_named_before_anything_is_written(pictures, capsys, part):
     data = ImageFolder(image_size=16, validation=3).load(pictures)
-    bad = Path(data.train_paths[int(data.split.train[0])])
-    whole = bad.read_bytes()
-    bad.write_bytes(whole[:300])
+    bad = Path(data.paths(part)[0])
+    bad.write_bytes(bad.read_bytes()[:300])
     arguments = command(pictures, "--epochs", "1", settings=("workers=2", "validation=3"))
     assert run(*arguments) == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if NOTE not in line]
-    assert len(errors) == 1
-    assert errors[0].startswith(f"exitkit: image {bad} can't be read: ")
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if NOTE not in line]
+    assert error.startswith(f"exitkit: image {bad} can't be read: ")
+    assert not (pictures.parent / "runs").exists()
+
+
+def test_an_image_that_is_damaged_while_training_stops_it_and_mending_it_goes_on(pictures, capsys, monkeypatch):
+    bad = Path(ImageFolder(image_size=16, validation=3).load(pictures).paths("train")[0])
+    whole = bad.read_bytes()
+    monkeypatch.setattr("exitkit.data.lazy.LazyData.check", lambda data: bad.write_bytes(whole[:300]) and "")
+    arguments = command(pictures, "--epochs", "1", settings=("workers=2", "validation=3"))
+    assert run(*arguments) == 2
+    monkeypatch.undo()
+    assert f"exitkit: image {bad} can't be read: " in capsys.readouterr().err
     bad.write_bytes(whole)
     assert run(*arguments, "--resume") == 0
+    assert "60 images checked in" in capsys.readouterr().err
 
 
 def test_a_file_that_is_no_image_is_named_before_anything_is_written(pictures, capsys):
     bad = pictures / "green" / "99.png"
     bad.write_text("no image")
     assert run(*command(pictures, "--epochs", "1", settings=("workers=0",))) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if NOTE not in line]
+    line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith(f"exitkit: image {bad} can't be read: ")
     assert not (pictures.parent / "runs").exists()
 
@@ -114,7 +126,9 @@ def test_other_images_are_not_taken_for_those_of_a_finished_run(pictures, capsys
     assert run("bench", folder, "--repeats", "1", "--data-dir", moved) == 0
     assert run("diagnose", folder, "--data-dir", moved) == 0
     assert (folder / "results.json").read_bytes() == before
-    (moved / "red" / "0.jpg").rename(moved / "red" / "new.jpg")
+    tested = ImageFolder(image_size=16, workers=0).load(moved).paths("test")
+    for path in tested:  # other images of the same names and formats
+        Image.new("RGB", (24, 24), "purple").save(path)
     capsys.readouterr()
     assert run(*elsewhere) == 2
     compare = ["compare", "--methods", "joint", "--seeds", "1", *elsewhere[1:]]
@@ -135,7 +149,8 @@ def test_images_are_those_of_a_run_whatever_part_of_them_another_run_takes(pictu
     for part in ("val", "test"):
         shutil.copytree(pictures / "train", pictures / part)
     arguments = command(pictures, "--epochs", "1", settings=("workers=0",))[1:]
-    compare = ["compare", "--methods", "joint", "--seeds", "1", "--sweep", "dataset.validation=none,5", *arguments]
+    sweep = ["--sweep", "dataset.validation=none,5", "--launcher", "here"]
+    compare = ["compare", "--methods", "joint", "--seeds", "1", *sweep, *arguments]
     assert run(*compare) == 0
     assert run(*compare) == 0
 
@@ -143,7 +158,7 @@ def test_images_are_those_of_a_run_whatever_part_of_them_another_run_takes(pictu
 def test_a_comparison_diagnoses_runs_whose_images_have_moved(pictures, capsys):
     (pictures.parent / "mine.toml").write_text('methods = ["joint"]\nseeds = 1\nfigures = ["diagnose"]\n')
     arguments = command(pictures, "--epochs", "1", settings=("workers=0",))[1:]
-    compare = ["compare", "--recipe", pictures.parent / "mine.toml", "--jobs", "1", *arguments]
+    compare = ["compare", "--recipe", pictures.parent / "mine.toml", "--launcher", "here", *arguments]
     assert run(*compare) == 0
     moved = pictures.rename(pictures.parent / "moved")
     shutil.rmtree(pictures.parent / "runs" / "report")
@@ -190,7 +205,7 @@ def test_an_interrupt_ends_training_and_its_workers_and_says_how_to_go_on(pictur
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: to the workers too
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130, errors
-    lines = [line for line in errors.splitlines() if NOTE not in line and not line.startswith("train: epoch")]
+    lines = [line for line in errors.splitlines() if NOTE not in line and line.startswith("exitkit: ")]
     assert len(lines) == 1, errors
     assert lines[0].endswith("--resume")
     with pytest.raises(ProcessLookupError):
@@ -215,7 +230,7 @@ def test_workers_that_start_afresh_see_the_same_images_and_name_the_same_fault(p
     alone = ImageFolder(image_size=16, workers=0).load(pictures)
     data = ImageFolder(image_size=16, workers=1).load(pictures)
     expected = batches(alone)
-    spoilt = data.train_paths[int(data.split.train[25])]  # in the second batch
+    spoilt = data.train_source.paths[int(data.split.train[25])]  # in the second batch
     Path(spoilt).write_bytes(Path(spoilt).read_bytes()[:300])
     positions = list(torch.arange(len(data.split.train)).split(20))
     stream = data.batches("train", positions, augment=True, seed=3)
@@ -271,3 +286,51 @@ def test_links_to_folders_are_followed(pictures, tmp_path):
     (pictures / "red" / "linked").symlink_to(tmp_path / "elsewhere")
     linked = ImageFolder(image_size=16).load(pictures)
     assert torch.equal(plain.train_labels, linked.train_labels)
+
+
+def test_a_trained_network_is_evaluated_without_files_that_are_gone_or_damaged(pictures, capsys):
+    assert run(*command(pictures, "--epochs", "1", settings=("workers=0",))) == 0
+    (folder,) = (pictures.parent / "runs").iterdir()
+    whole = RunFolder(folder).outputs("test")
+    tested = [Path(path) for path in exitkit.load_data(folder).paths("test")]
+    tested[0].unlink()
+    tested[1].write_bytes(tested[1].read_bytes()[:300])
+    tested[2].write_bytes(bytes(tested[2].stat().st_size))  # of the same size: found when it is read
+    Path(exitkit.load_data(folder).paths("train")[0]).unlink()  # evaluation does not need it
+    capsys.readouterr()
+    assert run("evaluate", folder, "--json") == 0
+    printed = capsys.readouterr()
+    assert "is evaluated without 3 test images: image " in printed.err
+    messages = json.loads(printed.out)["left_out"]["test"]
+    for path, reason, message in zip(tested, ["does not exist", *["can't be read: "] * 2], messages, strict=False):
+        assert message.startswith(f"image {path} {reason}")
+    kept = RunFolder(folder).outputs("test")
+    assert kept["indices"].tolist() == whole["indices"][3:].tolist()
+    np.testing.assert_allclose(kept["logits"], whole["logits"][3:], rtol=1e-4, atol=1e-5)
+    for verb in ("bench", "diagnose"):
+        assert run(verb, folder, *(("--repeats", "1") if verb == "bench" else ())) == 0
+    assert run("show", folder) == 0 and "evaluated without 3 test images" in capsys.readouterr().out
+
+
+def test_a_run_that_has_begun_says_which_files_were_added_or_removed(pictures, monkeypatch):
+    recipe = {"dataset": "folder", "data_dir": str(pictures), "backbone": "msdnet-tiny", "epochs": 2, "batch_size": 16}
+    recipe["dataset_settings"] = {"image_size": 16, "workers": 0}
+    monkeypatch.setattr("exitkit.training.loop._end_epoch", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        exitkit.train(recipe, pictures.parent / "runs")
+    monkeypatch.undo()
+    (pictures / "red" / "0.jpg").rename(pictures / "red" / "new.jpg")
+    with (
+        pytest.warns(Note),
+        pytest.raises(UserError, match=r"other files: 1 gone \(red/0.jpg\), 1 new \(red/new.jpg\)"),
+    ):
+        exitkit.train(recipe, pictures.parent / "runs")
+
+
+def test_nothing_of_pillows_warnings_reaches_the_command_line(pictures, capfd):
+    """A palette image with a transparent colour, and one that is larger than Pillow's first limit."""
+    image = Image.open(pictures / "red" / "1.png").convert("P")
+    image.save(pictures / "red" / "1.png", transparency=bytes(range(256)))
+    Image.new("1", (10000, 9500)).save(pictures / "red" / "3.png")
+    assert run(*command(pictures, "--epochs", "1", settings=("workers=0",))) == 0
+    assert "Warning" not in capfd.readouterr().err

@@ -69,9 +69,25 @@ def test_hold_out_keeps_shares_to_an_image():
     assert not torch.equal(drawn, hold_out(labels, pool, 50, 1, "a part")[1])
 
 
+@pytest.mark.parametrize("count", [4, 5, 9, 95, 99])
+def test_every_class_is_on_both_sides_however_rare_it_is(count):
+    """By its share, a class of two images would have none on one side."""
+    labels = torch.cat(
+        [torch.zeros(96, dtype=torch.int64), torch.ones(2), torch.full((2,), 2), torch.full((3,), 3)]
+    ).long()
+    pool = torch.arange(len(labels))
+    for seed in range(5):
+        rest, drawn = hold_out(labels, pool, count, seed, "a part")
+        assert torch.equal(torch.cat([rest, drawn]).sort().values, pool)
+        assert len(drawn) == count and torch.equal(drawn, drawn.sort().values)
+        assert set(labels[rest].tolist()) == set(labels[drawn].tolist()) == {0, 1, 2, 3}
+        again = hold_out(labels, pool, count, seed, "a part")
+        assert torch.equal(rest, again[0])
+
+
 @pytest.mark.parametrize(
     ("validation", "words"),
-    [(1297, "1297 images can't be drawn from 1297"), (5, "expected 10 to 1287"), (1288, "expected 10 to 1287")],
+    [(1297, "1,297 images can't be drawn from 1,297"), (5, "expected 10 to 1287"), (1288, "expected 10 to 1287")],
 )
 def test_impossible_numbers_of_validation_images_are_refused(validation, words):
     with pytest.raises(UserError, match=words):
@@ -132,3 +148,10 @@ def test_a_split_that_does_not_fit_is_refused(change, words):
     data = Digits().load(None)
     with pytest.raises(UserError, match=words):
         data.with_split(change(data.split))
+
+
+def test_a_part_without_images_is_checked_like_any_other():
+    split = Split(torch.arange(4), torch.arange(4, 6), torch.arange(0))
+    split.check(split, 6, 0)
+    with pytest.raises(UserError, match="0 test images, but the data has 1"):
+        split.check(Split(split.train, split.validation, torch.arange(1)), 6, 1)

@@ -116,7 +116,7 @@ def test_the_page_of_the_run_folder_names_every_file_that_a_run_has(tmp_path, mo
     named = set(
         re.findall(r"^\| `([\w.-]+\.\w+)` \|", FOLDER.partition("## Files of a comparison")[0], flags=re.MULTILINE)
     )
-    assert named - files <= {"progress.json"}, "named, but no run has it"
+    assert named - files <= {"progress.json", "images.csv.gz"}, "named, but no run has it"
     for part in ("probes", "outputs-test"):
         keys = run.probes() if part == "probes" else run.outputs("test")
         assert all(f"`{key}`" in FOLDER for key in keys)
@@ -124,13 +124,13 @@ def test_the_page_of_the_run_folder_names_every_file_that_a_run_has(tmp_path, mo
 
 
 def test_what_the_tables_of_costs_hold_is_what_the_networks_cost():
-    from measure import MEASURED, preset
+    from measure import MEASURED, preset, presets
 
     from exitkit import build_network, build_strategy
-    from exitkit.plugins import names, registered
+    from exitkit.plugins import registered
 
     measured = json.loads(MEASURED.read_text(encoding="utf-8"))
-    assert measured["presets"].keys() == set(names("backbone")) - {"torchvision"}
+    assert measured["presets"].keys() == set(presets())
     assert measured["added"].keys() == registered("method").keys()
     assert preset("sdn-tiny") == measured["presets"]["sdn-tiny"]
     network = build_network(measured["example"]["network"])

@@ -8,6 +8,8 @@ from click.testing import CliRunner
 
 import exitkit
 from exitkit.cli import cli
+from exitkit.engine import memory
+from exitkit.engine.memory import available_mib
 
 from toy import FEW
 
@@ -31,6 +33,16 @@ def test_a_peak_is_seen_and_forgotten():
     done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
     low, high, after = map(float, done.stdout.split())
     assert 250 < high - low < 300 and after < high - 200
+
+
+def test_the_free_memory_is_that_of_the_control_group_if_it_is_less(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "_CONTROL_GROUP", tmp_path)
+    system = available_mib()
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text(f"{2**28}\n")
+    assert available_mib() == pytest.approx(system, rel=0.2) or system != system
+    (tmp_path / "memory.max").write_text(f"{2**28 + 2**20}\n")
+    assert available_mib() == 1
 
 
 def test_the_fusion_weights_are_kept_and_shown(tmp_path):

@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from exitkit.engine.engine import Engine
+from exitkit.engine.fused import compiled
 from exitkit.engine.precision import choose_precision
 from exitkit.networks.build import build_network
-from exitkit.runs.job import resolve
+from exitkit.runs.job import Job, resolve
 from exitkit.runs.recipe import Recipe
+from exitkit.training.environment import environment
 
 CPU = torch.device("cpu")
 
@@ -40,6 +42,22 @@ def test_the_identity_holds_the_chosen_precision(monkeypatch):
     assert auto.id != resolve(Recipe.make(device="cpu")).id
 
 
+@pytest.mark.parametrize(
+    ("precision", "layout", "expected"),
+    [
+        ("fp32", "auto", "contiguous"),
+        ("bf16", "auto", "channels-last"),
+        ("bf16", "contiguous", "contiguous"),
+        ("fp32", "channels-last", "channels-last"),
+    ],
+)
+def test_a_run_records_the_layout_that_it_trains_in(precision, layout, expected):
+    recipe = resolve(Recipe.make(precision=precision, layout=layout, device="cpu"))
+    facts = environment(Job.make(recipe), Engine(CPU, recipe.precision, layout=recipe.layout))
+    assert facts["layout"] == expected
+    assert facts["fused_batchnorm"] == (expected == "channels-last" and compiled(torch.float32) is not None)
+
+
 def _layout(network, precision):
     """Return whether the network, placed by an engine, and its images have the channels-last layout."""
     engine = Engine(CPU, precision)
@@ -56,7 +74,7 @@ def _layout(network, precision):
     [
         ("msdnet-tiny", "bf16", True),
         ("sdn-tiny", "bf16", True),
-        ("ranet-tiny", "bf16", False),
+        ("ranet-tiny", "bf16", True),
         ("msdnet-tiny", "fp32", False),
     ],
 )

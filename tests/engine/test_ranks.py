@@ -5,11 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 from torch import nn
 
 from exitkit.engine.batchnorm import SyncedBatchNorm, synchronise_batchnorm
+
+from toy import chain
 
 HERE = Path(__file__).parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -39,28 +40,35 @@ def test_two_ranks_make_the_updates_of_one_for_every_method(tmp_path):
         for name, value in state.items():
             assert torch.allclose(ranks[0][case][name], value, rtol=rtol, atol=atol), (case, name)
             assert torch.equal(ranks[0][case][name], ranks[1][case][name]), (case, name)
+    start = {
+        f"network.stages.0.{name}": value for name, value in chain(3, batchnorm=True).stages[0].state_dict().items()
+    }
+    for case in (key for key in expected if key[1:2] == ("frozen",)):
+        assert all(torch.equal(expected[case][name], value) for name, value in start.items()), case
 
 
-@pytest.mark.parametrize("affine", [True, False])
-def test_synchronised_batchnorm_in_one_process_is_batchnorm(affine, tmp_path):
+def test_synchronised_batchnorm_in_one_process_is_batchnorm(tmp_path):
     # A process group of one: the arithmetic is the synchronised one, the batch is whole.
     script = f"""
 import torch, torch.distributed as dist
 from torch import nn
+from toy import chain
+
 from exitkit.engine.batchnorm import SyncedBatchNorm
 dist.init_process_group("gloo", init_method="file://{tmp_path}/meet", rank=0, world_size=1)
-torch.manual_seed(0)
-plain, synced = (kind(3, affine={affine}).double() for kind in (torch.nn.BatchNorm2d, SyncedBatchNorm))
-x = torch.randn(4, 3, 5, 5).double().requires_grad_()
-weights = torch.randn(4, 3, 5, 5).double()
-for step in range(3):
-    a, b = plain(x), synced(x)
-    assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
-    ga, gb = (torch.autograd.grad((y * weights).sum(), x)[0] for y in (a, b))
-    assert torch.allclose(ga, gb, rtol=1e-9, atol=1e-11)
-for name, value in plain.state_dict().items():
-    assert torch.allclose(value, synced.state_dict()[name], rtol=1e-12), name
-assert torch.autograd.gradcheck(synced, (x,))
+for affine in (True, False):
+    torch.manual_seed(0)
+    plain, synced = (kind(3, affine=affine).double() for kind in (torch.nn.BatchNorm2d, SyncedBatchNorm))
+    x = torch.randn(4, 3, 5, 5).double().requires_grad_()
+    weights = torch.randn(4, 3, 5, 5).double()
+    for step in range(3):
+        a, b = plain(x), synced(x)
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
+        ga, gb = (torch.autograd.grad((y * weights).sum(), x)[0] for y in (a, b))
+        assert torch.allclose(ga, gb, rtol=1e-9, atol=1e-11)
+    for name, value in plain.state_dict().items():
+        assert torch.allclose(value, synced.state_dict()[name], rtol=1e-12), name
+    assert torch.autograd.gradcheck(synced, (x,))
 """
     call(sys.executable, "-c", script)
 

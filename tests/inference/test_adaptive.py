@@ -228,3 +228,59 @@ OUTPUTS = (torch.zeros(4, 3, 5), torch.zeros(4, dtype=torch.int64), [1.0, 2.0, 3
 def test_outputs_that_make_no_rule_are_refused(changed, told):
     with pytest.raises(UserError, match=told):
         exitkit.ExitRule.from_outputs(*(changed.get(n, value) for n, value in enumerate(OUTPUTS)))
+
+
+@pytest.mark.parametrize(
+    ("x", "words"),
+    [
+        (images(1)[0], r"images have the shape \[1, 16, 16\]; expected \[B, 1, 16, 16\] \(of a single image: image\[N"),
+        (images(2).repeat(1, 3, 1, 1), r"images have the shape \[2, 3, 16, 16\]; expected \[B, 1, 16, 16\]$"),
+        (images(2).float(), r"images are torch\.float32; expected torch\.float64, as the network$"),
+        ((images(2) * 255).to(torch.uint8), r"images are torch\.uint8.*images\.float\(\) / 255, normalised as for"),
+        (images(2).numpy(), r"images are a ndarray; expected a tensor \[B, 1, 16, 16\] of torch\.float64"),
+    ],
+)
+def test_images_of_another_form_are_said_in_one_line(x, words):
+    adaptive = exitkit.AdaptiveInference(made("sdn-tiny"), ExitRule("confidence", (0.5, 0.5, 0.5, -math.inf)))
+    for call in (lambda: adaptive(x), lambda: list(adaptive.stream([x], 4))):
+        with pytest.raises(UserError, match=words) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+def test_rules_of_outputs_take_tensors_and_arrays():
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(60, 3, 4, generator=generator), torch.randint(4, (60,), generator=generator)
+    given = [
+        (logits, labels, [1.0, 2.0, 4.0]),
+        (logits.numpy(), labels.numpy(), np.array([1.0, 2.0, 4.0])),
+        (logits.double().requires_grad_(), labels.int(), (1, 2, 4)),
+        (logits.tolist(), labels.tolist(), torch.tensor([1.0, 2.0, 4.0])),
+    ]
+    rules = [ExitRule.from_outputs(*each, budget=2.0) for each in given]
+    assert rules[0].thresholds[0] < math.inf and rules == [rules[0]] * 4
+    policies = [exitkit.ExitPolicy.from_outputs("mean+margin", *each, budget=2.0).to_json() for each in given[:2]]
+    assert policies[0] == policies[1]
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "words"),
+    [
+        (
+            (torch.zeros(5, 4),) * 3,
+            torch.zeros(5).long(),
+            r"logits are a tuple of tensors; .*torch\.stack\(logits, 1\)",
+        ),
+        (torch.zeros(5, 3, 4), torch.full((5,), 4), r"labels 4\.\.4; expected classes 0\.\.3"),
+        (
+            torch.zeros(5, 3, 4),
+            torch.zeros(5),
+            "logits are float32, and labels float32; expected numbers, and integers",
+        ),
+        (np.full((5, 3, 4), "a"), np.zeros(5, int), "logits are <U1, and labels int64; expected numbers"),
+        ([[1], [1, 2]], np.zeros(5, int), "logits are a list of unequal lengths"),
+    ],
+)
+def test_outputs_of_another_form_are_said_in_one_line(logits, labels, words):
+    with pytest.raises(UserError, match=words):
+        ExitRule.from_outputs(logits, labels, [1.0, 2.0, 4.0], budget=2.0)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -19,8 +20,9 @@ from exitkit.cli.export import export as command
 from exitkit.errors import UserError
 from exitkit.inference.adaptive import AdaptiveInference
 from exitkit.inference.export import export as exporting
+from exitkit.inference.export import programs
 from exitkit.inference.export.programs import pieces, without_taps
-from exitkit.inference.export.runner import Runner, exit_scores
+from exitkit.inference.export.runner import Runner, exit_scores, open_runner
 from exitkit.networks.cascade import Head, MultiExitNetwork
 
 from toy import FEW
@@ -58,7 +60,8 @@ def test_an_export_answers_and_skips_as_the_network_does(form, tmp_path):
     rule = middling(network, "margin")
     policy = exporting.export(network, rule, tmp_path / "out", images(), ABOUT, form)
     ending = exporting.ENDINGS[form]
-    names = {"policy.json", "run.py", f"all-exits{ending}", f"stage-1{ending}", f"stage-2{ending}"}
+    names = {"policy.json", "run.py", "serve.py", "examples.npy", "manifest.json"}
+    names |= {f"all-exits{ending}", f"stage-1{ending}", f"stage-2{ending}"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
     assert ABOUT.items() <= policy.items() and policy == json.loads((tmp_path / "out" / "policy.json").read_text())
     assert ExitRule.from_json((tmp_path / "out" / "policy.json").read_text()) == rule
@@ -128,12 +131,25 @@ def test_a_mistake_with_run_py_is_one_line(mistake, deployed, tmp_path, monkeypa
     assert line.startswith("run.py: images.npy ") and says in line and not printed.out
 
 
+def test_run_py_writes_names_that_the_code_page_does_not_have(deployed, tmp_path):
+    copy = shutil.copytree(deployed, tmp_path / "copy")
+    policy = json.loads((copy / "policy.json").read_text())
+    policy["class_names"] = ["名前\x1b[31m"] * 3
+    (copy / "policy.json").write_text(json.dumps(policy))
+    np.save(tmp_path / "images.npy", images().numpy())
+    command = [sys.executable, copy / "run.py", tmp_path / "images.npy"]
+    environment = {**os.environ, "PYTHONUTF8": "0", "PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run(command, capture_output=True, env=environment, check=True)
+    assert not done.stderr and len(done.stdout.splitlines()) == 12
+    assert all(line.split()[1] == rb"\u540d\u524d\x1b[31m" for line in done.stdout.splitlines())
+
+
 def test_run_py_says_how_it_is_used_and_what_it_lacks(deployed, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert exporting.runner.main([], deployed) == 2
-    assert capsys.readouterr().err.startswith("usage: python run.py IMAGES.npy")
+    assert capsys.readouterr().err == "run.py: expected IMAGES, --check or --serve (see --help)\n"
     assert exporting.runner.main(["--help"], Path("nowhere")) == 0
-    assert "uint8" in (told := capsys.readouterr().out) and "already normalised" in told
+    assert "uint8" in (told := capsys.readouterr().out) and "numpy.save" in told
     np.save("images.npy", images().numpy())
     assert exporting.runner.main(["images.npy"], tmp_path) == 2
     assert "policy.json: No such file or directory; run.py works in its own folder" in capsys.readouterr().err
@@ -182,7 +198,7 @@ def test_pieces_in_a_row_are_the_network_whatever_its_state(backbone, method):
 
 def test_what_does_not_answer_as_the_network_is_not_left_behind(tmp_path, monkeypatch):
     load = exporting.runner.load
-    monkeypatch.setattr(exporting.runner, "load", lambda path: lambda x: [part + 1 for part in load(path)(x)])
+    monkeypatch.setattr(exporting.runner, "load", lambda path, *options: lambda x: [part + 1 for part in load(path)(x)])
     with pytest.raises(UserError, match="nothing was exported"):
         exporting.export(small(), HALF, tmp_path / "out", images(), ABOUT, "torch-export")
     assert not list(tmp_path.iterdir())
@@ -196,8 +212,8 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, monkeypatch):
         assert list(tmp_path.iterdir()) == before
 
     refused("expected onnx or torch-export", form="tflite")
-    refused("expected 2, one per exit", rule=ExitRule("margin", (-math.inf,)))
-    monkeypatch.setattr(exporting.importlib.util, "find_spec", lambda name: None)
+    refused("for 1 exit; expected 2", rule=ExitRule("margin", (-math.inf,)))
+    monkeypatch.setattr(programs.importlib.util, "find_spec", lambda name: None)
     refused(r"pip install 'exitkit\[onnx\]'")
     (tmp_path / "taken").mkdir()
     refused("exists already", out="taken")
@@ -224,3 +240,45 @@ def test_a_run_is_exported_by_the_command_line_with_thresholds_from_validation(t
     assert written["out"] == Path(f"{run.path.name}-onnx") and written["count"] == 64
     assert written["about"]["mean"] == [0.3046] and len(written["about"]["class_names"]) == 10
     assert written["about"]["costs"] == run.costs()
+
+
+def test_a_quantised_run_has_a_rule_of_its_own_and_is_compared_with_fp32(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    run = exitkit.train({"backbone": "sdn-tiny", "epochs": 2, "device": "cpu", **FEW}, "runs")
+    code, printed, errors = cli("export", run.path, "--int8", "--out", "deployed", "--budget", "70%")
+    assert code == 0, errors
+    policy = json.loads(Path("deployed/policy.json").read_text())
+    assert policy["precision"] == "int8" and policy["thresholds"] != list(
+        ExitRule.from_run(run, budget="70%").thresholds
+    )
+    runner = Runner(Path("deployed"))
+    (batch,) = exitkit.load_data(run).batches("validation", [torch.arange(40)], augment=False, seed=0)
+    exits = runner(batch.images.numpy())[1]
+    macs = np.array([row["macs"] for row in run.costs()])
+    assert macs[exits].mean() == pytest.approx(0.7 * macs[-1], rel=0.1)  # the budget, met on the quantised outputs
+    (logits,) = runner.programs[0]([batch.images.numpy()])[:1]
+    expected = run.outputs("validation")["logits"][:, 0]
+    assert 0 < np.abs(logits - expected).max() < 0.2 * np.abs(expected).max()
+    rows = [line for line in printed.splitlines() if line.startswith("│")]
+    assert [row.split("│")[1].strip() for row in rows[:1]] == ["exit 1: accuracy"] and max(map(len, rows)) <= 80
+    assert "milliseconds per image" in printed and "multiply-adds per image" in printed
+    cli("export", run.path, "--int8", "--out", "deployed").refused("deployed exists already")
+    cli("export", run.path, "--int8", "--format", "torch-export").refused("expected --format onnx, not torch-export")
+
+
+@pytest.mark.parametrize("name", ["/stage.onnx", "../stage.onnx", "a/stage.onnx", "C:stage.onnx", "..", "", 3, None])
+def test_a_runner_loads_programs_of_its_own_folder_only(name, tmp_path):
+    (tmp_path / "policy.json").write_text(json.dumps({"programs": [name]}))
+    with pytest.raises(
+        RuntimeError, match=r"programs of policy\.json has .*expected the name of a file in this folder"
+    ):
+        open_runner(tmp_path)
+
+
+def test_a_runner_follows_no_link_out_of_its_folder(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "stage.onnx").symlink_to(tmp_path / "stage.onnx")
+    (tmp_path / "folder" / "policy.json").write_text(json.dumps({"programs": ["stage.onnx"]}))
+    with pytest.raises(RuntimeError, match="a link out of this folder"):
+        open_runner(tmp_path / "folder")

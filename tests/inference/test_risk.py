@@ -320,6 +320,24 @@ def test_an_exit_where_nobody_leaves_passes_only_with_those_of_the_next(test):
     assert controlled_point(losses, cost, 0.05, 0.1, test, exit_index=left, exits=exits) == 0
 
 
+@pytest.mark.parametrize("test", TESTS)
+def test_the_full_network_does_not_end_the_tests_per_exit(test):
+    """It has no exit to control: the points after it are tested as if it were not there, and it is never returned."""
+    rng = np.random.default_rng(10)
+    left = left_at(rng, 3, 2000)
+    losses = (rng.random(left.shape) < np.array([[0.01], [0.02], [0.5]])).astype(float)
+    found = controlled_point(losses, [3.0, 2.0, 1.0], 0.1, 0.1, test, exit_index=left)
+    assert found == 1
+    full = np.full((1, 2000), left.max())
+    both = np.concatenate([full, left]), np.concatenate([np.zeros((1, 2000)), losses])
+    assert controlled_point(both[1], [4.0, 3.0, 2.0, 1.0], 0.1, 0.1, test, exit_index=both[0]) == found + 1
+    assert controlled_point(np.zeros((1, 2000)), [4.0], 0.1, 0.1, test, exit_index=full) is None
+    # A point that nobody leaves early, but with losses, is not the full network.
+    wrong = both[1].copy()
+    wrong[0, :500] = 1.0
+    assert controlled_point(wrong, [4.0, 3.0, 2.0, 1.0], 0.1, 0.1, test, exit_index=both[0]) is None
+
+
 def test_the_exits_to_control_are_those_at_which_enough_samples_have_left():
     needed = samples_needed("binomial", 0.1, 0.1)
     assert needed == math.ceil(math.log(0.1) / math.log(0.9)) == 22

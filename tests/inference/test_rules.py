@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from exitkit.errors import UserError
 from exitkit.inference.adaptive import AdaptiveInference
+from exitkit.inference.outputs import ExitOutputs, ExitView
 from exitkit.inference.rules import RULES, SCORED, agreement, eenet, fit_rule, fitted, jei, rule_from_json, stopping
 from exitkit.inference.rules.base import Validation
 from exitkit.inference.rules.reward import isotonic, prices
@@ -100,7 +101,7 @@ def test_points_ascend_in_cost_and_spread(rule):
 def test_points_that_do_not_exist_and_wrong_logits_are_refused(rule):
     with pytest.raises(UserError, match=f"expected 0..{rule.points - 1}"):
         rule.at(rule.points)
-    with pytest.raises(UserError, match=r"expected \[M, 4, C\]"):
+    with pytest.raises(UserError, match=r"expected \[N, 4, C\]"):
         rule.leave_at(np.zeros((3, 5, 5)))
     for k in range(4):
         logits = np.zeros((3, 4, 5))
@@ -166,7 +167,11 @@ def fit_validation(logits, labels, costs=COSTS):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "3", '{"rule": "jei"}', '{"rule": "jie"}', '{"rule": "jei", "gates": 0}', "{}"]
+    "text",
+    [
+        *("", "[]", "3", "{}", "[" * 9999),
+        *('{"rule": "jei"}', '{"rule": {"name": "jie"}}', '{"rule": {"name": "jei", "gates": 0}}'),
+    ],
 )
 def test_text_that_is_not_a_rule_is_refused(text):
     with pytest.raises(UserError, match=r"not a rule|not an exit rule|unknown rule|operating points"):
@@ -382,6 +387,46 @@ def test_coordinate_ascent_never_falls_and_often_finds_the_maximum():
     assert best >= 50
 
 
+@pytest.mark.parametrize("least", [2, 3, 5, 10])
+def test_with_a_minimum_an_exit_is_closed_or_enough_leave_there(least):
+    """The end is still the best along every open threshold, and no better than without the minimum."""
+    closed_somewhere = 0
+    for seed in range(30):
+        reward, _, rank, sizes, _ = small_problem(seed)
+        start = fitted._backward(reward, rank, sizes)
+        free = fitted.ascend(reward, rank, start, sizes)
+        chosen, end = fitted.ascend_with_least(reward, rank, start, sizes, least)
+        leaves = rank > chosen
+        left = np.bincount(np.where(leaves.any(axis=1), leaves.argmax(axis=1), 2), minlength=3)[:2]
+        assert ((left == 0) | (left >= least)).all()
+        assert end == pytest.approx(fitted.value(reward, leaves), abs=1e-12)
+        enough = (np.bincount(fitted._exits(rank > free[0]), minlength=3)[:2] >= least) | (free[0] == sizes)
+        if enough.all():
+            np.testing.assert_array_equal(chosen, free[0])
+        closed = chosen == sizes
+        closed_somewhere += int((closed & (free[0] < sizes)).any())
+        for k, other in itertools.product(np.flatnonzero(~closed), range(10)):
+            moved = chosen.copy()
+            moved[k] = other
+            assert fitted.value(reward, rank > moved) <= end + 1e-12
+    assert closed_somewhere > 0
+
+
+def test_the_rule_keeps_to_the_minimum_at_all_points():
+    logits, labels = outputs(0)
+    rule = fit_rule("fitted", logits, labels, COSTS, least=40)
+    counts = np.stack([np.bincount(row, minlength=len(COSTS)) for row in rule.leave_at(logits)])[:, :-1]
+    assert ((counts == 0) | (counts >= 40)).all() and (counts > 0).any()
+    free = fit_rule("fitted", logits, labels, COSTS)
+    assert any(((row > 0) & (row < 40)).any() for row in map(partial_counts, free.leave_at(logits)))
+    with pytest.raises(UserError, match="least is -1; expected 0 or more"):
+        fit_rule("fitted", logits, labels, COSTS, least=-1)
+
+
+def partial_counts(exits):
+    return np.bincount(exits, minlength=len(COSTS))[:-1]
+
+
 @pytest.mark.parametrize("soft", [True, False])
 def test_fitted_thresholds_are_no_worse_than_shares_on_their_own_reward(soft):
     logits, labels = outputs(0)
@@ -442,7 +487,12 @@ def test_gates_leave_as_the_formula_says():
     for point, i in itertools.product(range(12), range(200)):
         given = earlier = 0.0  # sum of P, sum of g
         for k in range(3):
-            g = 1 / (1 + math.exp(-jei.measures(logits[i : i + 1, k])[0] @ gates[point, k, :4] - gates[point, k, 4]))
+            g = 1 / (
+                1
+                + math.exp(
+                    -jei.measures(ExitView(logits[i : i + 1, k], k))[0] @ gates[point, k, :4] - gates[point, k, 4]
+                )
+            )
             leave = max(0.0, min(g, 1 - earlier))
             if leave / (1 - given) >= 0.5:
                 expected[point, i] = k
@@ -463,7 +513,7 @@ def test_measures_of_the_gates():
         return -(q * np.log(np.where(q > 0, q, 1))).sum(axis=1)
 
     expected = np.stack([p.max(axis=1), entropy(p), ordered[:, -1] - ordered[:, -2], entropy(squares)], axis=1)
-    np.testing.assert_allclose(jei.measures(logits[:, 1]), expected, atol=1e-12)
+    np.testing.assert_allclose(jei.measures(ExitView(logits[:, 1], 1)), expected, atol=1e-12)
 
 
 def test_probabilities_of_leaving_add_up():
@@ -498,21 +548,20 @@ def test_positive_weights():
     np.testing.assert_allclose(jei.positive_weights(best, 3), [[5 / 2, 1], [5, 5]])
 
 
-def test_gate_loss_and_gradient_match_torch():
+def test_the_gradient_of_the_gates_is_torchs():
     rng = np.random.default_rng(0)
-    gates, inputs = rng.normal(size=(3, 5, 2)), rng.normal(size=(3, 20, 5))
-    leaves, weights = rng.random((3, 20, 2)) < 0.4, rng.random((3, 2)) * 5
-    loss, gradient = jei.gate_loss(gates, inputs, leaves, weights)
+    gates, inputs = rng.normal(size=(3, 5, 2)), rng.normal(size=(20, 3, 5))
+    leaves, heavy = rng.random((20, 3, 2)) < 0.4, rng.random((3, 2)) * 5
+    gradient = jei.gate_gradient(gates, inputs, leaves, np.where(leaves, heavy, 1.0))
     parameters = torch.from_numpy(gates).requires_grad_()
-    logits = torch.from_numpy(inputs) @ parameters
+    logits = torch.from_numpy(inputs).transpose(0, 1) @ parameters
     for price in range(2):
-        expected = torch.nn.functional.binary_cross_entropy_with_logits(
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(
             logits[..., price],
-            torch.from_numpy(leaves[..., price]).double(),
-            pos_weight=torch.from_numpy(weights[:, None, price]),
+            torch.from_numpy(leaves[..., price]).double().T,
+            pos_weight=torch.from_numpy(heavy[:, None, price]),
         )
-        assert loss[price] == pytest.approx(expected.item(), rel=1e-12)
-        (slope,) = torch.autograd.grad(expected, parameters, retain_graph=True)
+        (slope,) = torch.autograd.grad(loss, parameters, retain_graph=True)
         np.testing.assert_allclose(gradient[..., price], slope[..., price].numpy(), atol=1e-14)
 
 
@@ -562,17 +611,23 @@ def parameters(exits=4, classes=5, seed=0):
     return eenet.Parameters(*(part.double() for part in start))
 
 
+def inputs_of(logits):
+    """x of the scheduler, [N, K, C+2], and the features of each exit."""
+    parts = [eenet.features(view) for view in ExitOutputs(logits).exits]
+    return torch.from_numpy(np.stack([np.column_stack(part) for part in parts], axis=1)), parts
+
+
 def test_scores_of_training_are_those_of_deployment():
     logits, _ = outputs(0, samples=40, excluded=True)
     generator = torch.Generator().manual_seed(1)
     start = parameters()
     u = torch.randn(4, 5, generator=generator).double() / 2
     v = torch.randn(4, 5, generator=generator).double() / 2
-    x = torch.stack([torch.from_numpy(np.column_stack(eenet._features(logits[:, k], k))) for k in range(4)])
-    found = start._replace(u=u, v=v).scores(x)
+    x, parts = inputs_of(logits)
+    found = start._replace(u=u, v=v).scores(x.transpose(0, 1)).T
     before, expected = None, np.empty((40, 4))
     for k in range(4):
-        before = eenet.exit_score(k, logits[:, k], u[k : k + 1].numpy(), v[k : k + 1].numpy(), before)
+        before = eenet.exit_score(parts[k], u[k : k + 1].numpy(), v[k : k + 1].numpy(), before)
         p = torch.from_numpy(logits[:, k]).softmax(dim=1).numpy()
         sure = 1 + (p * np.log(np.where(p > 0, p, 1))).sum(axis=1) / np.log(5)
         terms = [p.max(axis=1), sure, *expected.T[:k]]
@@ -581,43 +636,92 @@ def test_scores_of_training_are_those_of_deployment():
     np.testing.assert_allclose(before[:, 0], expected, atol=1e-12)
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-12)
     assert 0 < ((expected > 0) & (expected < 1)).mean() < 1
-    np.testing.assert_allclose(start.scores(x).numpy(), scores(logits, "confidence"), atol=1e-7)
+    np.testing.assert_allclose(start.scores(x.transpose(0, 1)).T.numpy(), scores(logits, "confidence"), atol=1e-7)
 
 
 def test_shares_of_an_exit_do_not_read_later_scores():
     generator = torch.Generator().manual_seed(0)
-    x, q = torch.rand(4, 6, 7, generator=generator).double(), torch.rand(6, 4, generator=generator).double()
+    x, q = torch.rand(4, 6, 7, generator=generator).double(), torch.rand(4, 6, generator=generator).double()
     start = parameters()
-    logits = start.shares(x, q).log()
+    logits = start.shares(start.hidden_units(x, q)).log()
     for k in range(1, 4):
         changed = q.clone()
-        changed[:, k:] = 0
+        changed[k:] = 0
         # The logits of exits 0..k differ from each other as before; only exits beyond k read score k.
-        other = start.shares(x, changed).log()
-        torch.testing.assert_close(other[:, : k + 1] - other[:, :1], logits[:, : k + 1] - logits[:, :1])
-        assert k == 3 or not torch.allclose(other[:, k + 1] - other[:, 0], logits[:, k + 1] - logits[:, 0], atol=1e-6)
+        other = start.shares(start.hidden_units(x, changed)).log()
+        torch.testing.assert_close(other[: k + 1] - other[:1], logits[: k + 1] - logits[:1])
+        assert k == 3 or not torch.allclose(other[k + 1] - other[0], logits[k + 1] - logits[0], atol=1e-6)
 
 
-def test_losses_of_the_scheduler():
-    costs = torch.tensor([1.0, 2.0, 6.0], dtype=torch.float64)
-    uniform = torch.full((5, 3), 1 / 3, dtype=torch.float64)
-    assert eenet.budget_loss(uniform, costs, 3.0).item() == pytest.approx(0, abs=1e-15)
-    assert eenet.budget_loss(uniform, costs, 4.0).item() == pytest.approx(0.25)
-    equal = torch.full((5, 3), 0.4, dtype=torch.float64)
-    assert eenet.share_loss(uniform, equal, costs, 3.0).item() == pytest.approx(0, abs=1e-15)
-    rng = np.random.default_rng(0)
-    q, shares, hits = rng.random((5, 3)), rng.dirichlet(np.ones(3), 5), rng.random((5, 3)) < 0.5
-    expected = 0.0
-    for k in range(3):
-        of_exit = -np.log(np.where(hits[:, k], q[:, k], 1 - q[:, k]))
-        expected += (shares[:, k] / shares[:, k].sum() * of_exit).sum() / 3
-    arrays = (torch.from_numpy(part) for part in (q, hits.astype(float), shares))
-    assert eenet.score_loss(*arrays).item() == pytest.approx(expected, rel=1e-9)
-    target = q / q.sum(axis=1, keepdims=True)
-    divergence = (target * np.log(target / shares)).sum(axis=1).mean()
-    distance = abs((shares @ costs.numpy()).mean() - 3) / 3
-    found = eenet.share_loss(torch.from_numpy(shares), torch.from_numpy(q), costs, 3.0)
-    assert found.item() == pytest.approx(1e-3 * divergence + 1e-2 * distance, rel=1e-9)
+def plain_scores(of, x):
+    """q, one exit after the other; earlier scores are detached."""
+    q = []
+    for k in range(len(x)):
+        z = x[k, :, :-2] @ of.u[k] + x[k, :, -2:] @ of.v[k, :2]
+        z = z + sum(of.v[k, 2 + j] * q[j].detach() for j in range(k))
+        q.append(z.clamp(0, 1))
+    return torch.stack(q)
+
+
+def plain_shares(of, x, q):
+    logits = []
+    for k in range(len(x)):
+        earlier = [q[j] if j < k else torch.zeros_like(q[j]) for j in range(len(x) - 1)]
+        hidden = (torch.column_stack([x[k], *earlier]) @ of.hidden[k] + of.hidden_constant[k]).sigmoid()
+        logits.append(hidden @ of.output[k] + of.output_constant[k])
+    return torch.cat(logits, dim=1).softmax(dim=1).T
+
+
+def score_loss(q, hits, shares):
+    weight = shares / shares.sum(dim=1, keepdim=True)
+    each = torch.nn.functional.binary_cross_entropy(q.clamp(1e-6, 1 - 1e-6), hits, weight, reduction="sum")
+    return each / len(q)
+
+
+def share_loss(shares, q, costs, budget):
+    target = q.clamp(min=1e-6) / q.clamp(min=1e-6).sum(dim=0)
+    divergence = (target * (target.log() - shares.log())).sum(dim=0).mean()
+    return 1e-3 * divergence + 1e-2 * ((costs @ shares).mean() - budget).abs() / budget
+
+
+@pytest.mark.parametrize("budget", [0.2, 0.9])
+def test_the_gradients_of_the_scheduler_are_those_of_its_losses(budget):
+    logits, labels = outputs(0, samples=60)
+    generator = torch.Generator().manual_seed(1)
+    x = inputs_of(logits)[0].transpose(0, 1)
+    hits = torch.from_numpy(correct(logits, labels)).double().T
+    costs = torch.from_numpy(COSTS / 80)
+    start = parameters()
+    start = start._replace(
+        u=torch.randn(4, 5, generator=generator).double() / 2, v=torch.randn(4, 5, generator=generator).double() / 2
+    )
+    of = eenet.Parameters(*(part.clone().requires_grad_() for part in start))
+    q = plain_scores(of, x)
+    assert torch.allclose(q, start.scores(x)) and ((q == 0) | (q == 1)).any()
+    shares = plain_shares(of, x, q.detach())
+    torch.testing.assert_close(start.shares(start.hidden_units(x, q.detach())), shares.detach())
+    expected = torch.autograd.grad(score_loss(q, hits, shares.detach()), of[:2])
+    for found, slope in zip(eenet.score_gradient(x, q.detach(), hits, shares.detach()), expected, strict=True):
+        torch.testing.assert_close(found, slope, rtol=1e-9, atol=1e-15)
+    expected = torch.autograd.grad(share_loss(shares, q.detach(), costs, budget), of[2:])
+    for found, slope in zip(eenet.share_gradient(start, x, q.detach(), costs, budget), expected, strict=True):
+        torch.testing.assert_close(found, slope, rtol=1e-9, atol=1e-15)
+
+
+def test_adam_is_torchs():
+    generator = torch.Generator().manual_seed(0)
+    ours = [torch.randn(3, 2, generator=generator).double(), torch.randn(4, generator=generator).double()]
+    theirs = [part.clone().requires_grad_() for part in ours]
+    adam = eenet._Adam(ours)
+    reference = torch.optim.Adam(theirs, lr=eenet.RATE, weight_decay=eenet.DECAY)
+    for _ in range(5):
+        slopes = [torch.randn(part.shape, generator=generator).double() for part in ours]
+        adam.step(slopes)
+        for part, slope in zip(theirs, slopes, strict=True):
+            part.grad = slope
+        reference.step()
+    for part, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(part, other.detach(), rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("budget", [10.001, 20, 40, 79.99])
@@ -650,7 +754,7 @@ def test_scheduler_meets_its_budgets_on_validation():
 
 def test_training_lowers_both_losses():
     logits, labels = outputs(0)
-    x = torch.stack([torch.from_numpy(np.column_stack(eenet._features(logits[:, k], k))) for k in range(4)]).float()
+    x = inputs_of(logits)[0].float()
     hits = torch.from_numpy(correct(logits, labels)).float()
     costs = torch.tensor(COSTS / 80).float()
     start = eenet.Parameters.initial(4, 5, torch.Generator().manual_seed(0))
@@ -659,10 +763,10 @@ def test_training_lowers_both_losses():
     assert all(map(torch.equal, start, kept))
 
     def losses(of):
-        q = of.scores(x)
-        r = of.shares(x, q)
-        uniform = torch.full_like(r, 0.25)
-        return eenet.score_loss(q, hits, uniform).item(), eenet.share_loss(r, q, costs, 0.2).item()
+        inputs = x.transpose(0, 1)
+        q = of.scores(inputs)
+        r = of.shares(of.hidden_units(inputs, q))
+        return score_loss(q, hits.T, torch.full_like(r, 0.25)).item(), share_loss(r, q, costs, 0.2).item()
 
     assert losses(end)[0] < losses(start)[0] and losses(end)[1] < losses(start)[1]
 
@@ -673,7 +777,8 @@ def test_a_sigmoid_before_the_softmax_limits_the_released_shares():
     assert one.softmax(0)[0].item() == pytest.approx(math.e / (math.e + 6)) == pytest.approx(0.312, abs=5e-4)
     assert others.softmax(0)[0].item() == pytest.approx(1 / (1 + 6 * math.e)) == pytest.approx(0.058, abs=5e-4)
     far = parameters(7)._replace(output_constant=torch.tensor([0.0, *[-20.0] * 6]).double()[:, None, None])
-    assert far.shares(torch.rand(7, 3, 7).double(), torch.rand(3, 7).double()).min(dim=0).values[0] > 0.99
+    hidden = far.hidden_units(torch.rand(7, 3, 7).double(), torch.rand(7, 3).double())
+    assert far.shares(hidden)[0].min() > 0.99
 
 
 def test_the_released_class_term_is_that_of_the_first_sample():
@@ -692,7 +797,10 @@ def test_the_released_class_term_is_that_of_the_first_sample():
 def test_the_json_text_has_no_infinite_numbers():
     rule = scheduler(np.array([[math.inf, 0.5, -math.inf]])).at(0)
     parts = json.loads(rule.to_json(), parse_constant=lambda word: pytest.fail(word))
-    assert parts["rule"] == "eenet" and parts["limits"] == {"shape": [1, 3], "values": ["inf", 0.5, "-inf"]}
+    assert parts["rule"]["name"] == "eenet" and parts["rule"]["limits"] == {
+        "shape": [1, 3],
+        "values": ["inf", 0.5, "-inf"],
+    }
     np.testing.assert_array_equal(rule_from_json(rule.to_json()).limits, rule.limits)
 
 

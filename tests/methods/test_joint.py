@@ -157,7 +157,7 @@ def test_shares_of_the_epochs():
 
     assert lengths(10, 0.7, 0.3) == [7, 3]
     assert lengths(2, 0.99, 0.01) == [1, 1]
-    for epochs, shares, complaint in [(10, (1.0,), "shares has 1 values; expected 2"), (1, (1.0, 1.0), "2 phases")]:
+    for epochs, shares, complaint in [(10, (1.0,), "shares has 1 value; expected 2"), (1, (1.0, 1.0), "2 phases")]:
         with pytest.raises(UserError, match=complaint):
             lengths(epochs, *shares)
     with pytest.raises(UserError, match="expected numbers above 0"):

@@ -255,9 +255,8 @@ def test_a_frozen_network_can_be_that_of_an_earlier_run(tmp_path):
 
 def test_refusals():
     network = chain()
-    run = run_of(network, torch.optim.Adam(network.parameters()))
     with pytest.raises(UserError, match="expected SGD"):
-        run.strategy.train_step(run, batches(1)[0])
+        run_of(network, torch.optim.Adam(network.parameters()))
     for field in ("epsilon", "q", "interval", "hidden", "meta_lr"):
         with pytest.raises(UserError, match=field):
             exitkit.build_strategy("l2w", **{field: 0})

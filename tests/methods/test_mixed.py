@@ -151,5 +151,5 @@ def test_impossible_values_are_refused():
     ):
         with pytest.raises(UserError, match=complaint):
             exitkit.build_strategy("mixed", **settings)
-    with pytest.raises(UserError, match="mixed training has 2 phases and 1 epochs; expected"):
+    with pytest.raises(UserError, match="mixed training has 2 phases and 1 epoch; expected"):
         planned(1)

@@ -111,7 +111,7 @@ def test_the_phases():
         "trunk",
         100,
         ("stages.", "heads.3."),
-        "sgd",
+        None,  # the recipe's
         None,
     )
     assert (heads.name, heads.epochs, heads.optimizer, heads.lr, heads.batchnorm) == (

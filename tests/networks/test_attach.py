@@ -67,6 +67,13 @@ class SizeCrosses(nn.Module):
         return self.fc(self.third(x))
 
 
+class SizeOutlivesValues(SizeCrosses):
+    def forward(self, x):
+        x = self.first(x.flatten(1))
+        y = self.second(x * 2) + x
+        return self.fc(self.third(y).view(-1, x.shape[1]))
+
+
 class ChannelsLast(nn.Module):
     def __init__(self):
         super().__init__()
@@ -311,11 +318,18 @@ def test_points_that_bear_no_exit_are_refused(points, complaint):
         attach_exits(ResNetLike(), at=points, input_shape=SMALL)
 
 
-def test_a_size_that_crosses_is_named_with_the_nearest_points():
+@pytest.mark.parametrize("points", [("second",), ("first", "view"), ("first", "second", "view")])
+def test_a_size_that_is_read_early_is_read_again_where_it_is_used(points):
     model = SizeCrosses()
-    with pytest.raises(UserError, match=r"at second: getitem, which is no tensor.*nearest.*are first and view"):
-        attach_exits(model, at=["second"], input_shape=(3, 2, 2))
-    network = attach_exits(model, at=["first", "view"], input_shape=(3, 2, 2))
+    network = attach_exits(model, at=points, input_shape=(3, 2, 2))
+    state = network.stages[0](torch.randn(4, 3, 2, 2))
+    assert isinstance(state, torch.Tensor)  # the number of images does not cross: it changes when images leave
+    check(model, network)
+
+
+def test_a_size_crosses_further_than_the_tensor_that_crossed_with_its_values():
+    model = SizeOutlivesValues()
+    network = attach_exits(model, at=["mul", "second", "add"], input_shape=(3, 2, 2))
     check(model, network)
 
 

@@ -22,7 +22,7 @@ def small(name):
     return home(plugins.load("backbone", name))[0][1] <= 32
 
 
-PRESETS = list(plugins.names("backbone"))
+PRESETS = [name for name in plugins.names("backbone") if name != "transformers"]  # which needs a folder
 SMALL = [name for name in PRESETS if small(name)]
 TINY = [name for name in PRESETS if name.endswith("-tiny")]
 

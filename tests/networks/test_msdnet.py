@@ -169,6 +169,7 @@ def test_both_modes_of_differentiation_agree():
         ((3, 9, 9), {"growth_factors": (1,), "bottleneck_factors": (1,), "growth": 3}),
         ((3, 20, 20), {"growth_factors": (1, 2, 4, 4, 4), "bottleneck_factors": (1, 2, 4, 4, 4)}),
         ((1, 33, 47), {"stem": "large", "head": "conv"}),
+        ((1, 28, 28), {"stem": "strided", "head": "pool"}),
     ],
 )
 def test_any_number_of_scales(shape, settings):
@@ -177,11 +178,25 @@ def test_any_number_of_scales(shape, settings):
     assert exitkit.cost(network)[-1].params == sum(parameter.numel() for parameter in network.parameters())
 
 
+@pytest.mark.parametrize("family", ["msdnet", "ranet"])
+def test_each_stem_reduces_the_image_by_its_stride(family):
+    sizes = {}
+    for stem in ("small", "strided", "large"):
+        network = exitkit.build_network(family, input_shape=(3, 64, 64), num_classes=7, stem=stem)
+        first = next(module for module in network.modules() if isinstance(module, torch.nn.Conv2d))
+        widths = []
+        first.register_forward_hook(lambda *call, widths=widths: widths.append(call[2].shape[-1]))
+        network(torch.randn(2, 3, 64, 64))
+        sizes[stem] = widths
+    assert sizes == {"small": [64], "strided": [32], "large": [32]}  # the large stem's pooling halves it once more
+
+
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
         ({"input_shape": (3, 3, 32)}, "3x32 are too small for 3 scales; expected at least 4x4"),
         ({"stem": "large", "input_shape": (3, 15, 15)}, "expected at least 16x16"),
+        ({"stem": "strided", "input_shape": (3, 7, 7)}, "expected at least 8x8"),
         ({"reduction": 0.01}, "keeps none of 58 channels"),
         ({"growth": 5, "growth_factors": (1, 3, 4)}, "such as growth 6"),
     ],

@@ -19,7 +19,7 @@ from exitkit.networks.families import sdn
 from exitkit.networks.families.msdnet import MSDNet
 from exitkit.networks.families.ranet import RANet
 from exitkit.networks.released.layouts import LAYOUTS
-from exitkit.networks.released.weights import load_released_weights, read_released_file
+from exitkit.networks.released.weights import check_finite, load_released_weights, own_tensors, read_released_file
 
 MSDNET = {"blocks": 3, "base": 2, "step": 1, "channels": 4, "growth": 2}
 RANET = {"scales": (1, 2), "blocks": 2, "block_step": 1, "step": 2, "channels": 4, "growth": 4}
@@ -246,7 +246,7 @@ def test_the_command_writes_our_names_for_the_classes_of_the_file(tmp_path, monk
     assert result.exit_code == 0, result.exception
     assert result.output.splitlines() == [
         f"loaded {len(tensors)} tensors into msdnet (5 classes), written to best.safetensors",
-        "left out 1 tensors of best.pth.tar: extra",
+        "left out 1 tensor of best.pth.tar: extra",
     ]
     ours = MSDNet(**MSDNET).build((3, 32, 32), 5)
     ours.load_state_dict(load_file(tmp_path / "best.safetensors"))
@@ -282,3 +282,79 @@ def test_a_method_without_tensors_of_its_own_changes_nothing(tmp_path, monkeypat
     assert imported("best.pth", *options, "--out", "plain").exit_code == 0
     assert imported("best.pth", *options, "--method", "boostnet", "--out", "boosted").exit_code == 0
     assert (tmp_path / "plain").read_bytes() == (tmp_path / "boosted").read_bytes()
+
+
+def attached():
+    """A network of no published family."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.AvgPool2d(4))
+    model = nn.Sequential(*model, nn.Flatten(), nn.Linear(4, 5))
+    return exitkit.attach_exits(model, at=["2"], input_shape=(3, 8, 8))
+
+
+@pytest.mark.parametrize("make", [our_msdnet, attached])
+@pytest.mark.parametrize(
+    "named",
+    [
+        lambda name: name,
+        lambda name: f"module.{name}",
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"module._orig_mod.{name}",
+        lambda name: name.replace("stages.0.", "stages.0._orig_mod."),  # a part was compiled
+    ],
+)
+def test_files_with_exitkits_own_names_are_read_without_the_prefixes_of_wrappers(make, named, tmp_path):
+    source, network = scrambled(make()), make()
+    torch.save({named(name): tensor for name, tensor in source.state_dict().items()}, tmp_path / "sd.pth")
+    content = read_released_file(tmp_path / "sd.pth")
+    assert load_released_weights(network, content) == (len(source.state_dict()), [])
+    assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in network.state_dict().items())
+    again = make()
+    again.load_state_dict(own_tensors(again, content))
+    assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in again.state_dict().items())
+
+
+def test_the_form_of_a_file_counts_and_not_its_name(tmp_path):
+    tensors = {"a.weight": torch.ones(2)}
+    save_file(tensors, tmp_path / "one.pth")
+    torch.save(tensors, tmp_path / "two.safetensors")
+    torch.save(tensors, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    for name in ("one.pth", "two.safetensors", "old.pth"):
+        assert torch.equal(read_released_file(tmp_path / name)["a.weight"], tensors["a.weight"])
+
+
+def test_the_advice_for_a_whole_network_is_to_save_its_state_dict(tmp_path):
+    torch.save(attached(), tmp_path / "whole.pth")
+    with pytest.raises(UserError, match=r"torch\.load\('whole\.pth', weights_only=False\)\.state_dict\(\), 'weights"):
+        read_released_file(tmp_path / "whole.pth")
+    torch.save({"state_dict": attached().state_dict(), "net": attached()}, tmp_path / "both.pth")
+    with pytest.raises(UserError, match=r"weights_only=False\)\['state_dict'\], 'weights"):
+        read_released_file(tmp_path / "both.pth")
+
+
+def test_weights_that_are_not_finite_are_named():
+    network = attached()
+    network.register_buffer("mask", torch.full((2,), -torch.inf))
+    check_finite(network, "x.pth")
+    with torch.no_grad():
+        network.stages[1].get_parameter("3.bias")[1] = torch.inf
+    with pytest.raises(UserError, match=r"the weights of x\.pth are not finite \(stages\.1\.3\.bias\); expected"):
+        check_finite(network, "x.pth")
+    network.stages[0].get_buffer("1.running_mean")[0] = torch.nan
+    with pytest.raises(UserError, match=r"\(stages\.1\.3\.bias and 1 more tensor\)"):
+        check_finite(network, "x.pth")
+
+
+def test_the_command_reads_exitkits_own_names_and_refuses_what_is_not_finite(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state = our_msdnet().state_dict()
+    torch.save(prefixed(state, "_orig_mod."), "own.pth")
+    options = ["--backbone", "msdnet", *(f"--set={field}={value}" for field, value in MSDNET.items())]
+    result = imported("own.pth", *options)
+    assert result.exit_code == 0, result.exception
+    assert all(torch.equal(tensor, state[name]) for name, tensor in load_file("own.safetensors").items())
+    state["heads.1.classify.bias"][0] = torch.nan
+    torch.save(state, "nan.pth")
+    result = imported("nan.pth", *options)
+    assert str(result.exception).startswith("the weights of nan.pth are not finite (heads.1.classify.bias)")
+    assert not (tmp_path / "nan.safetensors").exists()

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import one_hot
 
 import exitkit
+from exitkit.errors import Note
 from exitkit.files import write_json
 from robustness import damage
 
@@ -43,9 +44,9 @@ FILES = {  # whose readers have to notice, whatever is wrong with it
     "weights.safetensors": ("evaluate", "diagnose", "bench"),
     "learned.json": ("show",),
     "probes.safetensors": ("diagnose",),
-    "../comparison.json": ("report", "reproducibility"),
+    "../comparison-00000000.json": ("report", "reproducibility"),
 }
-MAY_BE_GONE = ("results.json", "latency.json", "learned.json", "probes.safetensors", "../comparison.json")
+MAY_BE_GONE = ("results.json", "latency.json", "learned.json", "probes.safetensors", "../comparison-00000000.json")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def whole(tmp_path_factory):
     write_json(run.path / "latency.json", {"milliseconds": [1.0, 2.0, 3.0, 4.0]})
     plan = {key: value for key, value in RECIPE.items() if key not in ("method", "dataset_settings")}
     plan = Plan.make(plan | {"methods": "metagf", "baseline": "metagf", "seeds": 1, "set": RECIPE["dataset_settings"]})
-    write_plan(out, plan, plan.runs(), "exitkit compare")
+    write_plan(out, plan, plan.runs(), "exitkit compare").rename(out / "comparison-00000000.json")
     return out
 
 
@@ -102,6 +103,51 @@ def test_a_damaged_file_is_named_in_one_line(name, damaged, reader, copied, cli,
             continue
         result.refused(name.removeprefix("../"))
         assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["recipe.json", "results.json", "cost.json", "timing.csv", "outputs-test.safetensors"])
+def test_a_damaged_run_hides_no_other(name, copied, sibling, cli):
+    out, run = copied
+    (out / "comparison-00000000.json").unlink()
+    shutil.copytree(sibling, out / sibling.name)
+    (run / name).write_text('{"a": 1}')
+    result = cli("report", out, "--format", "csv")
+    assert result.code == 0 and "Anytime accuracy" in result.out
+    (line,) = (line for line in result.errors.splitlines() if line.startswith("exitkit: a run is left out: "))
+    assert str(run / name) in line
+    if name.endswith(".json"):
+        with pytest.warns(Note, match="a run is left out"):
+            assert set(exitkit.load_runs(out).run) == {sibling.name}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("results.json", {"validation": [50.0] * 4, "test": [50.0, 1e9, 50.0, 50.0]}, "test.1: "),
+        ("results.json", {"validation": [], "test": []}, "validation: "),
+        ("cost.json", [{"exit": 1, "papers": 1, "macs": 10**400, "params": 1}], "0.macs: "),
+        ("cost.json", [{"exit": 1, "papers": -1, "macs": 1, "params": 1}], "0.papers: "),
+        ("latency.json", {"milliseconds": [-1.0] * 4}, "milliseconds.0: "),
+        ("recipe.json", {"method": "ge"}, "backbone is missing"),
+    ],
+)
+def test_a_value_out_of_range_is_named_with_its_field(name, content, says, copied, cli):
+    out, run = copied
+    write_json(run / name, content)
+    command = ("report", out, "--format", "csv", "--cost", "latency") if name == "latency.json" else ("show", run)
+    cli(*command).refused(name, says)
+
+
+def test_files_that_are_nested_too_deeply_or_have_no_number_are_named(copied, cli):
+    _, run = copied
+    recipe = json.loads((run / "recipe.json").read_text())
+    nested = []
+    for _ in range(900):
+        nested = [nested]
+    write_json(run / "recipe.json", recipe | {"method_settings": {"deep": nested}})
+    cli("show", run).refused("recipe.json", "method_settings is nested more than 20 levels deep")
+    (run / "recipe.json").write_text(json.dumps(recipe | {"lr": float("nan")}))
+    cli("show", run).refused("recipe.json", "NaN is not a number of JSON")
 
 
 def test_outputs_of_another_network_are_not_taken_for_this_ones(copied, cli):

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import exitkit
+from exitkit.benchmarks.campaign.estimate import Step
 from exitkit.cli import cli, main
 
 CHECKS = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
@@ -152,6 +153,7 @@ def harmless(place, monkeypatch):
     monkeypatch.chdir(place)
     monkeypatch.setattr("exitkit.training.setup._open_folder", begin)
     monkeypatch.setattr("exitkit.benchmarks.campaign.queue.Campaign.run", begin)
+    monkeypatch.setattr("exitkit.benchmarks.campaign.estimate._step", lambda begun, batch: Step(1.0))
     monkeypatch.setattr("urllib.request.urlopen", offline)
     monkeypatch.setattr("exitkit.inference.export.export.export", begin)
     monkeypatch.setattr("exitkit.benchmarks.timing.stopwatch.time_all", begin)

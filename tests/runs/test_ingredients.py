@@ -14,9 +14,9 @@ from exitkit.errors import UserError
 from exitkit.files import load_tensors
 from exitkit.runs.folder import RunFolder
 
-from toy import batches, chain, sgd
+from toy import FEW, FEW_OPTIONS, batches, chain, sgd
 
-SHORT = {"epochs": 2, "lr": 0.05, "batch_size": 256}
+SHORT = {"epochs": 2, "lr": 0.05, **FEW}
 
 
 def weights(run):
@@ -86,10 +86,26 @@ def test_what_can_not_be_started_from_is_refused_in_one_line(ge, tmp_path):
     with pytest.raises(UserError, match="is of another network"):
         exitkit.train({"init_from": str(ge.path), "backbone": "sdn-tiny", **SHORT}, tmp_path / "out")
     with pytest.raises(UserError, match=r"was trained on \d+ of the 300 validation images of this run"):
-        exitkit.train({"init_from": str(ge.path), "dataset_settings": {"validation": 300}, **SHORT}, tmp_path / "out")
+        exitkit.train({"init_from": str(ge.path), **SHORT, "dataset_settings": {"validation": 300}}, tmp_path / "out")
     with pytest.raises(UserError, match="have changed since"):
         exitkit.train({"init_from": str(ge.path), "init_weights": "0" * 16, **SHORT}, tmp_path / "out")
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_a_file_of_torch_save_is_the_same_start_and_values_that_are_not_finite_are_named(ge, tmp_path):
+    recipe = {"method": "joint", **SHORT, "epochs": 1}
+    state = weights(ge)
+    torch.save({f"_orig_mod.module.{name}": tensor for name, tensor in state.items()}, tmp_path / "sd.pth")
+    runs = [
+        exitkit.train({"init_from": str(start), **recipe}, tmp_path / name)
+        for name, start in (("a", ge.path / "weights.safetensors"), ("b", tmp_path / "sd.pth"))
+    ]
+    assert all(torch.equal(tensor, weights(runs[0])[name]) for name, tensor in weights(runs[1]).items())
+    state["heads.0.classify.weight"][0, 0] = torch.inf
+    torch.save(state, tmp_path / "inf.pth")
+    with pytest.raises(UserError, match=r"init_from \(.*inf\.pth\) are not finite \(heads\.0\.classify\.w"):
+        exitkit.train({"init_from": str(tmp_path / "inf.pth"), **recipe}, tmp_path / "c")
+    assert not (tmp_path / "c").exists() or not list((tmp_path / "c").iterdir())
 
 
 def test_a_teacher_by_method_is_trained_first_and_one_by_folder_is_taken(tmp_path):
@@ -130,7 +146,7 @@ def test_teachers_that_are_none_are_refused(tmp_path):
 def test_compare_trains_a_teacher_first_and_leaves_it_out_of_the_table(tmp_path):
     out = tmp_path / "runs"
     arguments = ["compare", "--methods", "kd", "--set", "kd.teacher=ge", "--seeds", "1", "--epochs", "1"]
-    done = CliRunner().invoke(cli, [*arguments, "--batch-size", "512", "--out", str(out)])
+    done = CliRunner().invoke(cli, [*arguments, *FEW_OPTIONS, "--out", str(out)])
     assert done.exit_code == 0, done.output
     methods = {json.loads(path.read_text())["method"] for path in out.glob("*/recipe.json")}
     assert methods == {"joint", "kd", "ge"}

@@ -43,6 +43,7 @@ def test_the_id_changes_with_everything_that_changes_the_run_and_with_nothing_el
         "weight_decay": 0.0,
         "decay": 0.2,
         "precision": "bf16",
+        "layout": "channels-last",
         "schedule": "constant",
         "method": "ge",
         "backbone": "msdnet-cifar-lg4",
@@ -52,11 +53,12 @@ def test_the_id_changes_with_everything_that_changes_the_run_and_with_nothing_el
         Recipe.make().with_settings({name: value}).resolve().id for name, value in (("growth", 6), ("validation", 100))
     ]
     assert len(set(ids)) == len(ids)
+    assert "layout" not in base.identity()  # ids of earlier releases
     folder = Recipe.make(dataset="folder")
     assert folder.with_settings({"workers": 9}).resolve().id == folder.resolve().id
     assert folder.with_settings({"image_size": 9}).resolve().id != folder.resolve().id
     where = {"device": "cpu", "threads": 2, "data_dir": "elsewhere", "download": False, "init_from": None}
-    where |= {"tensorboard": True, "compile": True}
+    where |= {"tensorboard": True, "compile": True, "deterministic": False}
     assert where.keys() == EXECUTION
     assert all(Recipe.make(**{key: value}).resolve().id == base.id for key, value in where.items())
 
@@ -111,6 +113,12 @@ def test_the_catalogue_names_every_shipped_recipe_with_its_title():
     assert shipped.keys() == set(recipe_files()) and all(shipped.values())
 
 
+@pytest.mark.parametrize(("name", "text"), [("r.toml", 'method = "ge"\n'), ("r.json", '{"method": "ge"}')])
+def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path, name, text):
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert Recipe.read(tmp_path / name) == {"method": "ge"}
+
+
 def test_a_recipe_that_is_no_table_is_refused(tmp_path):
     path = tmp_path / "list.json"
     path.write_text("[1, 2]")
@@ -162,3 +170,13 @@ def test_what_a_run_takes_from_another_is_in_its_identity(tmp_path):
     assert Recipe.make(**recipe).resolve().id != first.id
     with pytest.raises(UserError, match="have changed since this run was planned"):
         exitkit.train(first, tmp_path / "pupils")
+
+
+@pytest.mark.parametrize("name", ["deep.json", "deep.toml"])
+def test_a_recipe_that_is_nested_too_deeply_is_refused_by_its_key(name, tmp_path):
+    value = "[" * 30 + "]" * 30
+    (tmp_path / name).write_text(
+        f'{{"method_settings": {value}}}' if name == "deep.json" else f"method_settings = {value}"
+    )
+    with pytest.raises(UserError, match="method_settings is nested more than 20 levels deep"):
+        Recipe.read(tmp_path / name)

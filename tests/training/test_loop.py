@@ -67,6 +67,7 @@ def watched(monkeypatch, method, out, **more):
         return first
 
     monkeypatch.setattr("exitkit.data.base.TensorData.batches", batches)
+    monkeypatch.setattr("exitkit.training.loop.evaluate_held", lambda folder, recipe: None)
     for name in steps:
         monkeypatch.setattr(exitkit.Run, name, watching(name))
     exitkit.train({"method": method, **FAST, **more}, out)
@@ -75,7 +76,7 @@ def watched(monkeypatch, method, out, **more):
 
 
 AGGREGATORS = {name for name in plugins.registered("method") if hasattr(plugins.load("method", name), "aggregator")}
-OTHERS = plugins.registered("method").keys() - AGGREGATORS - {"joint"}
+OTHERS = plugins.registered("method").keys() - AGGREGATORS - {"joint", "heads"}  # heads reads stored features
 
 
 @pytest.mark.parametrize("methods", [OTHERS | {"pcgrad"}, pytest.param(AGGREGATORS, marks=pytest.mark.full)])
@@ -146,9 +147,9 @@ def three_phases(monkeypatch):
 def test_phases_train_what_they_say_and_leave_the_rest(three_phases, monkeypatch, tmp_path):
     states, save = [], Checkpoints.save
 
-    def keep(self, run, history):
-        states.append({name: tensor.clone() for name, tensor in run.network.state_dict().items()})
-        save(self, run, history)
+    def keep(self, begun, history, **rest):
+        states.append({name: tensor.clone() for name, tensor in begun.run.network.state_dict().items()})
+        save(self, begun, history, **rest)
 
     monkeypatch.setattr(Checkpoints, "save", keep)
     run = exitkit.train({"method": "three", **FAST}, tmp_path)
@@ -171,8 +172,8 @@ def test_a_schedule_of_phases_goes_on_after_each_of_its_epochs(saves, three_phas
     class Stop(Exception):
         pass
 
-    def stop(self, run, history):
-        save(self, run, history)
+    def stop(self, begun, history, **rest):
+        save(self, begun, history, **rest)
         count.append(1)
         if len(count) == saves:
             raise Stop

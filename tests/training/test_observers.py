@@ -28,10 +28,10 @@ def stopped_after(saves, monkeypatch, recipe, out, wait=0.0):
     """Train until a checkpoint has been written `saves` times, waiting before each."""
     save, count = Checkpoints.save, []
 
-    def stop(self, run, history):
+    def stop(self, run, history, **options):
         time.sleep(wait)
         seconds = history.seconds
-        save(self, run, history)
+        save(self, run, history, **options)
         count.append(seconds)
         if len(count) == saves:
             raise Stop

@@ -1,5 +1,6 @@
 """TensorBoard logs: what the metrics say, each epoch once however often training was stopped; nothing unless asked."""
 
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -8,7 +9,7 @@ import pandas as pd
 import pytest
 
 import exitkit
-from exitkit.errors import UserError
+from exitkit.errors import Note, UserError
 from exitkit.training.checkpoint import Checkpoints
 
 from toy import FEW
@@ -27,8 +28,8 @@ def scalars(run):
 def test_a_log_says_what_the_metrics_say_and_has_no_epoch_twice_after_a_stop(tmp_path, monkeypatch):
     save, saved = Checkpoints.save, []
 
-    def stop_after_two(self, run, history):
-        save(self, run, history)
+    def stop_after_two(self, run, history, **options):
+        save(self, run, history, **options)
         saved.append(run)
         if len(saved) == 3:  # the second epoch's checkpoint, and the third's, are there; its log is not
             raise KeyboardInterrupt
@@ -68,3 +69,14 @@ def test_where_the_package_is_missing_the_line_says_how_to_get_it_and_nothing_is
     with pytest.raises(UserError, match=r"pip install 'exitkit\[tensorboard\]'"):
         exitkit.train(RECIPE, tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_log_that_is_deleted_while_a_run_trains_is_written_again(tmp_path, capsys):
+    def report(progress):
+        if progress.epoch_done and progress.epoch == 2:
+            (folder,) = tmp_path.iterdir()
+            shutil.rmtree(folder / "tensorboard")
+
+    with pytest.warns(Note, match="was deleted; all epochs are written again"):
+        run = exitkit.train(RECIPE, tmp_path, report=report)
+    assert [step for step, _ in scalars(run.path)["lr"]] == [1, 2, 3] and "Traceback" not in capsys.readouterr().err

@@ -2,44 +2,52 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import logging
-import shutil
-import warnings
 from collections.abc import Mapping
-from contextlib import redirect_stdout
-from io import StringIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from exitkit.errors import UserError
+from exitkit.escaping import counted
 from exitkit.files import disk_error, drafted, exists, make_folder, write_json
 from exitkit.inference.export import runner
-from exitkit.inference.export.programs import Piece, all_exits, pieces, without_taps
-from exitkit.inference.rule import ExitRule
-from exitkit.inference.scores import scores
-from exitkit.inference.thresholds import leave_at
+from exitkit.inference.export.bundle import complete, logits_by_stage
+from exitkit.inference.export.programs import (
+    ENDINGS,
+    Format,
+    all_exits,
+    missing_packages,
+    pieces,
+    without_taps,
+    write_program,
+)
+from exitkit.inference.policy import ExitPolicy
+from exitkit.inference.rule import PointRule
 from exitkit.networks.cascade import MultiExitNetwork
 
-Format = Literal["onnx", "torch-export"]
-ENDINGS = {"onnx": ".onnx", "torch-export": ".pt2"}
 TOLERANCE = 1e-3
 """Largest deviation of an exported program, in units of the largest logit: other kernels sum in another order."""
+_CHANGES = 50
+"""Random changes of the logits that show whether an image is close to another exit."""
 
 
 def export(
-    network: MultiExitNetwork, rule: ExitRule, out: Path, images: Tensor, about: Mapping[str, Any], form: Format
+    network: MultiExitNetwork,
+    rule: PointRule | ExitPolicy,
+    out: Path,
+    images: Tensor,
+    about: Mapping[str, Any],
+    form: Format,
 ) -> dict[str, Any]:
     """Export a network, and check the exported programs on real images; the folder is complete or does not appear.
 
     Args:
         network: the network, adapted and trained, on the CPU.
-        rule: the exit rule.
+        rule: who leaves where: an exit rule, or a policy.
         out: the folder, which must not exist.
         images: at least two images, normalised [N, *input_shape].
         about: further entries of `policy.json`: `mean`, `std`, `class_names`, ...
@@ -56,10 +64,13 @@ def export(
         raise UserError(f"format is {form!r}; expected {' or '.join(ENDINGS)}")
     if exists(out):
         raise UserError(f"{out} exists already; give another folder by --out")
-    if len(rule.thresholds) != network.num_exits:
-        raise UserError(f"the rule has {len(rule.thresholds)} thresholds; expected {network.num_exits}, one per exit")
-    if form == "onnx":
-        _check_installed()
+    if rule.exits != network.num_exits:
+        raise UserError(
+            f"the rule is for {counted(rule.exits, 'exit')}; expected {network.num_exits}, those of the network"
+        )
+    if form == "onnx" and (missing := missing_packages()):
+        raise UserError(f"ONNX needs {' and '.join(missing)}: pip install 'exitkit[onnx]'; or use torch-export")
+    network, rule = (rule if isinstance(rule, ExitPolicy) else ExitPolicy(rule)).placed_in(network)
     make_folder(out.parent)
     try:
         with drafted(out) as draft:
@@ -71,81 +82,52 @@ def export(
     return policy
 
 
-def _check_installed() -> None:
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"ONNX needs {' and '.join(missing)}: pip install 'exitkit[onnx]'; or use torch-export")
-
-
 def _write(
-    network: MultiExitNetwork, rule: ExitRule, folder: Path, images: Tensor, about: Mapping[str, Any], form: Format
+    network: MultiExitNetwork,
+    rule: PointRule | ExitPolicy,
+    folder: Path,
+    images: Tensor,
+    about: Mapping[str, Any],
+    form: Format,
 ) -> dict[str, Any]:
     ending = ENDINGS[form]
     programs = []
     for number, piece in enumerate(pieces(network, images[:2]), start=1):
         programs.append(f"stage-{number}{ending}")
-        _export(piece, folder / programs[-1], form)
-    _export(all_exits(network, images[:2]), folder / f"all-exits{ending}", form)
-    shutil.copyfile(str(runner.__file__), folder / "run.py")
+        write_program(piece, folder / programs[-1], form)
+    write_program(all_exits(network, images[:2]), folder / f"all-exits{ending}", form)
     facts = {"format": form, "programs": programs, "all_exits": f"all-exits{ending}"}
     policy: dict[str, Any] = (
         json.loads(rule.to_json()) | facts | {"input_shape": list(network.input_shape)} | dict(about)
     )
     write_json(folder / "policy.json", policy)
-    return policy
-
-
-@torch.no_grad()
-def _export(piece: Piece, path: Path, form: Format) -> None:
-    batch = torch.export.Dim("batch", min=1)
-    sizes: Any = {0: batch}
-    shapes = ((sizes,) * len(piece.inputs),)
-    # Warnings of torch's exporter do not concern the user of exitkit.
-    logger = logging.getLogger("torch.onnx")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(action="ignore"), redirect_stdout(StringIO()):
-            program = torch.export.export(piece.module, piece.inputs, dynamic_shapes=shapes)
-            if form == "torch-export":
-                torch.export.save(program, path)
-                return
-            inputs, outputs = piece.names
-            torch.onnx.export(
-                program,
-                f=path,
-                input_names=inputs,
-                output_names=outputs,
-                dynamo=True,
-                external_data=False,
-                verbose=False,
-            )
-    except Exception as error:  # the tracer and the converter raise errors of many types
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"torch can't export {path.stem} as {form}: {type(error).__name__}: {reason}") from error
-    finally:
-        logger.setLevel(before)
+    return complete(folder, images.numpy())
 
 
 @torch.inference_mode()
-def check(folder: Path, network: MultiExitNetwork, rule: ExitRule, images: Tensor) -> None:
+def check(folder: Path, network: MultiExitNetwork, rule: PointRule | ExitPolicy, images: Tensor) -> None:
     """Compare the exported programs with the network on real images: the logits of all exits, and the exits used.
 
-    An image may leave at another exit only if one of its scores is within `TOLERANCE` of the threshold.
+    An image may leave at another exit only if changes of the logits by up to `TOLERANCE` move its exit in the network.
 
     Raises:
         UserError: they differ.
     """
-    expected = torch.stack(network.eval()(images).logits, 1).numpy()
-    policy = json.loads((folder / "policy.json").read_text(encoding="utf-8"))
-    all_logits = np.stack(runner.load(folder / policy["all_exits"])([images.numpy()]), 1)
-    _compare("all exits at once", all_logits, expected)
-    logits, exits = runner.Runner(folder)(images.numpy())
-    _compare("exit by exit", logits, expected[np.arange(len(exits)), exits])
-    values = scores(expected, rule.score, rule.temperatures)
-    differs = exits != leave_at(values, [rule.thresholds])[0]
-    if rule.score != "patience":
-        differs &= ~(np.abs(values - rule.thresholds) <= TOLERANCE).any(1)
+    expected = torch.stack(network.eval()(images).logits, 1)
+    written = json.loads((folder / "policy.json").read_text(encoding="utf-8"))
+    all_logits = np.stack(runner.load(folder / written["all_exits"])([images.numpy()]), 1)
+    _compare("all exits at once", all_logits, expected.numpy())
+    exported = runner.Runner(folder)
+    _compare("exit by exit", logits_by_stage(exported, images.numpy()), expected.numpy())
+    policy = rule if isinstance(rule, ExitPolicy) else ExitPolicy(rule)
+    exits = policy.on_outputs(expected)[1]
+    differs = torch.from_numpy(exported(images.numpy())[1]) != exits
+    if differs.any():
+        noise = torch.Generator().manual_seed(0)
+        size = TOLERANCE * expected.abs().max()
+        for _ in range(_CHANGES):
+            changed = expected + size * (2 * torch.rand(expected.shape, generator=noise) - 1)
+            differs &= policy.on_outputs(changed)[1] == exits
     if differs.any():
         raise UserError(
             f"in the exported network {differs.sum()} of {len(images)} images leave at another exit; "

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+import logging
+import warnings
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from contextlib import contextmanager, redirect_stdout
+from io import BytesIO, StringIO
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from exitkit.errors import UserError
+from exitkit.files import written_whole
 from exitkit.networks.cascade import MultiExitNetwork
+
+Format = Literal["onnx", "torch-export"]
+ENDINGS = {"onnx": ".onnx", "torch-export": ".pt2"}
+OPSET = 20
+"""Version of ONNX's operators; the oldest supported onnxruntime knows it."""
 
 
 class Piece(NamedTuple):
@@ -97,3 +111,80 @@ def _names(stage: int, count: int) -> tuple[str, ...]:
 
 def _tensors(tree: Any) -> tuple[Tensor, ...]:
     return tuple(leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def missing_packages() -> list[str]:
+    """Return the packages that `onnx` programs need and that are not installed."""
+    return [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+
+
+def exported(piece: Piece, name: str) -> ExportedProgram:
+    """Return a piece as a program of torch.export, for any batch size.
+
+    Args:
+        piece: the piece.
+        name: what the error calls it.
+
+    Raises:
+        UserError: torch can't export it.
+    """
+    sizes: Any = {0: torch.export.Dim("batch", min=1)}
+    with _quiet(), _one_error(f"torch can't export {name}"), torch.no_grad():
+        return torch.export.export(piece.module, piece.inputs, dynamic_shapes=((sizes,) * len(piece.inputs),))
+
+
+def write_program(piece: Piece, path: Path, form: Format) -> None:
+    """Write a piece as one program, for any batch size.
+
+    Raises:
+        UserError: torch can't export it.
+    """
+    program = exported(piece, path.stem)
+    if form == "torch-export":
+        # Into memory first: torch ends the process if the disk is full.
+        content = BytesIO()
+        torch.export.save(program, content)
+        _write(path, content.getvalue())
+        return
+    inputs, outputs = piece.names
+    with _quiet(), _one_error(f"torch can't export {path.stem} as onnx"):
+        converted = torch.onnx.export(
+            program,
+            input_names=inputs,
+            output_names=outputs,
+            opset_version=OPSET,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+        assert converted is not None
+        content_of_file = converted.model_proto.SerializeToString()
+    _write(path, content_of_file)
+
+
+def _write(path: Path, content: bytes) -> None:
+    with written_whole(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide the warnings of torch's exporters, which do not concern the user of exitkit."""
+    logger = logging.getLogger("torch.onnx")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(action="ignore"), redirect_stdout(StringIO()):
+            yield
+    finally:
+        logger.setLevel(before)
+
+
+@contextmanager
+def _one_error(what: str) -> Iterator[None]:
+    """Turn the errors of torch's tracer and converter, which are of many types, into one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{what}: {type(error).__name__}: {reason}") from error

@@ -19,36 +19,37 @@ Shapes: N samples, K exits, C classes, P operating points.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from exitkit.errors import unknown
+from exitkit.inference.outputs import ExitOutputs, ExitView
 from exitkit.inference.rules.base import Booleans, SequentialRule, Validation
 from exitkit.inference.rules.shares import share_thresholds
-from exitkit.inference.scores import Agreement, exit_scores
+from exitkit.inference.scores import Agreement
 from exitkit.inference.thresholds import Floats
 
 WEIGHTS = ("cost", "linear", "accuracy")
 """Names of the weights of the exits."""
 
 
-def agreement_scores(logits: ArrayLike, weights: ArrayLike) -> Floats:
-    """Return S, [N, K], from logits [N, K, C] and weights [K]."""
-    outputs, weight = np.asarray(logits), np.asarray(weights, dtype=np.float64)
-    result = np.empty(outputs.shape[:2])
+def agreement_scores(logits: ArrayLike | ExitOutputs, weights: ArrayLike) -> Floats:
+    """Return S, [N, K], from logits [N, K, C], or outputs, and weights [K]."""
+    weight = np.asarray(weights, dtype=np.float64)
+    outputs = ExitOutputs.of(logits, len(weight))
+    result = np.empty((len(outputs), len(weight)))
     before = None
-    for k in range(outputs.shape[1]):
-        before = _add(outputs[:, k], weight[k], before, k)
-        result[:, k] = before.exits
+    for view in outputs.exits:
+        before = _add(view, weight[view.index], before)
+        result[:, view.index] = before.exits
     return result
 
 
-def _add(logits: np.ndarray, weight: float, before: Agreement | None, index: int) -> Agreement:
-    """Return the predicted class and S at exit `index`, with S in place of the number of exits."""
-    total = weight * exit_scores(logits, "confidence", exit=index + 1)[0]
-    predicted = logits.argmax(axis=1)
+def _add(view: ExitView, weight: float, before: Agreement | None) -> Agreement:
+    """Return the predicted class and S at an exit, with S in place of the number of exits."""
+    total, predicted = weight * view.score("confidence"), view.predicted
     if before is not None:
         total += np.where(predicted == before.predicted, before.exits, 0)
     return Agreement(predicted, total)
@@ -74,19 +75,17 @@ class AgreementRule(SequentialRule):
         """The number of exits, K."""
         return len(self.weights)
 
-    def decide(self, index: int, logits: np.ndarray, memory: Any) -> tuple[Booleans, Any]:
+    def decide(self, view: ExitView, memory: Any) -> tuple[Booleans, Any]:
         """Return which samples leave, [N, P], and the memory (predicted class, S); see `SequentialRule.decide`."""
-        state = _add(logits, self.weights[index], None if memory is None else Agreement(*memory), index)
-        return state.exits[:, None] >= self.limits[:, index], state
+        state = _add(view, self.weights[view.index], None if memory is None else Agreement(*memory))
+        return state.exits[:, None] >= self.limits[:, view.index], state
 
 
-def fit(validation: Validation, score: str = "confidence", seed: int = 0, *, weights: str = "cost") -> AgreementRule:
+def fit(validation: Validation, *, weights: Literal["cost", "linear", "accuracy"] = "cost") -> AgreementRule:
     """Return the rule; see `rules.fit_rule`.
 
     Args:
         validation: the outputs.
-        score: must be "confidence", the c of the formula.
-        seed: not used; the fit is deterministic.
         weights: one of `WEIGHTS`.
 
     Raises:
@@ -100,4 +99,4 @@ def fit(validation: Validation, score: str = "confidence", seed: int = 0, *, wei
         "linear": np.arange(1.0, len(costs) + 1),
         "accuracy": validation.correct().mean(axis=0),
     }[weights]
-    return AgreementRule(share_thresholds(agreement_scores(validation.logits, values)), values)
+    return AgreementRule(share_thresholds(agreement_scores(validation.outputs, values)), values)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
-from math import inf
 from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
@@ -25,9 +24,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from exitkit.errors import UserError
+from exitkit.inference.as_json import decoded, encoded
+from exitkit.inference.outputs import Embeddings, ExitOutputs, ExitView
 from exitkit.inference.rule import ExitRule, PointRule
-from exitkit.inference.scores import below_top, scores
-from exitkit.inference.thresholds import Floats, Integers, correct, leave_at
+from exitkit.inference.thresholds import Floats, Integers, leave_at
 
 Booleans = NDArray[np.bool_]
 
@@ -35,15 +35,17 @@ Booleans = NDArray[np.bool_]
 class Validation(NamedTuple):
     """Validation outputs, on which rules are fitted."""
 
-    logits: np.ndarray
-    """[N, K, C]; -infinity excludes a class."""
+    outputs: ExitOutputs
+    """Of N samples and K exits."""
     labels: Integers
     """[N], 0..C-1."""
     costs: Floats
     """[K]: cumulative cost of leaving at each exit; positive, not decreasing."""
 
     @classmethod
-    def checked(cls, logits: ArrayLike, labels: ArrayLike, costs: ArrayLike) -> Validation:
+    def checked(
+        cls, logits: ArrayLike, labels: ArrayLike, costs: ArrayLike, embeddings: Embeddings | None = None
+    ) -> Validation:
         """Return validation outputs of consistent shapes.
 
         Raises:
@@ -51,23 +53,37 @@ class Validation(NamedTuple):
                 numbers that do not decrease.
         """
         outputs, classes = np.asarray(logits), np.asarray(labels)
-        cost = np.asarray(costs, dtype=np.float64)
+        try:
+            cost = np.asarray(costs, dtype=np.float64)
+        except (TypeError, ValueError):
+            raise UserError(f"costs are {costs!r}; expected one number per exit") from None
         if outputs.ndim != 3 or not outputs.size or classes.shape != outputs.shape[:1]:
             raise UserError(
                 f"logits have the shape {list(outputs.shape)}, and labels {list(classes.shape)}; "
                 "expected [N, K, C] and [N], none of them 0"
             )
+        if outputs.dtype.kind not in "fiu" or classes.dtype.kind not in "iu":
+            raise UserError(f"logits are {outputs.dtype}, and labels {classes.dtype}; expected numbers, and integers")
         if classes.min() < 0 or classes.max() >= outputs.shape[2]:
             raise UserError(f"labels {classes.min()}..{classes.max()}; expected classes 0..{outputs.shape[2] - 1}")
         if cost.shape != outputs.shape[1:2]:
             raise UserError(f"costs are {cost.tolist()}; expected {outputs.shape[1]}, one per exit")
         if not (np.isfinite(cost).all() and cost[0] > 0 and (np.diff(cost) >= 0).all()):
             raise UserError(f"costs are {cost.tolist()}; expected positive numbers that do not decrease")
-        return cls(outputs, classes.astype(np.int64), cost)
+        return cls(ExitOutputs(outputs, embeddings), classes.astype(np.int64), cost)
+
+    @property
+    def logits(self) -> np.ndarray:
+        """[N, K, C]; -infinity excludes a class."""
+        return self.outputs.logits
+
+    def rows(self, rows: Integers) -> Validation:
+        """Return some of the samples."""
+        return self._replace(outputs=self.outputs.rows(rows), labels=self.labels[rows])
 
     def correct(self) -> Booleans:
         """Return whether each exit is right, [N, K]."""
-        return correct(self.logits, self.labels)
+        return self.outputs.correct(self.labels)
 
 
 class FittedRule(ABC):
@@ -87,8 +103,8 @@ class FittedRule(ABC):
         """The number of exits, K."""
 
     @abstractmethod
-    def leave_at(self, logits: ArrayLike) -> Integers:
-        """Return the exit (0-based) where each sample leaves, [P, M], from logits [M, K, C].
+    def leave_at(self, logits: ArrayLike | ExitOutputs) -> Integers:
+        """Return the exit (0-based) where each sample leaves, [P, M], from logits [M, K, C], or outputs.
 
         Raises:
             UserError: the logits are of another number of exits or are not finite (-infinity excludes a class).
@@ -101,12 +117,6 @@ class FittedRule(ABC):
         Raises:
             UserError: there is no such point.
         """
-
-    def _checked_logits(self, logits: ArrayLike) -> np.ndarray:
-        outputs = np.asarray(logits)
-        if outputs.ndim != 3 or outputs.shape[1] != self.exits:
-            raise UserError(f"logits have the shape {list(outputs.shape)}; expected [M, {self.exits}, C]")
-        return outputs
 
     def _checked_point(self, point: int) -> int:
         if not 0 <= point < self.points:
@@ -136,9 +146,9 @@ class ThresholdRule(FittedRule):
         """The number of exits, K."""
         return int(self.limits.shape[1])
 
-    def leave_at(self, logits: ArrayLike) -> Integers:
+    def leave_at(self, logits: ArrayLike | ExitOutputs) -> Integers:
         """Return the exit (0-based) where each sample leaves, [P, M]; see `FittedRule.leave_at`."""
-        return leave_at(scores(self._checked_logits(logits), self.score), self.limits)
+        return leave_at(ExitOutputs.of(logits, self.exits).scores(self.score), self.limits)
 
     def at(self, point: int) -> ExitRule:
         """Return the rule of one operating point; see `FittedRule.at`."""
@@ -162,12 +172,11 @@ class SequentialRule(FittedRule):
             raise UserError(f"{', '.join(self.per_point)} of the rule {self.name} are not of the same operating points")
 
     @abstractmethod
-    def decide(self, index: int, logits: np.ndarray, memory: Any) -> tuple[Booleans, Any]:
-        """Return which samples leave at exit `index` < K - 1 at each operating point, [N, P], and the memory.
+    def decide(self, view: ExitView, memory: Any) -> tuple[Booleans, Any]:
+        """Return which samples leave at an exit other than the last, at each operating point, [N, P], and the memory.
 
         Args:
-            index: the exit.
-            logits: [N, C].
+            view: the outputs of the exit.
             memory: the memory returned for the exit before, a pytree of arrays [N, ...]; None at the first exit.
         """
 
@@ -176,17 +185,17 @@ class SequentialRule(FittedRule):
         """The number of operating points, P."""
         return len(getattr(self, self.per_point[0]))
 
-    def leave_at(self, logits: ArrayLike) -> Integers:
+    def leave_at(self, logits: ArrayLike | ExitOutputs) -> Integers:
         """Return the exit (0-based) where each sample leaves, [P, M]; see `FittedRule.leave_at`."""
-        outputs = self._checked_logits(logits)
+        outputs = ExitOutputs.of(logits, self.exits)
         exit_index = np.zeros((self.points, len(outputs)), dtype=np.int64)
         stays = np.ones(exit_index.shape, dtype=bool)
         memory = None
-        for index in range(self.exits - 1):
-            leaves, memory = self.decide(index, outputs[:, index], memory)
+        for view in outputs.exits[:-1]:
+            leaves, memory = self.decide(view, memory)
             stays &= ~leaves.T
             exit_index += stays
-        _refuse_non_finite(outputs[:, -1], self.exits)
+        _refuse_non_finite(outputs.exits[-1])
         return exit_index
 
     def at(self, point: int) -> Self:
@@ -215,42 +224,29 @@ class SequentialRule(FittedRule):
         outputs = logits.detach()
         values = (outputs if outputs.dtype in (torch.float32, torch.float64) else outputs.float()).cpu().numpy()
         if index == self.exits - 1:
-            _refuse_non_finite(values, self.exits)
+            _refuse_non_finite(ExitView(values, index))
             return torch.ones(len(values), dtype=torch.bool), None
         before = pytree.tree_map_only(Tensor, lambda tensor: tensor.cpu().numpy(), memory)
-        leaves, after = self.decide(index, values, before)
+        leaves, after = self.decide(ExitView(values, index), before)
         after = pytree.tree_map_only(np.ndarray, lambda array: torch.from_numpy(array).to(logits.device), after)
         return torch.from_numpy(leaves[:, 0].copy()), after
 
     def to_json(self) -> str:
         """Return the rule as JSON; infinities are written as strings, since JSON has no such numbers."""
-        parts = {field.name: _encoded(getattr(self, field.name)) for field in fields(self)}
-        return json.dumps({"rule": self.name, **parts})
+        parts = {field.name: encoded(getattr(self, field.name)) for field in fields(self)}
+        return json.dumps({"rule": {"name": self.name, **parts}})
 
     @classmethod
     def from_parts(cls, parts: dict[str, Any]) -> Self:
-        """Return the rule of the decoded JSON text; other keys are ignored.
+        """Return the rule of the table `rule` of the decoded JSON text; other keys are ignored.
 
         Raises:
             KeyError, TypeError, ValueError: the parts are not those of this rule.
         """
-        return cls(**{field.name: _decoded(parts[field.name]) for field in fields(cls)})
+        return cls(**{field.name: decoded(parts[field.name]) for field in fields(cls)})
 
 
-def _refuse_non_finite(logits: np.ndarray, exits: int) -> None:
-    """Raise the error for logits [N, C] of the last exit that are NaN or +infinity, as at the other exits."""
-    if len(logits):
-        below_top(logits, exits)
-
-
-def _encoded(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        words = {inf: "inf", -inf: "-inf"}
-        return {"shape": value.shape, "values": [words.get(number, number) for number in value.ravel().tolist()]}
-    return [_encoded(part) for part in value] if isinstance(value, tuple) else value
-
-
-def _decoded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return np.array([float(number) for number in value["values"]]).reshape(value["shape"])
-    return tuple(_decoded(part) for part in value) if isinstance(value, list) else value
+def _refuse_non_finite(last: ExitView) -> None:
+    """Raise the error for outputs of the last exit that are NaN or +infinity, as at the other exits."""
+    if len(last.logits):
+        last.score("confidence")

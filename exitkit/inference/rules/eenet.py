@@ -24,7 +24,7 @@ figures cannot be reproduced from that code. Further differences, all ours:
   in KL divergence, that meet the budget. The paper keeps restarts within 10% of B, the best of ten.
 - There are 12 budgets, evenly spaced between C_0 and C_{K-1}. Training at the first starts at q_k = max p_k, the rule
   `shares` on confidence, and at every other where the budget before has ended; it takes 120 steps of Adam for the
-  scores and 120 for the shares (40 each at later budgets), of rate 3e-3, in turns of ten. The code trains ten times at
+  scores and 120 for the shares (20 each at later budgets), of rate 3e-3, in turns of ten. The code trains ten times at
   each budget, for 1,000 epochs of rate 3e-5, in turns of ten epochs; that takes hours on one core. Batch size 512,
   weight decay 1e-2, alpha_1 = 1e-3, alpha_2 = 1e-2, and hidden units, half as many as inputs, are those of the code.
 
@@ -33,6 +33,7 @@ Shapes: N samples, K exits, C classes, P budgets.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -40,14 +41,13 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy
 
+from exitkit.inference.outputs import ExitView
 from exitkit.inference.rules.base import Booleans, SequentialRule, Validation
-from exitkit.inference.scores import below_top, exit_scores
 from exitkit.inference.thresholds import Floats, Integers, thresholds
 
 BUDGETS = 12
-TURNS, LATER_TURNS, STEPS, BATCH = 12, 4, 10, 512
+TURNS, LATER_TURNS, STEPS, BATCH = 12, 2, 10, 512
 RATE, DECAY = 3e-3, 1e-2
 KL_WEIGHT, COST_WEIGHT = 1e-3, 1e-2
 WIDTH = 0.5
@@ -76,40 +76,47 @@ class SchedulerRule(SequentialRule):
         """The number of exits, K."""
         return int(self.limits.shape[1])
 
-    def decide(self, index: int, logits: np.ndarray, memory: Any) -> tuple[Booleans, Any]:
+    def decide(self, view: ExitView, memory: Any) -> tuple[Booleans, Any]:
         """Return which samples leave, [N, P], and the memory, q_0..q_k, [N, P, k+1]; see `SequentialRule.decide`."""
-        scores = exit_score(index, logits, self.class_weights[:, index], self.weights[:, index], memory)
-        return scores[:, :, -1] >= self.limits[:, index], scores
+        scores = exit_score(features(view), self.class_weights[:, view.index], self.weights[:, view.index], memory)
+        return scores[:, :, -1] >= self.limits[:, view.index], scores
 
 
-def exit_score(index: int, logits: np.ndarray, u: Floats, v: Floats, before: Floats | None) -> Floats:
-    """Return q_0..q_k of exit k = `index`, [N, P, k+1].
+class Features(NamedTuple):
+    """What a score reads of an exit besides earlier scores."""
+
+    probability: Floats
+    """p, [N, C]"""
+    confidence: Floats
+    """max p, [N]"""
+    certainty: Floats
+    """1 + sum p log p / log C, [N]"""
+
+
+def features(view: ExitView) -> Features:
+    """Return the features of an exit."""
+    return Features(view.probability(), view.score("confidence"), view.score("entropy"))
+
+
+def exit_score(of_exit: Features, u: Floats, v: Floats, before: Floats | None) -> Floats:
+    """Return q_0..q_k of exit k, [N, P, k+1].
 
     Args:
-        index: the exit.
-        logits: its logits, [N, C].
+        of_exit: features of the exit.
         u: [P, C].
         v: [P, k+2 or more].
         before: q_0..q_{k-1}, [N, P, k]; None at the first exit.
     """
-    probability, confidence, certainty = _features(logits, index)
+    probability, confidence, certainty = of_exit
     # Summed term by term: a matrix product may round differently for another number of rows.
     q = np.stack([(probability * each).sum(axis=1) for each in u], axis=1)
     q += confidence[:, None] * v[:, 0] + certainty[:, None] * v[:, 1]
     if before is None:
         first: Floats = np.clip(q, 0, 1)[:, :, None]
         return first
-    for place in range(index):
+    for place in range(before.shape[2]):
         q += before[:, :, place] * v[:, place + 2]
     return np.concatenate([before, np.clip(q, 0, 1)[:, :, None]], axis=2)
-
-
-def _features(logits: np.ndarray, index: int) -> tuple[Floats, Floats, Floats]:
-    """Return p [N, C], max p [N] and 1 + sum p log p / log C [N] of exit `index`."""
-    weights = np.exp(below_top(logits, index + 1))
-    confidence, _ = exit_scores(logits, "confidence", exit=index + 1)
-    certainty, _ = exit_scores(logits, "entropy", exit=index + 1)
-    return weights / weights.sum(axis=1, keepdims=True), confidence, certainty
 
 
 class Parameters(NamedTuple):
@@ -150,40 +157,76 @@ class Parameters(NamedTuple):
         )
 
     def scores(self, x: Tensor) -> Tensor:
-        """Return q, [N, K], from the inputs without scores, x [K, N, C+2]."""
-        own = torch.bmm(x, torch.cat([self.u, self.v[:, :2]], dim=1)[:, :, None])[:, :, 0]
-        q = [own[0].clamp(0, 1)]
-        for k in range(1, len(own)):
-            q.append((own[k] + torch.stack(q, dim=1).detach() @ self.v[k, 2 : k + 2]).clamp(0, 1))
-        return torch.stack(q, dim=1)
+        """Return q, [K, N], from the inputs without scores, x [K, N, C+2]."""
+        q = torch.bmm(x, torch.cat([self.u, self.v[:, :2]], dim=1)[:, :, None])[:, :, 0]
+        q[0].clamp_(0, 1)
+        for k in range(1, len(q)):
+            torch.addmv(q[k], q[:k].T, self.v[k, 2 : k + 2], out=q[k]).clamp_(0, 1)
+        return q
 
-    def shares(self, x: Tensor, q: Tensor) -> Tensor:
-        """Return r, [N, K], from x [K, N, C+2] and the detached scores q [N, K]."""
-        exits = len(x)
-        earlier = torch.ones(exits, exits).tril(-1)[:, None, :-1]  # [K, 1, K-1]: whether exit j < k
-        inputs = torch.cat([x, q[:, :-1] * earlier], dim=2)
-        hidden = torch.baddbmm(self.hidden_constant, inputs, self.hidden).sigmoid()
-        logits: Tensor = torch.baddbmm(self.output_constant, hidden, self.output)[:, :, 0].T
-        return logits.softmax(dim=1)
+    def hidden_units(self, x: Tensor, q: Tensor) -> Tensor:
+        """Return sigmoid(A x), [K, N, H], from x [K, N, C+2] and the scores q [K, N]."""
+        hidden = torch.baddbmm(self.hidden_constant, x, self.hidden[:, : x.shape[2]])
+        return hidden.baddbmm_(earlier_scores(q), self.hidden[:, x.shape[2] :]).sigmoid_()
 
-
-def score_loss(q: Tensor, correct: Tensor, shares: Tensor) -> Tensor:
-    """Return the loss of the scores q [N, K], from correct [N, K], 0 or 1, and the detached shares r [N, K]."""
-    weight = shares / shares.sum(dim=0)
-    return binary_cross_entropy(q.clamp(1e-6, 1 - 1e-6), correct, weight, reduction="sum") / q.shape[1]
+    def shares(self, hidden: Tensor) -> Tensor:
+        """Return r, [K, N], from the hidden units [K, N, H]."""
+        return torch.baddbmm(self.output_constant, hidden, self.output)[:, :, 0].softmax(dim=0)
 
 
-def budget_loss(shares: Tensor, costs: Tensor, budget: float) -> Tensor:
-    """Return |mean_i sum_k r_ik C_k - B| / B from shares r [N, K] and costs [K]."""
-    return ((shares @ costs).mean() - budget).abs() / budget
+def earlier_scores(q: Tensor) -> Tensor:
+    """Return the scores that each exit reads, [K, N, K-1], from q [K, N]: those of earlier exits, 0 elsewhere."""
+    exits = len(q)
+    earlier = torch.ones(exits, exits, dtype=q.dtype).tril_(-1)[:, None, :-1]  # [K, 1, K-1]: whether exit j < k
+    return q[:-1].T * earlier
 
 
-def share_loss(shares: Tensor, q: Tensor, costs: Tensor, budget: float) -> Tensor:
-    """Return the loss of the shares r [N, K], from the detached scores q [N, K] and the costs [K]."""
+def score_gradient(x: Tensor, q: Tensor, correct: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradient of the loss of the scores in u [K, C] and v [K, K+1]; q is clamped to 1e-6 .. 1 - 1e-6.
+
+    Args:
+        x: inputs without scores, [K, N, C+2].
+        q: scores, [K, N].
+        correct: whether each exit is right, 0 or 1, [K, N].
+        shares: r, [K, N].
+    """
+    weight = shares / (shares.sum(dim=1, keepdim=True) * len(q))
+    # No gradient passes where q is clamped.
+    slope = torch.where((q >= 1e-6) & (q <= 1 - 1e-6), weight * (q - correct) / (q * (1 - q)), 0)
+    of_inputs = torch.bmm(slope[:, None], x)[:, 0]
+    of_scores = (slope @ q[:-1].T).tril_(-1)
+    return of_inputs[:, :-2], torch.cat([of_inputs[:, -2:], of_scores], dim=1)
+
+
+def share_gradient(
+    parameters: Parameters, x: Tensor, q: Tensor, costs: Tensor, budget: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradient of the loss of the shares in A, its constant, b and its constant.
+
+    Args:
+        parameters: the parameters.
+        x, q: see `score_gradient`.
+        costs: [K].
+        budget: B.
+    """
+    samples = q.shape[1]
+    hidden = parameters.hidden_units(x, q)
+    r = parameters.shares(hidden)
     # Scores that are all 0 make a uniform target.
-    target = q.clamp(min=1e-6) / q.clamp(min=1e-6).sum(dim=1, keepdim=True)
-    divergence = (target * (target.log() - shares.log())).sum(dim=1).mean()
-    return KL_WEIGHT * divergence + COST_WEIGHT * budget_loss(shares, costs, budget)
+    target = q.clamp(min=1e-6)
+    target = target / target.sum(dim=0)
+    planned = costs @ r  # [N]
+    over = torch.sign(planned.mean() - budget) * COST_WEIGHT / budget
+    slope = (KL_WEIGHT * (r - target) + over * r * (costs[:, None] - planned)) / samples
+    of_hidden = hidden.square().neg_().add_(hidden)  # the derivative of the sigmoid, h (1 - h)
+    of_hidden.mul_(slope[:, :, None]).mul_(parameters.output.transpose(1, 2))
+    of_inputs = [torch.bmm(part.transpose(1, 2), of_hidden) for part in (x, earlier_scores(q))]
+    return (
+        torch.cat(of_inputs, dim=1),
+        of_hidden.sum(dim=1, keepdim=True),
+        torch.bmm(hidden.transpose(1, 2), slope[:, :, None]),
+        slope.sum(dim=1)[:, None, None],
+    )
 
 
 def shares_at_budget(shares: ArrayLike, costs: ArrayLike, budget: float) -> Floats:
@@ -199,22 +242,25 @@ def shares_at_budget(shares: ArrayLike, costs: ArrayLike, budget: float) -> Floa
     if cost[0] == cost[-1]:
         return r
 
+    # Imported when used: commands that leave nothing early need not load scipy.
+    from scipy.optimize import brentq
+
     def shifted(s: float) -> Floats:
         z = logs + s * relative
         weights = np.exp(z - z.max(axis=1, keepdims=True))
         result: Floats = weights / weights.sum(axis=1, keepdims=True)
         return result
 
+    def over(s: float) -> float:
+        return float((shifted(s) @ cost).mean()) / budget - 1
+
     # The planned cost grows with s, from C_0 to C_{K-1}.
     low, high = -1.0, 1.0
-    while (shifted(low) @ cost).mean() > budget:
+    while over(low) > 0:
         low *= 2
-    while (shifted(high) @ cost).mean() < budget:
+    while over(high) < 0:
         high *= 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if (shifted(middle) @ cost).mean() < budget else (low, middle)
-    return shifted((low + high) / 2)
+    return shifted(brentq(over, low, high, xtol=1e-13))
 
 
 def share_counts(shares: Floats) -> Integers:
@@ -224,6 +270,26 @@ def share_counts(shares: Floats) -> Integers:
     return counts
 
 
+class _Adam:
+    """Adam with weight decay, as `torch.optim.Adam`, whose first step imports torch's compiler for seconds."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.parameters = parameters
+        self.moments = [(torch.zeros_like(parameter), torch.zeros_like(parameter)) for parameter in parameters]
+        self.steps = 0
+
+    def step(self, gradients: Sequence[Tensor]) -> None:
+        """Change the parameters in place."""
+        self.steps += 1
+        rate, scale = RATE / (1 - 0.9**self.steps), (1 - 0.999**self.steps) ** 0.5
+        for parameter, gradient, (mean, square) in zip(self.parameters, gradients, self.moments, strict=True):
+            decayed = gradient + DECAY * parameter
+            mean.lerp_(decayed, 0.1)
+            square.mul_(0.999).addcmul_(decayed, decayed, value=0.001)
+            parameter.addcdiv_(mean, (square.sqrt() / scale).add_(1e-8), value=-rate)
+
+
+@torch.no_grad()
 def train(
     start: Parameters, x: Tensor, correct: Tensor, costs: Tensor, budget: float, turns: int, generator: torch.Generator
 ) -> Parameters:
@@ -231,68 +297,66 @@ def train(
 
     Args:
         start: parameters to start from; they are not changed.
-        x: inputs without scores, [K, N, C+2].
+        x: inputs without scores, [N, K, C+2].
         correct: whether each exit is right, 0 or 1, [N, K].
         costs: [K].
         budget: B, in the unit of the costs.
         turns: number of turns of the scores and of the shares, of `STEPS` steps each.
         generator: of the batches.
     """
-    parameters = Parameters(*(parameter.clone().requires_grad_() for parameter in start))
-    of_scores = torch.optim.Adam(parameters[:2], lr=RATE, weight_decay=DECAY)
-    of_shares = torch.optim.Adam(parameters[2:], lr=RATE, weight_decay=DECAY)
+    parameters = Parameters(*(parameter.clone() for parameter in start))
+    of_scores, of_shares = _Adam(parameters[:2]), _Adam(parameters[2:])
+    samples, first = len(correct), len(correct)
+    size = min(BATCH, samples)
     for step in range(2 * turns * STEPS):
-        rows = torch.randint(len(correct), (min(BATCH, len(correct)),), generator=generator)
-        inputs = x[:, rows]
+        if first + size > samples:
+            order = torch.randperm(samples, generator=generator)
+            x, correct, first = x[order], correct[order], 0
+        rows = slice(first, first + size)
+        first += size
+        inputs = x[rows].transpose(0, 1)
+        q = parameters.scores(inputs)
         if step // STEPS % 2 == 0:
-            q = parameters.scores(inputs)
-            with torch.no_grad():
-                shares = parameters.shares(inputs, q)
-            loss, optimizer = score_loss(q, correct[rows], shares), of_scores
+            shares = parameters.shares(parameters.hidden_units(inputs, q))
+            of_scores.step(score_gradient(inputs, q, correct[rows].T, shares))
         else:
-            with torch.no_grad():
-                q = parameters.scores(inputs)
-            loss, optimizer = share_loss(parameters.shares(inputs, q), q, costs, budget), of_shares
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return Parameters(*(parameter.detach() for parameter in parameters))
+            of_shares.step(share_gradient(parameters, inputs, q, costs, budget))
+    return parameters
 
 
-def fit(validation: Validation, score: str = "confidence", seed: int = 0) -> SchedulerRule:
+@torch.no_grad()
+def fit(validation: Validation, *, seed: int = 0) -> SchedulerRule:
     """Return the rule; see `rules.fit_rule`.
 
     Args:
         validation: the outputs.
-        score: must be "confidence"; the scores are learned.
         seed: seed of the initial shares and of the batches.
 
     Raises:
         UserError: a logit is not finite.
     """
-    logits, _, costs = validation
-    samples, exits, classes = logits.shape
-    x = torch.empty(exits, samples, classes + 2)
-    for k in range(exits):
-        probability, confidence, certainty = _features(logits[:, k], k)
-        x[k] = torch.from_numpy(np.column_stack([probability, confidence, certainty]))
+    samples, exits, classes = validation.logits.shape
+    of_exits = [features(view) for view in validation.outputs.exits]
+    x = torch.empty(samples, exits, classes + 2)
+    for k, parts in enumerate(of_exits):
+        x[:, k] = torch.from_numpy(np.column_stack(parts))
     correct = torch.from_numpy(validation.correct()).float()
-    relative = costs / costs[-1]
+    relative = validation.costs / validation.costs[-1]
     budgets = relative[0] + (1 - relative[0]) * np.arange(1, BUDGETS + 1) / (BUDGETS + 1)
     limits = np.empty((BUDGETS, exits))
     u, v = np.zeros((BUDGETS, exits, classes)), np.zeros((BUDGETS, exits, exits + 1))
     generator = torch.Generator().manual_seed(seed)
     parameters = Parameters.initial(exits, classes, generator)
-    in_torch = torch.from_numpy(relative).float()
+    in_torch, inputs = torch.from_numpy(relative).float(), x.transpose(0, 1)
     for point, budget in enumerate(budgets.tolist()):
         turns = LATER_TURNS if point else TURNS
         parameters = train(parameters, x, correct, in_torch, budget, turns, generator)
         u[point], v[point] = parameters.u.double().numpy(), parameters.v.double().numpy()
-        with torch.no_grad():
-            shares = parameters.shares(x, parameters.scores(x)).double().numpy()
+        hidden = parameters.hidden_units(inputs, parameters.scores(inputs))
+        shares = parameters.shares(hidden).double().numpy().T
         before = None
-        for k in range(exits):
-            before = exit_score(k, logits[:, k], u[point : point + 1, k], v[point : point + 1, k], before)
+        for k, parts in enumerate(of_exits):
+            before = exit_score(parts, u[point : point + 1, k], v[point : point + 1, k], before)
         assert before is not None  # there is at least one exit
         counts = share_counts(shares_at_budget(shares, relative, budget))
         limits[point] = thresholds(before[:, 0], counts[None])[0]

@@ -17,13 +17,15 @@ samples reach exit k depends on the earlier thresholds, so that the state is the
 
 One price is one operating point; there are 40, in descending order. A mean cost between two neighbouring points cannot
 be had: the points are on the upper hull of accuracy against cost. Thresholds fitted to labels are optimistic on the
-samples of the fit. No minimum number of samples is required to leave at an exit.
+samples of the fit. With `least`, an exit at which fewer samples leave is closed *after* the ascent, the one with the
+fewest first, and the ascent goes on without it; as a filter of candidates the minimum would let J fall.
 
 Shapes: N samples, K exits, G candidates other than infinity.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import ClassVar
@@ -31,10 +33,11 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import ArrayLike
 
+from exitkit.errors import UserError
 from exitkit.inference.rules.base import Booleans, ThresholdRule, Validation
 from exitkit.inference.rules.reward import isotonic, prices
 from exitkit.inference.rules.shares import share_thresholds
-from exitkit.inference.scores import patience_thresholds, scores
+from exitkit.inference.scores import patience_thresholds
 from exitkit.inference.thresholds import Floats, Integers
 
 CANDIDATES = 50
@@ -61,11 +64,18 @@ def candidates(score: ArrayLike, count: int = CANDIDATES) -> Floats:
 
 def value(reward: Floats, leaves: Booleans) -> float:
     """Return J, from rewards [N, K] and whether each score reaches its exit's threshold, [N, K-1]."""
-    at = np.where(leaves.any(axis=1), leaves.argmax(axis=1), reward.shape[1] - 1) if leaves.size else 0
-    return float(reward[np.arange(len(reward)), at].mean())
+    return float(reward[np.arange(len(reward)), _exits(leaves)].mean())
 
 
-def ascend(reward: Floats, rank: Integers, start: Integers, sizes: Integers) -> tuple[Integers, list[float]]:
+def _exits(leaves: Booleans) -> Integers:
+    """Return the exit where each sample leaves, [N], from whether each score reaches its exit's threshold, [N, K-1]."""
+    last = np.full(len(leaves), leaves.shape[1])
+    return np.where(leaves.any(axis=1), leaves.argmax(axis=1), last) if leaves.size else last
+
+
+def ascend(
+    reward: Floats, rank: Integers, start: Integers, sizes: Integers, closed: Sequence[int] = ()
+) -> tuple[Integers, list[float]]:
     """Return the candidate of each exit, [K-1], after coordinate ascent, and J at the start and after each step.
 
     Args:
@@ -74,8 +84,10 @@ def ascend(reward: Floats, rank: Integers, start: Integers, sizes: Integers) -> 
             above the index of the chosen candidate.
         start: indices of candidates, [K-1]; index `sizes[k]` is infinity.
         sizes: number of candidates of each exit other than infinity, [K-1].
+        closed: exits whose threshold remains infinity.
     """
     chosen = start.copy()
+    chosen[list(closed)] = sizes[list(closed)]
     course = [value(reward, rank > chosen)]
     for _ in range(SWEEPS):
         before = chosen.copy()
@@ -84,6 +96,8 @@ def ascend(reward: Floats, rank: Integers, start: Integers, sizes: Integers) -> 
         taken = np.logical_or.accumulate(leaves, axis=1)
         otherwise = reward[:, -1]
         for k in range(len(chosen) - 1, -1, -1):
+            if k in closed:
+                continue
             alive = ~taken[:, k - 1] if k else np.ones(len(reward), dtype=bool)
             sums = _sums(reward[:, k] - otherwise, rank[:, k], alive, sizes[k])
             best = len(sums) - 1 - int(sums[::-1].argmax())
@@ -94,6 +108,25 @@ def ascend(reward: Floats, rank: Integers, start: Integers, sizes: Integers) -> 
         if (chosen == before).all():
             break
     return chosen, course
+
+
+def ascend_with_least(
+    reward: Floats, rank: Integers, start: Integers, sizes: Integers, least: int
+) -> tuple[Integers, float]:
+    """Return the candidate of each exit, [K-1], and J, where at least `least` samples leave at every exit in use.
+
+    After the ascent the exit at which the fewest samples leave, if these are too few, is closed, and the ascent goes
+    on without it. Other arguments: see `ascend`.
+    """
+    closed: list[int] = []
+    while True:
+        chosen, course = ascend(reward, rank, start, sizes, closed)
+        left = np.bincount(_exits(rank > chosen), minlength=len(chosen) + 1)[:-1]
+        few = np.flatnonzero((left > 0) & (left < least))
+        if not len(few):
+            return chosen, course[-1]
+        closed.append(int(few[left[few].argmin()]))
+        start = chosen
 
 
 def _backward(reward: Floats, rank: Integers, sizes: Integers) -> Integers:
@@ -114,21 +147,25 @@ def _sums(gain: Floats, rank: Integers, alive: Booleans, size: int) -> Floats:
 
 
 def fit(
-    validation: Validation, score: str = "confidence", seed: int = 0, *, soft: bool = True, count: int = CANDIDATES
+    validation: Validation, score: str = "confidence", *, soft: bool = True, count: int = CANDIDATES, least: int = 0
 ) -> FittedThresholds:
     """Return the rule; see `rules.fit_rule`.
 
     Args:
         validation: the outputs.
         score: one of `scores.SCORES`.
-        seed: not used; the fit is deterministic.
         soft: whether rewards are made of probabilities instead of 0/1 outcomes.
         count: number of candidates of each threshold, next to infinity.
+        least: number of validation samples that leave at least at every exit in use other than the last.
 
     Raises:
-        UserError: the score is unknown, or a logit is not finite.
+        UserError: the score is unknown, count is below 1 or least negative, or a logit is not finite.
     """
-    values, hits = scores(validation.logits, score), validation.correct()
+    if count < 1:
+        raise UserError(f"count is {count}; expected at least 1 candidate of each threshold")
+    if least < 0:
+        raise UserError(f"least is {least}; expected 0 or more samples that leave at an exit")
+    values, hits = validation.outputs.scores(score), validation.correct()
     exits = values.shape[1]
     grids = [candidates(values[:, k], count) for k in range(exits - 1)]
     sizes = np.array([len(grid) for grid in grids], dtype=np.int64)
@@ -143,12 +180,16 @@ def fit(
     starts = np.empty((len(family), exits - 1), dtype=np.int64)
     for k, grid in enumerate(grids):
         starts[:, k] = np.searchsorted(grid, family[:, k])
+    at = [_exits(rank > start) for start in starts]
+    starts_right = np.array([right[np.arange(len(right)), exits_at].mean() for exits_at in at])
+    starts_cost = np.array([validation.costs[exits_at].mean() for exits_at in at])
     price = prices(hits, validation.costs)
     limits = np.full((len(price), exits), -inf)
     for point, each in enumerate(price):
         reward = right - each * validation.costs
-        nearest = max(starts, key=lambda start: value(reward, rank > start))
-        ends = [ascend(reward, rank, start, sizes) for start in (nearest, _backward(reward, rank, sizes))]
-        chosen = max(ends, key=lambda end: end[1][-1])[0]
+        nearest = starts[(starts_right - each * starts_cost).argmax()]
+        starts_here = (nearest, _backward(reward, rank, sizes))
+        ends = [ascend_with_least(reward, rank, start, sizes, least) for start in starts_here]
+        chosen = max(ends, key=lambda end: end[1])[0]
         limits[point, :-1] = [[*grid, inf][index] for grid, index in zip(grids, chosen, strict=True)]
     return FittedThresholds(score, limits)

@@ -38,8 +38,9 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import ArrayLike
 
+from exitkit.inference.outputs import ExitView
 from exitkit.inference.rules.base import Booleans, SequentialRule, Validation
-from exitkit.inference.scores import below_top, exit_scores
+from exitkit.inference.scores import below_top
 from exitkit.inference.thresholds import Floats, Integers
 
 PRICES = tuple(np.geomspace(7, 0.01, 40).tolist())
@@ -68,38 +69,25 @@ class GateRule(SequentialRule):
         """The number of exits, K."""
         return int(self.gates.shape[1]) + 1
 
-    def decide(self, index: int, logits: np.ndarray, memory: Any) -> tuple[Booleans, Any]:
+    def decide(self, view: ExitView, memory: Any) -> tuple[Booleans, Any]:
         """Return which samples leave, [N, P], and the memory, the sum of the g, [N, P]; see `SequentialRule.decide`."""
         # Imported when used: commands that leave nothing early need not load scipy.
         from scipy.special import expit
 
-        weights = self.gates[:, index]
+        weights = self.gates[:, view.index]
         # Summed measure by measure: a matrix product may round differently for another number of rows.
         activation: Floats = weights[None, :, MEASURES]
-        for place, measure in enumerate(measures(logits, exit=index + 1).T):
+        for place, measure in enumerate(measures(view).T):
             activation = activation + measure[:, None] * weights[:, place]
         gate = expit(activation)
         total = np.zeros_like(gate) if memory is None else memory
         return leaving_probability(gate, total) >= 0.5, total + gate
 
 
-def measures(logits: ArrayLike, *, exit: int = 1) -> Floats:
-    """Return max p, H(p), margin and H(p^2 / sum p^2), [N, 4], from the logits [N, C] of exit number `exit`."""
-    outputs = np.asarray(logits)
-    z = below_top(outputs, exit)
-    confidence, _ = exit_scores(outputs, "confidence", exit=exit)
-    margin, _ = exit_scores(outputs, "margin", exit=exit)
-    with np.errstate(over="ignore"):  # a difference beyond the float64 range becomes -infinity, of probability 0
-        doubled = 2 * z
-    return np.stack([confidence, _entropy(z), margin, _entropy(doubled)], axis=1)
-
-
-def _entropy(z: Floats) -> Floats:
-    """Return the entropy of softmax(z) in nats, [N], from z [N, C] whose largest value per row is 0."""
-    weights = np.exp(z)
-    total = weights.sum(axis=1)
-    result: Floats = np.log(total) - (weights * np.where(weights > 0, z, 0)).sum(axis=1) / total
-    return result
+def measures(view: ExitView) -> Floats:
+    """Return max p, H(p), margin and H(p^2 / sum p^2), [N, 4], of an exit."""
+    entropies = view.entropies
+    return np.stack([view.score("confidence"), entropies[:, 0], view.score("margin"), entropies[:, 1]], axis=1)
 
 
 def leaving_probability(gate: ArrayLike, before: ArrayLike) -> Floats:
@@ -141,50 +129,50 @@ def positive_weights(best: Integers, exits: int) -> Floats:
     return weights
 
 
-def gate_loss(gates: Floats, inputs: Floats, leaves: Booleans, weights: Floats) -> tuple[Floats, Floats]:
-    """Return the weighted binary cross-entropy of each price, [P], and its gradient, [K-1, 5, P].
+def gate_gradient(gates: Floats, inputs: Floats, leaves: Booleans, weights: Floats) -> Floats:
+    """Return the gradient of the weighted binary cross-entropy of each price, mean over gates and samples, [K-1, 5, P].
 
     Args:
         gates: (w_k, b_k), [K-1, 5, P].
-        inputs: (m_k, 1), [K-1, N, 5].
-        leaves: whether the gate should let the sample leave, [K-1, N, P].
-        weights: weights of positive samples, [K-1, P].
+        inputs: (m_k, 1), [N, K-1, 5].
+        leaves: whether the gate should let the sample leave, [N, K-1, P].
+        weights: weights of the samples, [N, K-1, P].
     """
     # Imported when used, as in `decide`.
     from scipy.special import expit
 
-    activation = inputs @ gates
-    heavy = np.where(leaves, weights[:, None], 1.0)
-    # -log sigmoid(a) = log(1 + e^-a) of positive samples, -log(1 - sigmoid(a)) = log(1 + e^a) of negative ones.
-    loss = (heavy * np.logaddexp(0, np.where(leaves, -activation, activation))).mean(axis=(0, 1))
-    slope = heavy * (expit(activation) - leaves) / (inputs.shape[0] * inputs.shape[1])
-    return loss, inputs.transpose(0, 2, 1) @ slope
+    by_gate = inputs.transpose(1, 0, 2)
+    slope = by_gate @ gates
+    expit(slope, out=slope)
+    slope -= leaves.transpose(1, 0, 2)
+    slope *= weights.transpose(1, 0, 2)
+    slope /= inputs.shape[0] * inputs.shape[1]
+    gradient: Floats = by_gate.transpose(0, 2, 1) @ slope
+    return gradient
 
 
-def fit(validation: Validation, score: str = "confidence", seed: int = 0) -> GateRule:
+def fit(validation: Validation, *, seed: int = 0) -> GateRule:
     """Return the rule; see `rules.fit_rule`.
 
     Args:
         validation: the outputs.
-        score: must be "confidence"; the gates read their own measures.
         seed: seed of the initial gates and of the batches.
 
     Raises:
         UserError: a logit is not finite.
     """
-    logits, labels, costs = validation
-    samples, exits, _ = logits.shape
-    best = best_exits(logits, labels, costs, PRICES)
+    samples, exits, _ = validation.logits.shape
+    best = best_exits(validation.logits, validation.labels, validation.costs, PRICES)
     generator = np.random.default_rng(seed)
     # The initial weights are those of a linear layer with four inputs.
     gates = generator.uniform(-0.5, 0.5, (exits - 1, MEASURES + 1, len(PRICES)))
     if exits == 1:
         return GateRule(gates.transpose(2, 0, 1))
-    inputs = np.ones((exits - 1, samples, MEASURES + 1))
-    for k in range(exits - 1):
-        inputs[k, :, :MEASURES] = measures(logits[:, k], exit=k + 1)
-    leaves = best <= np.arange(exits - 1)[:, None, None]
-    weights = positive_weights(best, exits)
+    inputs = np.ones((samples, exits - 1, MEASURES + 1))
+    for view in validation.outputs.exits[:-1]:
+        inputs[:, view.index, :MEASURES] = measures(view)
+    leaves = best[:, None] <= np.arange(exits - 1)[:, None]
+    weights = np.where(leaves, positive_weights(best, exits), 1.0)
     velocity = np.zeros_like(gates)
     epochs = max(EPOCHS, ceil(STEPS / ceil(samples / BATCH)))
     for epoch in range(epochs):
@@ -192,7 +180,8 @@ def fit(validation: Validation, score: str = "confidence", seed: int = 0) -> Gat
         order = generator.permutation(samples)
         for first in range(0, samples, BATCH):
             rows = order[first : first + BATCH]
-            _, gradient = gate_loss(gates, inputs[:, rows], leaves[:, rows], weights)
-            velocity = MOMENTUM * velocity + gradient + DECAY * gates
-            gates = gates - rate * velocity
+            velocity *= MOMENTUM
+            velocity += gate_gradient(gates, inputs[rows], leaves[rows], weights[rows])
+            velocity += DECAY * gates
+            gates -= rate * velocity
     return GateRule(np.ascontiguousarray(gates.transpose(2, 0, 1)))

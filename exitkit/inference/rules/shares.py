@@ -13,7 +13,7 @@ from math import inf
 from typing import ClassVar
 
 from exitkit.inference.rules.base import ThresholdRule, Validation
-from exitkit.inference.scores import patience_thresholds, scores
+from exitkit.inference.scores import patience_thresholds
 from exitkit.inference.thresholds import PAPER_SHARES, Floats, exit_counts, thresholds
 
 
@@ -30,12 +30,12 @@ def share_thresholds(values: Floats) -> Floats:
     return thresholds(values, exit_counts(samples, exits, (*PAPER_SHARES, inf)))
 
 
-def fit(validation: Validation, score: str = "confidence", seed: int = 0) -> SharesRule:
+def fit(validation: Validation, score: str = "confidence") -> SharesRule:
     """Return the rule; see `rules.fit_rule`.
 
     Raises:
         UserError: the score is unknown, or a logit is not finite.
     """
     if score == "patience":
-        return SharesRule(score, patience_thresholds(validation.logits.shape[1]))
-    return SharesRule(score, share_thresholds(scores(validation.logits, score)))
+        return SharesRule(score, patience_thresholds(len(validation.costs)))
+    return SharesRule(score, share_thresholds(validation.outputs.scores(score)))

@@ -30,9 +30,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from exitkit.errors import UserError
+from exitkit.inference.outputs import ExitView
 from exitkit.inference.rules.base import Booleans, SequentialRule, Validation
 from exitkit.inference.rules.reward import isotonic, prices
-from exitkit.inference.scores import exit_scores, scores
 from exitkit.inference.thresholds import Floats
 
 RIDGE = 1.0
@@ -68,9 +68,9 @@ class StoppingRule(SequentialRule):
         """The number of exits, K."""
         return len(self.costs)
 
-    def decide(self, index: int, logits: np.ndarray, memory: Any) -> tuple[Booleans, Any]:
+    def decide(self, view: ExitView, memory: Any) -> tuple[Booleans, Any]:
         """Return which samples leave, [N, P], and the memory (g_k, g_0 + .. + g_k); see `SequentialRule.decide`."""
-        score, _ = exit_scores(logits, self.score, exit=index + 1)
+        score, index = view.score(self.score), view.index
         right = np.interp(score, self.knots[index], self.values[index])
         columns, memory = _columns(index, score_logit(score), memory)
         reward = right[:, None] - self.prices * self.costs[index]
@@ -145,7 +145,7 @@ def backward(columns: Sequence[Sequence[Floats]], right: Floats, costs: Floats, 
     return np.stack(result[::-1], axis=1) if result else np.empty((len(price), 0, width))
 
 
-def fit(validation: Validation, score: str = "confidence", seed: int = 0) -> StoppingRule:
+def fit(validation: Validation, score: str = "confidence") -> StoppingRule:
     """Return the rule; see `rules.fit_rule`.
 
     Raises:
@@ -153,7 +153,7 @@ def fit(validation: Validation, score: str = "confidence", seed: int = 0) -> Sto
     """
     if score == "patience":
         raise UserError("patience is not a number in 0..1; expected the score confidence, margin or entropy")
-    values, hits = scores(validation.logits, score), validation.correct()
+    values, hits = validation.outputs.scores(score), validation.correct()
     curves = [isotonic(values[:, k], hits[:, k]) for k in range(values.shape[1])]
     right = np.stack([np.interp(values[:, k], *curve) for k, curve in enumerate(curves)], axis=1)
     columns, memory = [], None

@@ -1,1 +1,1 @@
-"""Exits attached to any network: tracing, splitting into stages, and torchvision's models."""
+"""Exits attached to any network: tracing, splitting into stages, and networks of torchvision, timm and transformers."""

@@ -8,9 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from exitkit.data.preprocessing import Preprocessing
 from exitkit.data.torchvision_import import torchvision
 from exitkit.errors import UserError, unknown
 from exitkit.networks.attach.exits import attach_exits
+from exitkit.networks.attach.heads import HEAD, HEAD_WIDTH, HeadChoice, HeadForm
 from exitkit.networks.cascade import MultiExitNetwork
 from exitkit.networks.families.base import IMAGENET, Backbone, Home
 from exitkit.plugins import setting
@@ -34,8 +36,11 @@ class TorchvisionModel(Backbone):
     weights: str | None = setting(
         None, "pretrained weights, such as DEFAULT; for other than 1000 classes the last layer is reinitialised"
     )
+    head: HeadForm = setting("linear", HEAD, added=True)
+    head_width: int | None = setting(None, HEAD_WIDTH, added=True)
 
     def __post_init__(self) -> None:
+        HeadChoice(self.head, self.head_width)
         if self.exits is not None and self.fractions is not None:
             raise UserError("exits and fractions both place the exits; give one of them, and leave the other at none")
         known = _names()
@@ -46,6 +51,14 @@ class TorchvisionModel(Backbone):
             if self.weights not in choices:
                 raise unknown(f"weights of {self.model}", self.weights, set(choices))
 
+    def preprocessing(self) -> Preprocessing | None:
+        """Return the size of the images of the pretrained weights, and their normalisation."""
+        if self.weights is None:
+            return None
+        known = torchvision("models").get_model_weights(self.model)[self.weights].transforms()
+        # Their shares of the centre crop are left out: earlier releases used the data set's.
+        return Preprocessing(known.crop_size[0], tuple(known.mean), tuple(known.std))
+
     def build(self, input_shape: tuple[int, int, int], num_classes: int) -> MultiExitNetwork:
         """Build the network; see `Backbone.build`. Images of one channel are repeated to three channels."""
         channels, *size = input_shape
@@ -54,10 +67,11 @@ class TorchvisionModel(Backbone):
         sizes = self._sizes(size[0], size[1])
         model = self._fresh(num_classes, sizes) if self.weights is None else self._pretrained(num_classes, sizes)
         fractions = SHARES if self.exits is None and self.fractions is None else self.fractions
-        network = attach_exits(model, self.exits, fractions, input_shape=(3, size[0], size[1]))
+        head, shape = HeadChoice(self.head, self.head_width), (3, size[0], size[1])
+        network = attach_exits(model, self.exits, fractions, input_shape=shape, head=head, check=False)
         network.family, network.input_shape = "torchvision", input_shape
         if channels == 1:
-            _repeat_channels(network.stages[0])
+            repeat_channels(network.stages[0])
         return network
 
     def _sizes(self, height: int, width: int) -> dict[str, Any]:
@@ -123,7 +137,7 @@ def _replace_classifier(model: nn.Module, published: int, num_classes: int) -> N
     model.set_submodule(name, new)
 
 
-def _repeat_channels(stage: nn.Module) -> None:
+def repeat_channels(stage: nn.Module) -> None:
     """Make a stage for three channels accept images of one channel; the names of its modules do not change."""
     assert isinstance(stage, torch.fx.GraphModule)
     images = next(iter(stage.graph.nodes))

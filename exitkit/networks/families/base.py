@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
+from exitkit.data.preprocessing import Preprocessing
 from exitkit.networks.cascade import MultiExitNetwork
 from exitkit.plugins import underlying
 
@@ -27,6 +28,21 @@ class Backbone:
 
     home: ClassVar[Home] = ((3, 32, 32), 100)
     presets: ClassVar[dict[str, functools.partial[Backbone]]] = {}
+
+    def preprocessing(self) -> Preprocessing | None:
+        """Return how the images of the network's own weights were prepared; None: it has no weights of its own.
+
+        Data sets of images of any size take what their settings leave open from it.
+        """
+        return None
+
+    def weights_files(self) -> tuple[str, ...]:
+        """Return the files and folders of the network's initial weights; their content is part of a run's identity."""
+        return ()
+
+    def without_weights(self) -> Self:
+        """Return the same network with random initial weights, for weights that replace them at once."""
+        return self
 
     def build(self, input_shape: tuple[int, int, int], num_classes: int) -> MultiExitNetwork:
         """Build the network for images of `input_shape` and `num_classes` classes.

@@ -8,11 +8,13 @@ from torch import nn
 
 from exitkit.networks.cascade import Head
 
-Stem = Literal["small", "large"]
+Stem = Literal["small", "strided", "large"]
 HeadForm = Literal["conv128", "conv", "pool"]
 Init = Literal["released", "default", "he"]
 
-STEM = "first layer: 3x3 convolution, or 7x7 convolution of stride 2 and pooling (ImageNet)"
+STEM = "first layer: 3x3 convolution of stride 1 or 2, or 7x7 convolution of stride 2 and pooling (ImageNet)"
+STEM_STRIDES = {"small": 1, "strided": 2, "large": 4}
+"""The factor by which each first layer reduces the size of the image."""
 HEAD = "two stride-2 convolutions of width 128 (CIFAR) or of the map's width (ImageNet), or pooling only"
 INIT = "initialisation: that of the released code, PyTorch's default, or the He rule for every layer"
 
@@ -32,9 +34,9 @@ def unit(inputs: int, outputs: int, stride: int, bottleneck: int | None) -> nn.S
 
 
 def first_layer(channels: int, width: int, stem: Stem) -> nn.Sequential:
-    """Return the first layer: [B, channels, H, W] -> [B, width, H, W], or [B, width, H/4, W/4] for the large stem."""
-    if stem == "small":
-        return conv_bn_relu(channels, width, 3)
+    """Return the first layer: [B, channels, H, W] -> [B, width, H/s, W/s], where s is the stride of the stem."""
+    if stem != "large":
+        return conv_bn_relu(channels, width, 3, STEM_STRIDES[stem])
     conv = nn.Conv2d(channels, width, 7, 2, 3)
     return nn.Sequential(conv, nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
 

@@ -27,6 +27,7 @@ from exitkit.networks.families.layers import (
     HEAD,
     INIT,
     STEM,
+    STEM_STRIDES,
     HeadForm,
     Init,
     Stem,
@@ -177,7 +178,7 @@ class MSDNet(Backbone):
         return network.apply(he_init) if self.init == "he" else network
 
     def _check_size(self, input_shape: tuple[int, int, int]) -> None:
-        reduction = 2 ** (len(self.growth_factors) - 1) * (4 if self.stem == "large" else 1)
+        reduction = 2 ** (len(self.growth_factors) - 1) * STEM_STRIDES[self.stem]
         if min(input_shape[1:]) < reduction:
             raise UserError(
                 f"images of {input_shape[1]}x{input_shape[2]} are too small for {len(self.growth_factors)} scales; "

@@ -1,0 +1,387 @@
+"""Search for a method and its settings: Optuna proposes, exitkit trains ordinary runs, weak ones end early.
+
+A study is a journal file and a folder of runs. Any number of processes, on any machines that share the folder, may work
+on it; a process that was killed loses one epoch.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from exitkit import plugins
+from exitkit.benchmarks.campaign.plan import Plan
+from exitkit.benchmarks.report.measure import RunMeasures
+from exitkit.benchmarks.report.options import ReportOptions
+from exitkit.benchmarks.report.policies import Outputs, measure
+from exitkit.benchmarks.report.statistics import area_under_curve
+from exitkit.errors import UserError, unknown
+from exitkit.inference.budgets import exit_costs
+from exitkit.inference.operating_points import most_accurate_within
+from exitkit.inference.policy import PolicyName
+from exitkit.runs.folder import RunFolder
+from exitkit.training.loop import train
+from exitkit.training.progress import Progress
+
+if TYPE_CHECKING:
+    import optuna
+
+JOURNAL = "study.log"
+RUNS = "search"
+RATES = (0.1, 3.0)
+"""By default the learning rate is searched between these multiples of the recipe's."""
+REDUCTION = 3
+"""Successive halving continues one of REDUCTION runs at each rung."""
+_STUDY = "exitkit"
+_BUDGETS = 50  # over which the accuracy of a policy is averaged
+_ABANDONED = 600.0  # seconds after which a trial of another machine, whose run nobody holds, counts as killed
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values that a field may take: a range of numbers, or choices."""
+
+    low: float = 0.0
+    high: float = 0.0
+    log: bool = False
+    choices: tuple[Any, ...] = ()
+
+    @classmethod
+    def parse(cls, field: str, text: str) -> Range:
+        """Parse `LOW:HIGH`, `LOW:HIGH:log` or `A,B,C`.
+
+        Raises:
+            UserError: the text has another form, or the range is empty.
+        """
+        parts = text.split(":")
+        if len(parts) == 1:
+            choices = tuple(value.strip() for value in text.split(",") if value.strip())
+            if len(choices) < 2:
+                raise UserError(f"--space {field}={text} has {len(choices)} values; expected LOW:HIGH[:log] or A,B,...")
+            return cls(choices=choices)
+        try:
+            low, high = float(parts[0]), float(parts[1])
+        except ValueError:
+            raise UserError(f"--space {field}={text} is no range of numbers; expected LOW:HIGH[:log]") from None
+        if len(parts) > 3 or parts[2:] not in ([], ["log"]):
+            raise UserError(f"--space {field}={text} has {':'.join(parts[2:])!r} at its end; expected log or nothing")
+        if not (low < high < float("inf") and low > float("-inf")) or (parts[2:] and low <= 0):
+            raise UserError(f"--space {field}={text} is no range; expected LOW below HIGH, and above 0 with log")
+        return cls(low, high, bool(parts[2:]))
+
+    def suggest(self, trial: optuna.Trial, name: str, whole: bool) -> Any:
+        """Return a value that Optuna proposes; `whole` asks for an integer."""
+        if self.choices:
+            return trial.suggest_categorical(name, self.choices)
+        if whole:
+            return trial.suggest_int(name, round(self.low), round(self.high), log=self.log)
+        return _rounded(trial.suggest_float(name, self.low, self.high, log=self.log))
+
+
+def _rounded(value: float) -> float:
+    """Return a number with three digits, for short labels."""
+    return float(f"{value:.3g}")
+
+
+@dataclass(frozen=True)
+class Space:
+    """What a study searches.
+
+    Attributes:
+        values: values of the comparison's recipe that all runs share, see `Plan`.
+        ranges: {method: {field of the method or of the recipe: range}}.
+    """
+
+    values: Mapping[str, Any]
+    ranges: Mapping[str, Mapping[str, Range]]
+
+    @classmethod
+    def make(cls, values: Mapping[str, Any], methods: Sequence[str], spaces: Mapping[str, str]) -> Space:
+        """Return the default space of some methods, changed by `spaces`.
+
+        By default, a method's fields are searched that declare a range (`setting(search=...)`), and the learning rate.
+
+        Args:
+            values: see `Space`.
+            methods: names of methods.
+            spaces: {`FIELD` or `METHOD.FIELD`: text of a range}.
+
+        Raises:
+            UserError: a method or field is unknown, or a range is invalid.
+        """
+        base = Plan.make({**values, "methods": [methods[0]], "baseline": methods[0], "seeds": 1}).runs()[0].recipe
+        low, high = (_rounded(base.lr * factor) for factor in RATES)
+        lr = Range(low, high, log=True)
+        ranges: dict[str, dict[str, Range]] = {}
+        used: set[str] = set()
+        for method in methods:
+            ranges[method] = {"lr": lr} | default_ranges(method)
+            settable = {*_fields(method), "lr", "batch_size", "weight_decay", "momentum", "epochs"}
+            for key, text in spaces.items():
+                owner, dot, name = key.rpartition(".")
+                if (not dot or owner == method) and name in settable:
+                    ranges[method][name] = Range.parse(key, text)
+                    used.add(key)
+        for key in spaces.keys() - used:
+            raise unknown(
+                f"field of {', '.join(methods)}", key, {name for method in methods for name in _fields(method)}
+            )
+        return cls(values, ranges)
+
+    def propose(self, trial: optuna.Trial) -> dict[str, Any]:
+        """Return the entry of a method with values of its fields, as Optuna proposes them."""
+        names = list(self.ranges)
+        method = str(trial.suggest_categorical("method", names)) if len(names) > 1 else names[0]
+        entry: dict[str, Any] = {"name": method}
+        for field, searched in self.ranges[method].items():
+            whole = field in ("epochs", "batch_size") or isinstance(_fields(method).get(field), int)
+            entry[field] = searched.suggest(trial, f"{method}.{field}", whole)
+        return entry
+
+    def choices(self) -> dict[str, tuple[Any, ...]]:
+        """Return {name in Optuna: choices} of what `propose` asks for; () for a range of numbers."""
+        named: dict[str, tuple[Any, ...]] = {"method": tuple(self.ranges)} if len(self.ranges) > 1 else {}
+        for method, ranges in self.ranges.items():
+            named |= {f"{method}.{field}": searched.choices for field, searched in ranges.items()}
+        return named
+
+    def plan(self, entries: Sequence[Mapping[str, Any]], baseline: str, seed: int, seeds: int) -> Plan:
+        """Return the plan that trains some methods with given values of their fields."""
+        return Plan.make(
+            {**self.values, "methods": [dict(e) for e in entries], "baseline": baseline, "seed": seed, "seeds": seeds}
+        )
+
+
+def default_ranges(method: str) -> dict[str, Range]:
+    """Return the ranges that the fields of a method, or of the parts of a composition, declare."""
+    ranges: dict[str, Range] = {}
+    for part in plugins.method_parts(method):
+        for name, field in plugins.fields(plugins.load("method", part)).items():
+            declared = field.metadata.get("search")
+            if declared:
+                ranges[name] = Range(declared[0], declared[1], "log" in declared[2:])
+    return ranges
+
+
+def _fields(method: str) -> dict[str, Any]:
+    """Return {name: default} of the fields of a method, or of the parts of a composition."""
+    fields: dict[str, Any] = {}
+    for part in plugins.method_parts(method):
+        fields |= plugins.defaults(plugins.load("method", part))
+    return fields
+
+
+def objective(run: RunFolder, budget: float | None) -> float:
+    """Return what a study maximises, on validation, in percent.
+
+    Args:
+        run: a finished run.
+        budget: share of the last exit's cost, at which the accuracy counts; None: the mean height of the budgeted
+            curve between the costs of the first and the last exit.
+    """
+    measures = RunMeasures(run, ReportOptions())
+    costs = exit_costs(run, "macs")
+    if budget is not None:
+        return float(measures.budgeted(costs[-1:] * budget).validation_accuracy[0])
+    curve = measures.curve
+    low, high = curve.validation_cost.min(), curve.validation_cost.max()
+    return area_under_curve(curve.validation_cost, curve.validation_accuracy, low, high)
+
+
+class Scored(NamedTuple):
+    """A policy on one run: its accuracy in percent, cross-fitted on validation images, and on test images."""
+
+    policy: PolicyName
+    validation: float
+    test: float
+
+
+def policy_scores(run: RunFolder, budget: float | None, policies: Sequence[PolicyName]) -> list[Scored]:
+    """Return how accurate policies are on the stored outputs of a run.
+
+    Args:
+        run: a finished run.
+        budget: share of the last exit's cost; None: the mean over budgets from the first exit's cost to the last one's.
+        policies: the policies. Where one has no operating point within a budget, all images leave at the first exit.
+    """
+    validation, test = ((part["logits"], part["labels"]) for part in map(run.outputs, ("validation", "test")))
+    costs = np.asarray(exit_costs(run, "macs"), dtype=np.float64)
+    budgets = np.linspace(costs[0], costs[-1], _BUDGETS) if budget is None else costs[-1:] * budget
+    first = [float((logits[:, 0].argmax(1) == labels).mean()) for logits, labels in (validation, test)]
+    scored = []
+    for found in measure(Outputs(validation, test, costs), policies):
+        points = most_accurate_within(found.validation_cost, found.validation_accuracy, budgets)
+        within = found.validation_cost[points] <= budgets
+        parts = zip((found.validation_accuracy, found.accuracy), first, strict=True)
+        means = [100 * float(np.where(within, values[points], least).mean()) for values, least in parts]
+        scored.append(Scored(found.policy, *means))
+    return scored
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a search ends: after `epochs` epochs over all trials, or `hours` of this process."""
+
+    epochs: int | None = None
+    hours: float | None = None
+
+    def reached(self, trained: int, began: float) -> bool:
+        """Whether a limit is reached, with `trained` epochs and a process that began at `began` (monotonic)."""
+        late = self.hours is not None and time.monotonic() - began >= 3600 * self.hours
+        return late or (self.epochs is not None and trained >= self.epochs)
+
+
+def open_study(out: Path, seed: int, rungs: int) -> optuna.Study:
+    """Open or make the study of a folder.
+
+    Args:
+        out: the folder.
+        seed: seed of the proposals; each process adds its number.
+        rungs: the epoch of the first rung of successive halving.
+
+    Raises:
+        UserError: Optuna is not installed, or the journal is damaged.
+    """
+    try:
+        # Optional: the extra `tune`.
+        import optuna
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalFileBackend
+    except ImportError:
+        raise UserError("tune needs Optuna; install it with: pip install 'exitkit[tune]'") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        storage = JournalStorage(JournalFileBackend(str(out / JOURNAL)))
+        sampler = optuna.samplers.TPESampler(seed=seed + os.getpid() % 1000)
+        pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=rungs, reduction_factor=REDUCTION)
+        try:  # loading alone leaves the journal as it is
+            return optuna.load_study(study_name=_STUDY, storage=storage, sampler=sampler, pruner=pruner)
+        except KeyError:
+            return optuna.create_study(
+                study_name=_STUDY,
+                storage=storage,
+                sampler=sampler,
+                pruner=pruner,
+                direction="maximize",
+                load_if_exists=True,  # another process may have made it by now
+            )
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{out / JOURNAL} is damaged ({error}); expected the journal of a study") from None
+
+
+def trained_epochs(study: optuna.Study) -> int:
+    """Return the number of epochs of all trials."""
+    return sum(len(trial.intermediate_values) for trial in study.get_trials(deepcopy=False))
+
+
+def search(
+    study: optuna.Study,
+    space: Space,
+    out: Path,
+    *,
+    seed: int,
+    limits: Limits,
+    budget: float | None,
+    tell: Callable[[optuna.trial.FrozenTrial], None],
+    policies: Sequence[PolicyName] = (),
+) -> None:
+    """Train trials until a limit is reached, but at least one.
+
+    Args:
+        study, space: what is searched.
+        out: the folder of the study.
+        seed: of the runs.
+        limits: when the search ends.
+        budget: see `objective`.
+        tell: called after each trial.
+        policies: each run counts with the best of them on validation (`policy_scores`); empty: see `objective`.
+
+    Raises:
+        UserError: the trials of the study chose among other methods or values.
+    """
+    import optuna  # optional: the extra `tune`
+
+    began = time.monotonic()
+    _check_same(study, space, out)
+    _requeue(study, out)
+    while not study.get_trials(deepcopy=False) or not limits.reached(trained_epochs(study), began):
+        trial = study.ask()
+        try:
+            entry = space.propose(trial)
+            recipe = space.plan([entry], entry["name"], seed, 1).runs()[0].recipe
+            for key, value in {"run": recipe.id, "host": platform.node(), "pid": os.getpid(), "entry": entry}.items():
+                trial.set_user_attr(key, value)
+            run = train(recipe, out / RUNS, report=_pruning(trial, out / RUNS / recipe.id))
+            if not policies:
+                study.tell(trial, objective(run, budget))
+            else:
+                best = max(policy_scores(run, budget, policies), key=lambda scored: scored.validation)
+                trial.set_user_attr("policy", str(best.policy))
+                study.tell(trial, best.validation)
+        except optuna.TrialPruned:
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        except UserError as error:  # diverged, or not a valid combination: the search goes on
+            trial.set_user_attr("reason", str(error))
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        tell(study.get_trials(deepcopy=False)[trial.number])
+
+
+def _check_same(study: optuna.Study, space: Space, out: Path) -> None:
+    """Check that a study has chosen among the values of a space so far; Optuna lets only ranges of numbers change."""
+    earlier = {name: each for trial in study.get_trials(deepcopy=False) for name, each in trial.distributions.items()}
+    for name, choices in space.choices().items():
+        if name in earlier and (before := getattr(earlier[name], "choices", ())) != choices:
+            among = f"among {', '.join(map(str, before))}" if before else "in a range"
+            raise UserError(
+                f"the study of {out} searches {name} {among}; expected the same --methods and --space, or another --out"
+            )
+
+
+def _pruning(trial: optuna.Trial, path: Path) -> Callable[[Progress], None]:
+    """Return the function that reports each epoch's validation accuracy (mean over exits), and ends weak runs."""
+    import optuna  # optional: the extra `tune`
+
+    def report(progress: Progress) -> None:
+        if not progress.epoch_done or progress.phase.startswith("teacher "):
+            return
+        metrics = RunFolder(path).metrics()
+        accuracy = metrics.filter(regex=r"^validation_accuracy_").iloc[-1].mean()
+        trial.report(float(accuracy), step=len(metrics))
+        if trial.should_prune():
+            raise optuna.TrialPruned
+
+    return report
+
+
+def _requeue(study: optuna.Study, out: Path) -> None:
+    """Queue the trials of killed processes again; their runs are resumed."""
+    import optuna  # optional: the extra `tune`
+
+    states = optuna.trial.TrialState
+    for trial in study.get_trials(deepcopy=False, states=(states.RUNNING,)):
+        if _alive(trial, out):
+            continue
+        study.tell(trial.number, state=states.FAIL)
+        study.enqueue_trial(trial.params)
+
+
+def _alive(trial: optuna.trial.FrozenTrial, out: Path) -> bool:
+    """Whether the process of a running trial may still be there."""
+    name = trial.user_attrs.get("run")
+    if name and RunFolder.is_held(out / RUNS / name):
+        return True
+    if trial.user_attrs.get("host") == platform.node():
+        try:
+            os.kill(int(trial.user_attrs["pid"]), 0)
+        except (OSError, ValueError):
+            return False
+        return True
+    age = time.time() - trial.datetime_start.timestamp() if trial.datetime_start else 0.0
+    return age < _ABANDONED

@@ -1,0 +1,40 @@
+"""Check of the images that a network is given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exitkit.errors import UserError
+from exitkit.networks.cascade import MultiExitNetwork
+
+
+def reference_tensor(network: MultiExitNetwork) -> Tensor:
+    """Return a tensor with the type and device of the network: its first parameter of floating point."""
+    return next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0))
+
+
+def check_images(images: Any, shape: tuple[int, int, int], reference: Tensor) -> None:
+    """Check that images are a tensor [B, *shape].
+
+    Args:
+        images: the images.
+        shape: the network's `input_shape`.
+        reference: see `reference_tensor`.
+
+    Raises:
+        UserError: they are not, or have another type or device than `reference`.
+    """
+    expected = f"[B, {', '.join(map(str, shape))}]"
+    if not isinstance(images, Tensor):
+        raise UserError(f"images are a {type(images).__name__}; expected a tensor {expected} of {reference.dtype}")
+    if images.dtype != reference.dtype:
+        remedy = " (images.float() / 255, normalised as for training)" if images.dtype == torch.uint8 else ""
+        raise UserError(f"images are {images.dtype}; expected {reference.dtype}, as the network{remedy}")
+    if images.shape[1:] != tuple(shape):
+        one = " (of a single image: image[None])" if images.shape == tuple(shape) else ""
+        raise UserError(f"images have the shape {list(images.shape)}; expected {expected}{one}")
+    if images.device != reference.device:
+        raise UserError(f"images are on {images.device}; expected {reference.device}, as the network")

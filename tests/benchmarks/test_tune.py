@@ -1,0 +1,182 @@
+"""The search for methods and settings: spaces, objective, resuming, and the comparison on fresh seeds."""
+
+import numpy as np
+import optuna
+import pandas as pd
+import pytest
+from fake_runs import FakeRun
+
+from exitkit import find_runs
+from exitkit.benchmarks.campaign.tuning import (
+    JOURNAL,
+    Limits,
+    Range,
+    Space,
+    default_ranges,
+    objective,
+    open_study,
+    policy_scores,
+    search,
+)
+from exitkit.benchmarks.commands.tune import policy_difference, sentence
+from exitkit.errors import UserError
+from exitkit.inference.policy import BASELINE, read_policy
+
+STATES = optuna.trial.TrialState
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0:1", Range(0, 1)),
+        ("1e-3:0.1:log", Range(1e-3, 0.1, log=True)),
+        ("a,b", Range(choices=("a", "b"))),
+    ],
+)
+def test_a_range_is_read(text, expected):
+    assert Range.parse("lr", text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "0.1", "1:0", "0:1:log", "0:1:linear", "a:b", "0:inf", "nan:1", "1:2:log:log"])
+def test_what_is_no_range_is_refused_with_its_field(text):
+    with pytest.raises(UserError, match="--space lr="):
+        Range.parse("lr", text)
+
+
+def test_the_default_space_has_the_declared_ranges_and_the_learning_rate():
+    space = Space.make({"dataset": "digits"}, ["joint", "boostnet"], {"boostnet.temperature": "0.2:0.4"})
+    assert space.ranges["joint"] == {"lr": Range(0.01, 0.3, log=True)}
+    assert space.ranges["boostnet"]["temperature"] == Range(0.2, 0.4)
+    assert default_ranges("ge+kd")["weight"] == Range(0.1, 0.9)
+
+
+def test_an_unknown_field_of_the_space_is_named():
+    with pytest.raises(UserError, match="temprature"):
+        Space.make({"dataset": "digits"}, ["boostnet"], {"temprature": "0:1"})
+
+
+def test_the_objective_is_the_validation_accuracy_at_the_budget():
+    run = FakeRun("joint", 0)
+    run.parts["test"]["labels"] = (run.parts["test"]["labels"] + 1) % 10  # the test images do not count
+    validation = run.outputs("validation")
+    correct = validation["logits"].argmax(-1) == validation["labels"][:, None]
+    macs = [row["macs"] for row in run.costs()]
+    assert objective(run, 1.0) == pytest.approx(100 * correct[:, -1].mean())  # all images leave at the last exit
+    assert objective(run, macs[0] / macs[-1]) == pytest.approx(100 * correct[:, 0].mean())
+    assert 100 * correct[:, 0].mean() < objective(run, None) < 100
+
+
+def test_policies_are_scored_on_validation_and_test_at_the_same_points():
+    run = FakeRun("joint", 0)
+    accuracies = {part: np.array(values) for part, values in run.results().items()}
+    macs = [row["macs"] for row in run.costs()]
+    full, product = policy_scores(run, 1.0, [BASELINE, read_policy("product")])
+    assert abs(full.validation - accuracies["validation"].max()) < 5 and abs(full.test - accuracies["test"].max()) < 5
+    assert str(product.policy) == "product"
+    (first,) = policy_scores(run, macs[0] / macs[-1], [BASELINE])
+    assert (first.validation, first.test) == pytest.approx((accuracies["validation"][0], accuracies["test"][0]))
+    (below,) = policy_scores(run, 0.5 * macs[0] / macs[-1], [BASELINE])
+    assert below.test == pytest.approx(accuracies["test"][0])
+    (curve,) = policy_scores(run, None, [BASELINE])
+    assert first.test < curve.test < full.test + 1
+
+
+def test_the_winner_with_its_policy_is_compared_with_joint_on_confidence_by_seed():
+    joint, better = ([FakeRun(name, seed) for seed in range(3)] for name in ("joint", "boostnet"))
+    for run in better:
+        for part in run.parts.values():
+            part["logits"][:, :, :] += 3 * np.eye(10, dtype=np.float32)[part["labels"]][:, None]
+    rows = policy_difference(joint, better, "mean", None)
+    expected = [
+        policy_scores(ours, None, [read_policy("mean")])[0].test - policy_scores(theirs, None, [BASELINE])[0].test
+        for ours, theirs in zip(better, joint, strict=True)
+    ]
+    assert rows["mean"][0] == pytest.approx(np.mean(expected)) and rows["low"][0] > 0
+    assert sentence(rows).startswith("boostnet with mean beats joint training: ")
+    assert sentence(policy_difference(joint, joint, "confidence", None)).startswith("nothing beat joint")
+
+
+def study_of(folder, **space):
+    values = {"dataset": "digits", "epochs": 2, "set": {"per_class": 8}, "batch_size": 32}
+    return open_study(folder, 0, 1), Space.make(values, ["joint", "boostnet"], space)
+
+
+def test_a_search_trains_ordinary_runs_until_its_epochs_are_spent_and_resumes_killed_trials(tmp_path):
+    study, space = study_of(tmp_path)
+    killed = study.ask()
+    entry = space.propose(killed)
+    killed.set_user_attr("host", __import__("platform").node())
+    killed.set_user_attr("pid", 2**22 + 1)  # above the largest number of a process
+    told = []
+    search(study, space, tmp_path, seed=0, limits=Limits(epochs=4), budget=None, tell=told.append)
+    trials = study.get_trials()
+    assert trials[0].state == STATES.FAIL
+    assert trials[1].params == killed.params and trials[1].user_attrs["entry"] == entry
+    assert sum(len(trial.intermediate_values) for trial in trials) >= 4
+    assert [trial.number for trial in told] == list(range(1, len(trials)))
+    runs = {run.path.name for run in find_runs(tmp_path / "search")}
+    assert runs == {trial.user_attrs["run"] for trial in trials if trial.state == STATES.COMPLETE}
+    before = len(trials)
+    search(open_study(tmp_path, 0, 1), space, tmp_path, seed=0, limits=Limits(epochs=4), budget=None, tell=told.append)
+    assert len(open_study(tmp_path, 0, 1).get_trials()) == before
+
+
+def test_a_study_of_other_methods_is_refused_and_stays_as_it_was(tmp_path):
+    study, space = study_of(tmp_path)
+    space.propose(study.ask())
+    journal = (tmp_path / JOURNAL).read_bytes()
+    study = open_study(tmp_path, 0, 1)
+    for other, message in (
+        (Space.make(space.values, ["joint", "ge"], {}), "searches method among joint, boostnet; expected the same"),
+        (
+            Space.make(space.values, ["joint", "boostnet"], {"lr": "0.1,0.2"}),
+            r"searches (joint|boostnet)\.lr in a range",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            search(study, other, tmp_path, seed=0, limits=Limits(epochs=4), budget=None, tell=print)
+    assert (tmp_path / JOURNAL).read_bytes() == journal
+
+
+def test_a_search_over_policies_keeps_the_best_one_of_each_run(tmp_path):
+    study, space = study_of(tmp_path)
+    names = [BASELINE, read_policy("mean"), read_policy("margin")]
+    search(study, space, tmp_path, seed=0, limits=Limits(epochs=2), budget=0.6, tell=lambda _: None, policies=names)
+    (run,) = find_runs(tmp_path / "search")
+    (trial,) = study.get_trials(states=[STATES.COMPLETE])
+    scored = {str(each.policy): each.validation for each in policy_scores(run, 0.6, names)}
+    assert trial.value == max(scored.values()) == scored[trial.user_attrs["policy"]]
+
+
+def test_a_run_that_diverges_fails_and_the_search_goes_on(tmp_path):
+    study, space = study_of(tmp_path, lr="1e20:1e30:log")
+    failed = []
+
+    def tell(trial):
+        failed.append(trial)
+        if len(failed) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        search(study, space, tmp_path, seed=0, limits=Limits(epochs=9), budget=None, tell=tell)
+    assert [trial.state for trial in failed] == [STATES.FAIL] * 2
+    assert "not finite" in failed[0].user_attrs["reason"]
+
+
+def test_a_damaged_journal_is_named(tmp_path):
+    (tmp_path / "study.log").write_text('{"op_code": 0}\nnot json\n{}\n')
+    with pytest.raises(UserError, match=r"study\.log is damaged"):
+        open_study(tmp_path, 0, 1)
+
+
+@pytest.mark.parametrize(("low", "says"), [(0.1, "boostnet beats joint"), (-0.1, "nothing beat joint")])
+def test_the_last_line_says_whether_it_helped(low, says):
+    row = {"method": "boostnet", "measure": "area", "mean": 1.0, "low": low, "high": 2.0, "n": 3}
+    assert sentence(pd.DataFrame([row])).startswith(says)
+
+
+def test_mistakes_are_refused_before_anything_is_written(cli, tmp_path):
+    cli("tune", "--methods", "boostnett").refused("boostnett", "boostnet")
+    cli("tune", "--budget", "20").refused("--budget 20", "60%")
+    cli("tune", "--space", "lr=3").refused("--space lr=3")
+    assert not list(tmp_path.iterdir())

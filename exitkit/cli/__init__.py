@@ -146,6 +146,8 @@ def main(arguments: list[str] | None = None, command: click.Command = cli) -> No
             code = command.main(args=arguments, prog_name="exitkit", standalone_mode=False)
             sys.stdout.flush()  # here, and not at the end of the process, an error can be handled
     except (KeyboardInterrupt, click.Abort, Interrupted) as stop:
+        if isinstance(stop.__cause__, EOFError):  # click takes the end of any file for the end of standard input
+            raise stop.__cause__ from None
         stopped_for_good()
         _fail(str(stop) or "stopped", 130)
     except _NO_ARGUMENTS as no_arguments:

@@ -5,11 +5,12 @@ import os
 import subprocess
 import sys
 
+import click
 import pytest
 
 import exitkit
 from exitkit import plugins
-from exitkit.cli import catalogue
+from exitkit.cli import catalogue, main
 from exitkit.cli.catalogue import GROUPS
 
 
@@ -151,3 +152,11 @@ def test_colours_are_for_terminals_that_want_them():
     done = in_a_process("-m", "exitkit", "list", FORCE_COLOR="1")
     assert "\x1b[" in done.stdout
     assert "\x1b[" not in in_a_process("-m", "exitkit", "list").stdout
+
+
+def test_an_incomplete_file_is_not_reported_as_an_interrupt():
+    def read():
+        raise EOFError("marshal data too short")
+
+    with pytest.raises(EOFError, match="too short"):
+        main([], click.Command("read", callback=read))

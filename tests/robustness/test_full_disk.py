@@ -36,12 +36,14 @@ def trained(tmp_path_factory):
 def full_disk(room):
     """No file can grow beyond `room` bytes, as on a disk that is full at this moment."""
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # Python would keep a file that was cut off
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
+        sys.dont_write_bytecode = bytecode
 
 
 def tree(folder):

@@ -22,6 +22,7 @@ TRAIN = [sys.executable, "-m", "exitkit", "train", *SMALL]
 # Files beyond this size can't be written: a disk that is full at this moment, for those who may not mount one.
 LIMITED = """
 import resource, signal, sys
+sys.dont_write_bytecode = True  # Python would keep a file that was cut off
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 from exitkit.cli import main

@@ -91,6 +91,8 @@ class Plan:
         bad = dict.fromkeys(key for table in (values, *parts) for key in table if key not in known)
         if bad:
             raise UserError("; ".join(str(unknown("key of a recipe", key, known)) for key in bad))
+        if any("method" in table for table in (values, *parts)):
+            raise UserError("method is a key of a run's recipe; expected methods, a list of names, for a comparison")
         backbones = _entries("backbone", run.pop("backbone", None))
         datasets = _entries("dataset", run.pop("dataset", None))
         baseline = check_value("baseline", str, comparison.get("baseline", BASELINE))

@@ -42,7 +42,13 @@ if TYPE_CHECKING:
 )
 @click.option("--seeds", type=int, help="Number of seeds.  [default: 2]")
 @click.option("--seed", type=int, help="First seed.  [default: 0]")
-@click.option("--sweep", "sweeps", metavar="FIELD=A,B,...", multiple=True, help="One run per value; repeatable.")
+@click.option(
+    "--sweep",
+    "sweeps",
+    metavar="FIELD=A,B,...",
+    multiple=True,
+    help="One run per value (A;B;... if values contain commas); repeatable.",
+)
 @click.option("--static", is_flag=True, default=None, help="Also train one static network per exit, for reference.")
 @click.option("--policy", metavar="NAME", multiple=True, help=POLICY_HELP)
 @click.option("--plan", "only_plan", is_flag=True, help="Show the planned runs and the estimated time; train nothing.")

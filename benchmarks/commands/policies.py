@@ -22,15 +22,16 @@ if TYPE_CHECKING:
     from exitkit.runs.folder import RunFolder
 
 COSTS = ("macs", "latency")
+COMBINATION_HELP = "Combination of exits, such as mie; repeatable."
 SHOWN = 12
 """Policies in the printed table."""
 
 
 @click.command("policies", short_help="Compare exit policies on finished runs.")
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True, shell_complete=complete_runs)
-@click.option("--combination", "combinations", metavar="NAME", multiple=True, help="Combination of exits; repeatable.")
-@click.option("--score", "scores", metavar="NAME", multiple=True, help="Score; repeatable.")
-@click.option("--rule", "rules", metavar="NAME", multiple=True, help="Rule; repeatable.")
+@click.option("--combination", "combinations", metavar="NAME", multiple=True, help=COMBINATION_HELP)
+@click.option("--score", "scores", metavar="NAME", multiple=True, help="Score, such as margin; repeatable.")
+@click.option("--rule", "rules", metavar="NAME", multiple=True, help="Rule, such as stopping; repeatable.")
 @click.option("--policy", "names", metavar="NAME", multiple=True, help="A whole policy: mie+stopping; repeatable.")
 @click.option("--full", is_flag=True, help="All policies, not only those that change one part of the baseline.")
 @click.option("--budget", "budgets", metavar="AMOUNT", multiple=True, help="Average budget, such as 40M; repeatable.")

@@ -20,7 +20,7 @@ from exitkit.files import exists, write_text
 def recipes() -> None:
     """List, show, copy and check recipes.
 
-    There is one recipe per table and figure of the papers, and a small version of each, named `-quick`.
+    There is one recipe per table and figure of four papers, each with a small version named `-quick`, and further ones.
 
     \b
     Examples:

@@ -65,7 +65,7 @@ FORMATS = ("csv", "md", "latex", "html", "pdf", "png")
     "--budget", "budget", metavar="COST", multiple=True, help="An operating point: 60%, 20M or 1.5ms; repeatable."
 )
 @target_options
-@click.option("--risk", metavar="POINTS", help="Risk control: tolerated loss of accuracy.  [default: 1]")
+@click.option("--risk", metavar="POINTS", help="Risk control: tolerated loss, with --certainty (0.95).  [default: 1]")
 @click.option(
     "--summary",
     metavar="DIR",

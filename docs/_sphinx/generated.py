@@ -5,6 +5,7 @@
                      table each)
 {presets} msdnet     every preset of a family, with the costs of its first and last exit
 {families} timm      every network of a library that exits were attached to, with the result of each check
+{keys} run           every key of a run's recipe (`report`: of the table `report` of a comparison's recipe)
 """
 
 from __future__ import annotations
@@ -19,9 +20,13 @@ from docutils import nodes
 from docutils.parsers.rst import Directive
 from docutils.statemachine import StringList
 
-from exitkit import build_strategy
+from exitkit import Recipe, build_strategy
+from exitkit.benchmarks.report.options import ReportOptions
 from exitkit.cli.catalogue import entries, settings_of
-from exitkit.plugins import load, underlying
+from exitkit.cli.train import train
+from exitkit.data import DataSet
+from exitkit.plugins import describe, load, underlying
+from exitkit.runs.recipe import SETTABLE
 from exitkit.strategy import TrainingStrategy
 
 HOOKS = (
@@ -29,10 +34,14 @@ HOOKS = (
     "prepare",
     "exit_losses",
     "exit_weights",
+    "observe",
     "train_step",
     "train_epoch",
     "phases",
+    "passes",
     "teacher_runs",
+    "ingredients",
+    "refuses",
     "learned",
     "sample_weights",
 )
@@ -41,6 +50,8 @@ MEASURED = json.loads(Path(__file__).with_name("measured.json").read_text(encodi
 FAMILIES = json.loads(Path(__file__).with_name("families.json").read_text(encoding="utf-8"))
 """The results that `families.py` wrote."""
 PERFORMANCE = Path(__file__).parents[1].joinpath("performance.md").read_text(encoding="utf-8")
+TARGETS = "`--budget`, `--latency`, `--latency-p95`, `--lose`, `--accuracy`"
+"""Options of the key `targets` of a report."""
 EPOCH = r"\| {}: an epoch, in joint epochs[^|]*\|[^|]*\| ([\d.]+) \| ([\d.]+ to [\d.]+) \|"
 
 
@@ -193,6 +204,30 @@ class Families(Table):
             yield row["family"], f"`{row['network']}`", str(row["side"]), shares, _result(row)
 
 
+class Keys(Table):
+    """The keys of a run's recipe, or of the table `report` of a comparison's recipe."""
+
+    headings = ("key", "default", "on the command line", "meaning")
+
+    def rows(self, name: str) -> Iterable[Sequence[str]]:
+        """Return one row per key."""
+        if name == "report":
+            for key, _, default, meaning in settings_of({"fields": describe(ReportOptions)}):
+                yield f"`{key}`", f"`{default}`", TARGETS if key == "targets" else f"`--{key}`", meaning
+            return
+        options = {option for parameter in train.params for option in parameter.opts}
+        for key, value in Recipe.model_fields.items():
+            option = f"--{key.replace('_', '-')}"
+            setting = f"`--set {key}=`" if key in SETTABLE else "`--set`" if key.endswith("_settings") else ""
+            default = "none" if value.default is None else f"`{json.dumps(value.default)}`"
+            yield (
+                f"`{key}`",
+                "the data set's" if key in DataSet.house or key == "backbone" else default,
+                f"`{option}`" if option in options else setting,
+                value.description or "",
+            )
+
+
 def _result(row: dict[str, Any]) -> str:
     if "refused" in row:
         return f"refused: {row['refused']}"
@@ -217,6 +252,7 @@ def _entry(name: str) -> dict[str, Any]:
 
 def setup(app: Any) -> dict[str, bool]:
     """Register the directives."""
-    for name, directive in (("facts", Facts), ("fields", Fields), ("presets", Presets), ("families", Families)):
+    directives = {"facts": Facts, "fields": Fields, "presets": Presets, "families": Families, "keys": Keys}
+    for name, directive in directives.items():
         app.add_directive(name, directive)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

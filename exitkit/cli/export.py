@@ -38,7 +38,10 @@ _COMPARED = 2000
     help="onnx or torch-export.",
 )
 @click.option(
-    "--out", metavar="DIR", shell_complete=folders, help="Folder to write.  [default: RUN-FORMAT in this folder]"
+    "--out",
+    metavar="DIR",
+    shell_complete=folders,
+    help="Folder to write.  [default: RUN-FORMAT, or RUN-int8, in this folder]",
 )
 @click.option(
     "--budget",

@@ -74,7 +74,9 @@ _TARGETS = [
     click.option("--latency", metavar="TIME", help="Mean time per image, such as 5ms, as `exitkit bench` measured it."),
     click.option("--latency-p95", metavar="TIME", help="Time that 95% of the images take at most, such as 5ms."),
     click.option("--lose", metavar="POINTS", type=float, help="Largest loss of accuracy against the full network."),
-    click.option("--certainty", metavar="SHARE", type=float, help="Guarantee --lose with this probability: 0.95."),
+    click.option(
+        "--certainty", metavar="SHARE", type=float, help="Guarantee --lose with this probability, such as 0.95."
+    ),
     click.option("--accuracy", metavar="PERCENT", type=float, help="Smallest accuracy."),
     click.option("--at-most", is_flag=True, help="The budget is a bound: an upper confidence limit stays below it."),
 ]
@@ -139,7 +141,7 @@ _OPTIONS = [
         "sets",
         metavar="FIELD=VALUE",
         multiple=True,
-        help="Set a field of method, backbone, data set or training; repeatable.",
+        help="Set a field of method, backbone or data set, or a key of training; repeatable.",
     ),
     click.option(
         "--recipe",

@@ -56,7 +56,7 @@ def evaluate(
         tell: called with the share of the images that is done, 0..1.
 
     Returns:
-        one row per exit: exit, papers, macs, params, accuracy and validation_accuracy (percent), and the run's columns.
+        one row per exit, with the columns of `load_runs`.
 
     Raises:
         UserError: the run does not exist, its weights or images are missing, or the images differ from those that it

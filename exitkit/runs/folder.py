@@ -223,7 +223,13 @@ class RunFolder:
         return environment
 
     def results(self) -> dict[str, Any]:
-        """Return {"validation": accuracies, "test": accuracies}, each with one percentage per exit."""
+        """Return {"validation": accuracies, "test": accuracies}, each with one percentage per exit.
+
+        For images in files also `images`, their digest, and `left_out`, messages about images that were not evaluated.
+
+        Raises:
+            UserError: the run is not finished (the message has the command that resumes it), or is damaged.
+        """
         if not self.finished:
             raise UserError(
                 f"run {self.path} is not finished; resume it with: exitkit train --recipe "
@@ -238,11 +244,19 @@ class RunFolder:
         return results
 
     def costs(self) -> list[dict[str, int]]:
-        """Return one dictionary per exit: exit (from 1), papers, macs (multiply-adds of one image), params."""
+        """Return one dictionary per exit: exit (from 1), papers, macs, pruned, params; see `exitkit.networks.ExitCost`.
+
+        Raises:
+            UserError: the run has no costs, or they are damaged.
+        """
         return read_costs(self.path / "cost.json")
 
     def metrics(self) -> pd.DataFrame:
-        """Return one row per epoch: phase, epoch (within it), lr, losses and accuracies (percent) of every exit."""
+        """Return one row per epoch: phase, epoch (within it), lr, losses and accuracies (percent) of every exit.
+
+        Raises:
+            UserError: no epoch has been trained, or the table is damaged.
+        """
         metrics = read_table(self.path / METRICS, ["phase"], ["epoch", "lr"])
         if metrics.empty:
             raise DamagedError(f"{self.path / METRICS} is damaged (it has no epoch)")
@@ -288,7 +302,11 @@ class RunFolder:
         return len(load_arrays(self.path / SPLIT).get("train", ())) if exists(self.path / SPLIT) else 0
 
     def classes(self, part: str) -> ClassHits:
-        """Return the images and the correct predictions per class and exit of part `validation` or `test`."""
+        """Return the images [C] and the correct predictions [K, C] of part `validation` or `test`.
+
+        Raises:
+            UserError: the run is not finished, or its table of classes is damaged.
+        """
         # Imported when used: numpy takes a tenth of a second to load.
         from exitkit.runs.classes import ClassHits, read_classes
 
@@ -304,7 +322,11 @@ class RunFolder:
         return about.get("class_names") or [str(number) for number in range(about.get("num_classes", 0))]
 
     def outputs(self, part: str) -> dict[str, np.ndarray]:
-        """Return the outputs of all exits: logits [N, K, C], labels [N], indices [N] of part `validation` or `test`."""
+        """Return the outputs of all exits: logits [N, K, C], labels [N], indices [N] of part `validation` or `test`.
+
+        Raises:
+            UserError: the run is not finished, or its outputs are damaged or of another run.
+        """
         path = self.own(f"outputs-{part}.safetensors")
         arrays = load_arrays(path)
         check_outputs(path, arrays, self.results()[part])

@@ -82,7 +82,7 @@ class Job:
 
 
 def resolve(recipe: Recipe) -> ResolvedRecipe:
-    """Return a recipe in which every value is set, from the data set's house recipe and the plugins' defaults.
+    """Return a recipe in which every value is set, from the data set's default recipe and the plugins' defaults.
 
     Raises:
         UserError: a name or field is unknown, a value is impossible, or an ingredient does not exist.

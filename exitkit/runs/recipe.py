@@ -35,7 +35,7 @@ SETTABLE = frozenset({"schedule", "milestones", "decay", "momentum", "weight_dec
 
 
 class Recipe(BaseModel):
-    """What to train, on what, and how; values of None come from the data set's house recipe (see `resolve`)."""
+    """What to train, on what, and how: the keys of a recipe file. `resolve` replaces None by the data set's default."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -49,12 +49,14 @@ class Recipe(BaseModel):
     init_weights: str | None = Field(None, description="digest of those weights; set by exitkit")
     ingredients: dict[str, str] = Field({}, description="digests of other runs that the method reads; set by exitkit")
     seed: int = Field(0, ge=0, le=2**63 - 1, description="seed of weights, order and augmentation (not of the split)")
-    epochs: int | None = Field(None, ge=1, description="epochs of the first phase")
+    epochs: int | None = Field(None, ge=1, description="number of epochs; of a method with phases, see its page")
     batch_size: int | None = Field(None, ge=2, description="images per step, over all ranks")
-    lr: float | None = Field(None, gt=0, description="initial learning rate (SGD)")
+    lr: float | None = Field(None, gt=0, description="initial learning rate")
     schedule: Literal["cosine", "step", "constant"] | None = Field(None, description="schedule of the learning rate")
-    milestones: tuple[float, ...] | None = Field(None, description="where `step` lowers the rate, as shares of it")
-    decay: float = Field(0.1, gt=0, lt=1, description="factor of each reduction")
+    milestones: tuple[float, ...] | None = Field(
+        None, description="shares of the epochs after which `step` lowers the rate"
+    )
+    decay: float = Field(0.1, gt=0, lt=1, description="factor of the rate at each milestone")
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="optimiser of phases without one of their own")
     momentum: float = Field(0.9, ge=0, lt=1, description="momentum of SGD, beta_1 of AdamW")
     weight_decay: float | None = Field(None, ge=0, description="weight decay of every parameter; of AdamW: decoupled")

@@ -32,8 +32,8 @@ def find_runs(folder: str | Path) -> list[RunFolder]:
 def load_runs(folder: str | Path) -> pd.DataFrame:
     """Read all finished runs in a folder into one table, with one row per run and exit.
 
-    Columns: run, method, backbone, dataset, seed, epochs, exit (from 1), papers, macs, params, accuracy,
-    validation_accuracy (percent), path.
+    Columns: run, method, backbone, dataset, seed, epochs, exit (from 1), papers, macs, pruned, params (see
+    `exitkit.networks.ExitCost`), accuracy, validation_accuracy (percent), path.
 
     A run with a damaged file is left out, with a `Note` that names the file.
 

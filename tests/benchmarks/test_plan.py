@@ -207,6 +207,8 @@ BAD = {
     "key": ({"bacth_size": 3}, "unknown key of a recipe 'bacth_size'; did you mean batch_size?"),
     "keys": ({"lrate": 3, "tilte": "x"}, "unknown key of a recipe 'tilte'; did you mean title"),
     "key in a part": ({"parts": [{"sed": 1}]}, "unknown key of a recipe 'sed'"),
+    "run's method": ({"method": "ge"}, "method is a key of a run's recipe; expected methods, a list of names"),
+    "run's method in a part": ({"parts": [{"method": "ge"}]}, "method is a key of a run's recipe"),
     "run's value": ({"epochs": 0}, "epochs is 0; expected greater than or equal to 1"),
     "run's values": ({"epochs": "x", "lr": -1}, "lr is -1; expected greater than 0"),
     "seeds": ({"seeds": 0}, "seeds is 0; expected at least 1"),

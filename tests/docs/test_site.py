@@ -96,6 +96,24 @@ def test_every_page_is_in_the_contents():
     assert not pages - listed - set(evidence)
 
 
+def test_the_page_of_commands_has_every_command_once():
+    from importlib.metadata import entry_points
+
+    text = (DOCS / "commands.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^### (\S+)\n\n```{command} \1\n```$", text, flags=re.MULTILINE)
+    points = entry_points(group="exitkit.commands")
+    assert sorted(shown) == sorted({point.name for point in points if point.value.startswith("exitkit.")})
+
+
+def test_the_page_of_recipes_names_every_key_of_a_comparison_and_has_the_other_keys_from_the_code():
+    from exitkit.cli.options import COMPARISON_KEYS
+
+    text = (DOCS / "recipes.md").read_text(encoding="utf-8")
+    rows = "".join(re.findall(r"^\| (`.*?) \|", text, flags=re.MULTILINE))
+    assert not [key for key in COMPARISON_KEYS if f"`{key}`" not in rows]
+    assert "```{keys} run\n```" in text and "```{keys} report\n```" in text
+
+
 def test_the_reference_has_all_that_the_package_hands_out():
     import exitkit
 

@@ -5,7 +5,7 @@
 | request | body | answer |
 |---|---|---|
 | POST /predict | an image file, or an array [C, H, W] written by numpy.save | class, exit, confidence |
-| POST /predict-batch | an array [N, C, H, W], or JSON {"images": [image files in base64]} | a list of them |
+| POST /predict-batch | an array [N, C, H, W], or JSON {"images": [image files in base64]} | {"answers": [...]} |
 | GET /health | | 200, or 503 when no predictions can be made |
 | GET /metrics | | exit shares, latencies, confidences, drift |
 

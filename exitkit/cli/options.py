@@ -148,7 +148,7 @@ _OPTIONS = [
         "recipe_file",
         metavar="FILE",
         shell_complete=recipes,
-        help="TOML file, run folder or recipe name; options override it.",
+        help="TOML file or recipe name (train: or run folder); options override it.",
     ),
     click.option(
         "--out",

@@ -67,8 +67,9 @@ def rule_of_run(
         budget: mean cost per image: multiply-adds (`40e6`, `"40M"`), a share of the last exit's cost (`"60%"`), or
             milliseconds as measured by `exitkit bench` (`"1.5ms"`); the shares of the exits follow from BoostNet's
             equation 9.
-        target: other targets of `exitkit.inference.targets.Target.of`: latency, latency_p95, lose, accuracy, certainty,
-            at_most.
+        target: instead of a budget, `latency` or `latency_p95` (milliseconds: 5 or `"5ms"`), `lose` (percentage points,
+            guaranteed with the probability `certainty`), or `accuracy` (percent); `at_most=True` makes a budget or a
+            latency an upper bound. See `exitkit.inference.targets`.
         share: instead of a budget, the ratio q between the shares of neighbouring exits. Without both: the lowest-cost
             of the papers' operating points that is at least as accurate as the last exit.
         score: one of `scores.SCORES`.

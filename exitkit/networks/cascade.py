@@ -199,7 +199,7 @@ class MultiExitNetwork(nn.Module):
         return tensor
 
     def step(self, index: int, state: State, carry: Carry = None) -> tuple[ExitOutput, State, Carry]:
-        """Run stage and head `index` on the state before it.
+        """Run stage and head `index` (from 0) on the state before it.
 
         Returns the exit's output, and the state and carry for `step(index + 1, ...)`. A caller that drops finished
         samples must drop their rows from both.
@@ -242,7 +242,7 @@ class MultiExitNetwork(nn.Module):
         return state
 
     def iterate(self, x: Tensor) -> Iterator[ExitOutput]:
-        """Yield the exits' outputs in order; each exit is computed when it is requested."""
+        """Yield the exits' outputs for images x [B, *input_shape] in order; each is computed when it is requested."""
         state, carry = x, None
         for index in range(self.num_exits):
             output, state, carry = self.step(index, state, carry)
@@ -300,7 +300,7 @@ class MultiExitNetwork(nn.Module):
                 head.temperature = torch.ones((), dtype=reference.dtype, device=reference.device)
 
     def set_temperatures(self, temperatures: Iterable[float]) -> None:
-        """Set the temperatures of all heads, which `add_temperatures` has added."""
+        """Set the K temperatures of the heads, which `add_temperatures` has added."""
         for head, temperature in zip(cast(Iterable[Head], self.heads), temperatures, strict=True):
             assert head.temperature is not None
             head.temperature.fill_(temperature)

@@ -42,7 +42,8 @@ def train(
     """Train and evaluate one run, in a folder of its own below `out`.
 
     Args:
-        recipe: what to train; a mapping is made into a `Recipe`.
+        recipe: what to train: a `Recipe`, or a mapping of its keys, such as
+            `{"method": "boostnet", "method_settings": {"temperature": 0.8}}`.
         out: the folder of the run folders.
         resume: True: resume the run of these settings, or begin it, unless there is only an unfinished run of other
             settings, which is an error; False: an unfinished run of these settings is an error; None: begin or resume.

@@ -34,7 +34,7 @@ class ReportOptions:
         (), "average budgets, such as 40M (multiply-adds) or 1.5ms; none: nine evenly spaced ones"
     )
     policy: tuple[str, ...] = setting(
-        (), "exit policies to compare on the outputs of every method, such as mie+stopping; all: one part replaced each"
+        (), "exit policies to compare on every method, such as mie+stopping; all: those that replace one part"
     )
     targets: tuple[str, ...] = setting(
         (),

@@ -25,7 +25,7 @@ from exitkit.benchmarks.report.options import ReportOptions
 from exitkit.cli.catalogue import entries, settings_of
 from exitkit.cli.train import train
 from exitkit.data import DataSet
-from exitkit.plugins import describe, load, underlying
+from exitkit.plugins import describe, load, type_name, underlying
 from exitkit.runs.recipe import SETTABLE
 from exitkit.strategy import TrainingStrategy
 
@@ -212,8 +212,13 @@ class Keys(Table):
     def rows(self, name: str) -> Iterable[Sequence[str]]:
         """Return one row per key."""
         if name == "report":
-            for key, _, default, meaning in settings_of({"fields": describe(ReportOptions)}):
-                yield f"`{key}`", f"`{default}`", TARGETS if key == "targets" else f"`--{key}`", meaning
+            for key, kind, default, meaning in settings_of({"fields": describe(ReportOptions)}):
+                yield (
+                    f"`{key}`",
+                    f"`{default}`",
+                    TARGETS if key == "targets" else f"`--{key}`",
+                    meaning + _choices(kind),
+                )
             return
         options = {option for parameter in train.params for option in parameter.opts}
         for key, value in Recipe.model_fields.items():
@@ -224,8 +229,13 @@ class Keys(Table):
                 f"`{key}`",
                 "the data set's" if key in DataSet.house or key == "backbone" else default,
                 f"`{option}`" if option in options else setting,
-                value.description or "",
+                (value.description or "") + _choices(type_name(value.annotation)),
             )
+
+
+def _choices(kind: str) -> str:
+    """Return the values that a field can have, unless they are `true | false`."""
+    return f" ({kind})" if "|" in kind and kind != "true | false" else ""
 
 
 def _result(row: dict[str, Any]) -> str:

@@ -39,7 +39,7 @@ class Branches:
         """Check that the branches can be trained, without changing anything.
 
         Raises:
-            UserError: the network or the optimiser does not support training side by side.
+            UserError: the network, the strategy or the optimiser does not support training side by side.
         """
         if self._side_by_side:
             Replicas(run, emphasis).rehearse()
@@ -68,8 +68,9 @@ class Branches:
         start = {name: tensor.clone() for name, tensor in run.network.state_dict().items()}
         for factors in remaining:
             for batch in batches:
+                losses = run.losses(batch)  # before the weights, which may depend on the losses of earlier steps
                 weights = [a * w for a, w in zip(factors, run.weights(), strict=True)]
-                run.step(weighted_sum(run.losses(batch), weights))
+                run.step(weighted_sum(losses, weights))
             ends = {name: run.network.get_parameter(name).detach().clone() for name in _trainable(run)}
             self._endpoints.append(ends)
             self._restart(run, start)

@@ -22,8 +22,10 @@ from torch import Tensor
 
 from exitkit.data.base import Batch
 from exitkit.errors import UserError
+from exitkit.strategy.base import TrainingStrategy
+from exitkit.strategy.composition import Composition
 from exitkit.strategy.functional import trained_in
-from exitkit.strategy.run import Run
+from exitkit.strategy.run import Objective, Run
 
 Named = dict[str, Tensor]
 
@@ -43,7 +45,8 @@ class Replicas:
     Raises:
         UserError: the precision is fp16, whose loss scale the replicas would share, so that an overflow in one would
             skip the step of all; the optimiser is not SGD, whose step is elementwise; or an exit has the weight zero
-            for some replicas only.
+            for some replicas only; or a method of the strategy adapts to the losses, which consecutive passes would
+            hand it one after the other.
     """
 
     def __init__(self, run: Run, emphasis: Sequence[Sequence[float]]) -> None:
@@ -51,6 +54,8 @@ class Replicas:
             raise UserError("training side by side does not support fp16's one loss scale; expected bf16 or fp32")
         if not isinstance(run.optimizer, torch.optim.SGD):
             raise UserError(f"training side by side does not support {type(run.optimizer).__name__}; expected SGD")
+        if adaptive := _adaptive(run.strategy):
+            raise UserError(f"training side by side does not support {adaptive[0]}; expected one-by-one")
         run.check_network_alone("training side by side")
         _nonzero_columns(emphasis)
         self._run, self._emphasis = run, emphasis
@@ -147,3 +152,10 @@ def _nonzero_columns(rows: Sequence[Sequence[float]]) -> dict[int, list[float]]:
         if not all(column):
             raise UserError(f"exit {exit + 1} has the weight zero in some replicas; expected none or all side by side")
     return columns
+
+
+def _adaptive(strategy: Objective) -> list[str]:
+    """Return the classes of the methods that adapt to the losses of each forward pass (`observe`)."""
+    if isinstance(strategy, Composition):
+        return [name for part in strategy.parts.values() for name in _adaptive(part)]
+    return [type(strategy).__name__] if type(strategy).observe is not TrainingStrategy.observe else []

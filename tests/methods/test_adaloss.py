@@ -9,6 +9,7 @@ import torch
 import exitkit
 from exitkit.errors import UserError
 from exitkit.methods.adaloss import balanced
+from exitkit.strategy import Branches
 
 from toy import batches, chain, sgd
 
@@ -115,6 +116,15 @@ def test_a_run_goes_on_to_the_same_bits(name):
     assert list(run.weights()) == list(again.weights()) != [1.0, 1.0, 1.0]
     for key, value in run.network.state_dict().items():
         assert torch.equal(value, again.network.state_dict()[key])
+
+
+def test_a_branch_has_the_weights_of_plain_training():
+    run, alone, data = run_of("metagf+adaloss", period=1), run_of(period=1), batches(4)
+    (ends,) = Branches().train(run, data, [[1.0, 1.0, 1.0]])
+    for batch in data:
+        alone.train_step(batch)
+    for name, value in alone.network.named_parameters():
+        assert torch.equal(ends[name], value)
 
 
 def test_a_new_phase_begins_anew_and_the_weights_are_a_table():

@@ -188,6 +188,8 @@ def test_what_would_not_be_the_same_is_refused_in_one_line():
     with pytest.raises(UserError, match="fp16"):
         strategy = exitkit.build_strategy("metagf", branches="side-by-side")
         strategy.prepare(Run(network, strategy, sgd(network), Engine(torch.device("cpu"), "fp16")))
+    with pytest.raises(UserError, match="side by side does not support AdaLoss; expected one-by-one"):
+        local(network, "metagf+adaloss", branches="side-by-side")
     with pytest.raises(UserError, match="exit 1 has the weight zero in some replicas"):
         local(network, branches="side-by-side", auxiliary_weight=0)
     with pytest.raises(UserError, match="the weights of all exits are zero"):

@@ -340,7 +340,11 @@ class NashMTL(Aggregated):
         return self._bargain
 
     def combine(self, run: Run, matrix: Tensor) -> Tensor:
-        """Return the direction of the bargaining solution."""
+        """Return the direction of the bargaining solution: g / |g| for one gradient g, which the solver refuses."""
+        if len(matrix) == 1:
+            length = min(self.max_norm, 1.0) if self.max_norm else 1.0
+            direction: Tensor = length * matrix[0] / matrix.norm().clamp(min=torch.finfo(matrix.dtype).tiny)
+            return direction
         with warnings.catch_warnings():  # the solver warns about its speed
             warnings.simplefilter("ignore", UserWarning)
             return super().combine(run, matrix)

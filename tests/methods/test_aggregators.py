@@ -183,6 +183,22 @@ def test_nash_mtl_goes_on_from_its_last_bargain():
         exitkit.build_strategy("nashmtl", max_norm=-1)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_single_exit_has_the_direction_of_its_gradient(name):
+    network, batch = chain(1), batches(1)[0]
+    gradient = torch.randn(1, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    run = run_of(name, network)
+    direction = run.strategy.combine(run, gradient)
+    length = {"cagrad": 1.5 * gradient.norm(), "nashmtl": 1.0}.get(name, gradient.norm())
+    assert torch.allclose(direction, length * gradient[0] / gradient.norm(), rtol=1e-6)
+    assert name != "nashmtl" or not run.strategy.combine(run, torch.zeros_like(gradient)).any()
+    run.strategy.train_step(run, batch)
+    for size in (0.0, 0.25, 4.0) if name == "nashmtl" else ():
+        run = run_of(name, network, max_norm=size)
+        expected = min(size, 1.0) if size else 1.0  # a = 1 / |g| solves G G^T a = 1 / a
+        assert run.strategy.combine(run, gradient).norm().item() == pytest.approx(expected)
+
+
 def test_exit_weights_scale_the_rows_and_a_zero_leaves_an_exit_out():
     network, batch = chain(3), batches(1)[0]
     run = run_of("mgda+joint", network, **{"joint.weights": (1.0, 0.0, 2.0)})

@@ -93,7 +93,7 @@ class Fusion:
         pieces = weights.split([self._rows[name] for name in stacks])
         for (name, stack), rows in zip(stacks.items(), pieces, strict=True):
             if len(rows) == 1:
-                flat = torch.mv(stack.flatten(1).t(), rows[0])
+                flat = torch.mv(stack.reshape(len(stack), -1).t(), rows[0])
             else:
                 flat = (stack.reshape(*stack.shape[:2], -1) * rows.t().unsqueeze(2)).sum(0)
             fused[name] = flat.view(stack.shape[1:])

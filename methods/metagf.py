@@ -142,7 +142,8 @@ class MetaGF(TrainingStrategy):
         equal = set() if self.fuse_batchnorm else batchnorm_parameters(run.network)
         learned = [name for name, exits in owned_by.items() if len(exits) > 1 and name not in equal]
         by_channel = self.granularity == "channel"
-        rows = {name: len(run.network.get_parameter(name)) if by_channel else 1 for name in learned}
+        shapes = {name: run.network.get_parameter(name).shape for name in learned}
+        rows = {name: shape[0] if by_channel and shape else 1 for name, shape in shapes.items()}
         self._fusion = Fusion(run.network.num_exits, owned_by, rows)
         assert self.weighting is not None and self.fusion_temperature is not None  # set by the variant
         weights = self._fusion.weights(self.weighting, self.fusion_temperature, self._driver.last_eta)

@@ -116,6 +116,32 @@ def test_weights_that_hardly_move_give_the_mean_over_the_owners_and_sole_owners_
         assert torch.allclose(parameter, mean, rtol=1e-10, atol=1e-12), name
 
 
+class Scaled(torch.nn.Module):
+    """A layer whose parameter has no dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.scale * x
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_a_parameter_without_dimensions_is_fused_like_any_other(granularity):
+    network, data = chain(3), batches()
+    for stage in network.stages:
+        stage.append(Scaled())
+    start = copy.deepcopy(network)
+    run = local_run(network, fusion_lr=1e-14, granularity=granularity)
+    run.strategy.train_epoch(run, data)
+    ends = [branch(start, index, data, 0.1) for index in range(3)]
+    for name, parameter in network.named_parameters():
+        own = exits_below(name, 3)
+        mean = sum(ends[e][name] for e in own) / len(own)
+        assert torch.allclose(parameter, mean, rtol=1e-10, atol=1e-12), name
+
+
 def test_the_gradient_of_the_weights_is_the_finite_difference():
     from exitkit.methods.fusion import FusionWeights
 

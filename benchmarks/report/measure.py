@@ -244,24 +244,32 @@ class RunMeasures:
         return pd.DataFrame({"where": where, "error": 100 * np.concatenate([exits, points])})
 
     def _risk(self) -> pd.DataFrame:
-        """Return the risk-controlled point: thresholds from one half of the validation set, tests on the other half."""
-        limits = self.curve.limits
+        """Return the risk-controlled point: thresholds from one half of the validation set, tests on the other half.
+
+        The temperatures, too, are from the first half.
+        """
+        values, of_test, rule = self.scores_val, self.scores_test, self.options.rule
         even, odd = (slice(start, None, 2) for start in (0, 1))
-        if self.options.rule != "patience":
-            counts = exit_counts(len(self.scores_val[even]), limits.shape[1], paper_shares(self.options.points))
-            limits = thresholds(self.scores_val[even], counts)
-        exit_index = leave_at(self.scores_val[odd], limits)
+        if self.options.calibrated:
+            heat = fit_temperatures(self.validation["logits"][even], self.validation["labels"][even])
+            values, of_test = (scores(part["logits"], rule, heat) for part in (self.validation, self.test))
+        samples, exits = values[even].shape
+        if rule == "patience":
+            limits = patience_thresholds(exits)
+        else:
+            limits = thresholds(values[even], exit_counts(samples, exits, paper_shares(self.options.points)))
+        exit_index = leave_at(values[odd], limits)
         hits = self.hits_val[odd]
         hits_at_exit = hits[np.arange(len(hits)), exit_index]
         # The order of the tests must not depend on the samples they use, either.
-        mean_cost = realised(leave_at(self.scores_val[even], limits), self.hits_val[even], self.costs).cost
+        mean_cost = realised(leave_at(values[even], limits), self.hits_val[even], self.costs).cost
         chosen = risk_controlled(
             hits[:, -1], hits_at_exit, mean_cost, self.options.risk / 100, 1 - self.options.certainty
         )
         full = 100 * self.hits[:, -1].mean()
         row = {"point": np.nan, "cost": self.costs[-1], "accuracy": full, "drop": 0.0}
         if chosen is not None:
-            point = self._at(limits[[chosen]])
-            row = {"point": chosen + 1, "cost": point.cost[0], "accuracy": point.accuracy[0]}
-            row["drop"] = full - point.accuracy[0]
+            point = realised(leave_at(of_test, limits[[chosen]]), self.hits, self.costs)
+            row = {"point": chosen + 1, "cost": point.cost[0], "accuracy": 100 * point.accuracy[0]}
+            row["drop"] = full - row["accuracy"]
         return pd.DataFrame([row])

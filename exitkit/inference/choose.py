@@ -73,7 +73,8 @@ def rule_of_run(
         share: instead of a budget, the ratio q between the shares of neighbouring exits. Without both: the lowest-cost
             of the papers' operating points that is at least as accurate as the last exit.
         score: one of `scores.SCORES`.
-        calibrated: whether to divide the logits of each exit by a temperature fitted on the validation samples.
+        calibrated: whether to divide the logits of each exit by a temperature fitted on the validation samples (with a
+            certainty, on the half of them that the thresholds are chosen on).
 
     Raises:
         UserError: the run does not exist or is unfinished, the target can't be reached, or both a target and share are
@@ -306,12 +307,12 @@ def _choose(
     if target is not None and budget is not None and budget >= costs[-1]:
         message = f"{target.text} is at least the last exit's cost ({costs[-1]:.6g}); no image leaves early"
         warnings.warn(Note(message), stacklevel=3)
-    temperatures = fit_temperatures(validation.logits, validation.labels) if calibrated else None
-    divisors = None if temperatures is None else tuple(temperatures.tolist())
     fitted_on = tested_on = validation
     if target is not None and target.certainty is not None:
         target.check_certain(len(validation.labels))
         fitted_on, tested_on = _halves(validation)
+    temperatures = fit_temperatures(fitted_on.logits, fitted_on.labels) if calibrated else None
+    divisors = None if temperatures is None else tuple(temperatures.tolist())
     fitted, tested = (scores(part.logits, score, temperatures) for part in (fitted_on, tested_on))
     limits = _limits(fitted, costs, score, budget, share, fine=target is not None)
     leaves, hits = leave_at(tested, limits), tested_on.correct()

@@ -22,6 +22,7 @@ from exitkit.benchmarks.report import (
     anytime_figure,
     budgeted_figure,
     collect,
+    measure,
     print_report,
     write_report,
 )
@@ -309,6 +310,16 @@ def test_no_threshold_depends_on_a_test_label():
             ("curve", "cost_mean"),
         ):
             pd.testing.assert_series_equal(getattr(a, name)[column], getattr(b, name)[column])
+
+
+@pytest.mark.parametrize("options", [{"calibrated": True}, {"rule": "patience", "hold": True}], ids=str)
+def test_no_candidate_of_risk_control_depends_on_a_label_that_it_is_tested_with(options, monkeypatch):
+    monkeypatch.setattr(measure, "risk_controlled", lambda full, leaving, *_: len(leaving) // 2)
+    plain, poisoned = runs(("joint",)), runs(("joint",))
+    for run in poisoned:
+        run.parts["validation"]["labels"][1::2] = 9 - run.parts["validation"]["labels"][1::2]
+    found = [collect(given, options=ReportOptions(**options)).risk["cost_mean"] for given in (plain, poisoned)]
+    pd.testing.assert_series_equal(*found)
 
 
 def test_a_legend_of_many_lines_takes_nothing_from_the_panels():

@@ -9,6 +9,8 @@ from scipy import stats
 
 from exitkit import ExitPolicy, ExitRule
 from exitkit.errors import UserError
+from exitkit.inference.calibration import fit_temperatures
+from exitkit.inference.scores import scores
 from exitkit.inference.targets import Candidates, Target, choose_point
 
 COSTS = np.array([10.0, 20.0, 40.0])
@@ -193,6 +195,14 @@ def test_a_guarantee_holds_on_new_images(policy):
         broken += full - accuracy > 0.04
     assert made >= 5
     assert broken <= stats.binom.ppf(0.999, made, 0.2)
+
+
+def test_a_guarantee_has_temperatures_and_thresholds_of_other_images_than_it_is_tested_on():
+    logits, labels = (part.numpy() for part in outputs(600))
+    rule = ExitRule.from_outputs(logits, labels, COSTS, lose=4.0, certainty=0.8, calibrated=True)
+    assert rule.temperatures == tuple(fit_temperatures(logits[::2], labels[::2]))
+    even = scores(logits[::2], "confidence", rule.temperatures)
+    assert all(limit in even[:, exit] for exit, limit in enumerate(rule.thresholds[:-1]) if np.isfinite(limit))
 
 
 def test_a_share_of_the_cost_is_the_same_budget_as_its_number():

@@ -10,11 +10,10 @@ from rich.text import Text
 
 from exitkit.benchmarks.report.comparison import Comparison
 from exitkit.benchmarks.report.document import mind
-from exitkit.benchmarks.report.narrow_tables import Sheet, sheets
+from exitkit.benchmarks.report.narrow_tables import TITLES, Sheet, sheets
 from exitkit.benchmarks.report.wide_tables import Cell, Wide, seed_count, wide_tables
 from exitkit.cli.terminal import Console
 
-TITLES = {"anytime": "Anytime accuracy (%)", "budgeted": "Budgeted-batch accuracy (%)"}
 COLUMNS = {"anytime": "exit and", "budgeted": "average budget in"}
 PRINTED = (
     *("balanced", "recall", "verdicts", "spent", "differences", "policies", "targets"),
@@ -32,7 +31,7 @@ def print_report(comparison: Comparison, console: Console) -> None:
     for kind in ("anytime", "budgeted"):
         for wide in wide_tables(comparison, kind):
             seeds = seed_count(wide.seeds.values())
-            console.print(Text.assemble("\n ", (TITLES[kind], "bold"), f"  {wide.group}, {seeds}"))
+            console.print(Text.assemble("\n ", (f"{TITLES[kind]} (%)", "bold"), f"  {wide.group}, {seeds}"))
             for table in _fitted(wide, console):
                 console.print(table)
             spread = "mean ± sd; " if max(wide.seeds.values()) > 1 else ""

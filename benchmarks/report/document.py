@@ -9,6 +9,7 @@ import pandas as pd
 from exitkit.benchmarks.report.comparison import GROUP, Comparison
 from exitkit.benchmarks.report.diagnostics import Picture
 from exitkit.benchmarks.report.formats import ENGINES, FITTED
+from exitkit.benchmarks.report.narrow_tables import TITLES
 from exitkit.benchmarks.report.wide_tables import group_name
 from exitkit.escaping import code_in_markdown, in_latex, in_markdown
 
@@ -112,7 +113,7 @@ def markdown_document(
     parts = [f"# {in_markdown(title(comparison))}", *map(in_markdown, lead(comparison))]
     shown = {kind: f"![{in_markdown(caption(kind, comparison.static))}]({kind}.png)" for kind in pictures}
     for kind, text in tables.items():
-        parts.append(f"## {kind.capitalize()}\n\n{text.strip()}")
+        parts.append(f"## {TITLES[kind]}\n\n{text.strip()}")
         if kind in pictures:
             parts.append(shown[kind])
     parts += [f"## {kind.capitalize()}\n\n{shown[kind]}" for kind in pictures if kind not in tables]

@@ -13,7 +13,7 @@ from exitkit.benchmarks.report.comparison import GROUP, STATIC, Comparison
 from exitkit.benchmarks.report.diagnostics import Picture
 from exitkit.benchmarks.report.document import caption, lead, title
 from exitkit.benchmarks.report.figures import axis_of, oracle_range, whole_curve
-from exitkit.benchmarks.report.narrow_tables import Sheet, cost_text, number, sheets
+from exitkit.benchmarks.report.narrow_tables import TITLES, Sheet, cost_text, number, sheets
 from exitkit.benchmarks.report.wide_tables import MISSING, Wide, group_name, wide_tables
 from exitkit.cli.catalogue import entries
 
@@ -91,7 +91,7 @@ def _wide(table: Wide) -> page.Table:
     for name, cells in table.cells.items():
         numbers = [page.Cell(cell.text(), _number(cell.mean), cell.best) for cell in cells]
         rows.append([page.Cell(name), *numbers, page.Cell(table.count(name), float(table.seeds[name]))])
-    return page.Table(f"{table.kind.capitalize()} accuracy", heads, rows, table.caption)
+    return page.Table(TITLES[table.kind], heads, rows, table.caption)
 
 
 def _overview(comparison: Comparison, rows: pd.DataFrame, groups: Mapping[str, str]) -> page.Table:

@@ -14,6 +14,24 @@ from exitkit.benchmarks.report.comparisons import baseline_of
 from exitkit.benchmarks.report.wide_tables import MISSING, Cell, group_name, unit_for, write_costs
 
 SIGNIFICANCE = 0.05
+TITLES = {
+    "anytime": "Anytime accuracy",
+    "budgeted": "Budgeted-batch accuracy",
+    "balanced": "Balanced accuracy",
+    "recall": "Recall per class",
+    "verdicts": "Best methods",
+    "differences": "Differences",
+    "policies": "Exit policies",
+    "spent": "Realised costs",
+    "targets": "Operating points",
+    "static": "Static networks",
+    "published": "Published",
+    "risk": "Risk control",
+    "calibration": "Calibration",
+    "training": "Training",
+    "missing": "Missing",
+}
+"""{kind of table: its title in all formats}"""
 _NAMED = 3  # largest number of tied methods that are listed by name
 
 
@@ -23,7 +41,6 @@ class Sheet:
 
     Attributes:
         kind: name of the file.
-        title: short title.
         group: backbone and data set.
         caption: caption of the table.
         heads: column headers.
@@ -31,12 +48,16 @@ class Sheet:
     """
 
     kind: str
-    title: str
     group: str
     caption: str
     heads: list[str]
     rows: list[list[Cell]]
     left: int = 1
+
+    @property
+    def title(self) -> str:
+        """Title of the table."""
+        return TITLES[self.kind]
 
 
 def sheets(comparison: Comparison) -> list[Sheet]:
@@ -92,7 +113,7 @@ def _balanced(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
         f"{number(rows['chance'].mean(), 2)} %"
     )
     heads = ["method", *(f"exit {k}" for k in exits), "n"]
-    return Sheet("balanced", "Balanced accuracy", group_name(rows), caption, heads, table)
+    return Sheet("balanced", group_name(rows), caption, heads, table)
 
 
 def _recall(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
@@ -105,7 +126,7 @@ def _recall(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
         for (name, images), values in zip(wide.index, wide.to_numpy(), strict=True)
     ]
     caption = "Recall (%) of each class at the last exit, with the lowest first"
-    return Sheet("recall", "Recall per class", group_name(rows), caption, ["class", "images", *methods], table)
+    return Sheet("recall", group_name(rows), caption, ["class", "images", *methods], table)
 
 
 def _verdicts(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
@@ -133,7 +154,7 @@ def _verdicts(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
             "seeds"
         )
     heads = ["where", "best", "accuracy", "second", "lead", "more than noise?"]
-    return Sheet("verdicts", "Best methods", group_name(rows), caption, heads, table)
+    return Sheet("verdicts", group_name(rows), caption, heads, table)
 
 
 def _tied(comparison: Comparison, row: Mapping[Hashable, Any]) -> list[str]:
@@ -174,7 +195,7 @@ def _differences(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
         "width of its 95 % interval; *: significant at 0.05 after Holm's correction for the methods of a column; area: "
         "mean height of the budgeted curve"
     )
-    return Sheet("differences", "Differences", group_name(rows), caption, ["method", *measures, "n"], table)
+    return Sheet("differences", group_name(rows), caption, ["method", *measures, "n"], table)
 
 
 def _policies(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
@@ -204,7 +225,7 @@ def _policies(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
         "of its 95 % interval; *: significant at 0.05 after Holm's correction. `exitkit policies` compares by image"
     )
     heads = ["method", "policy", *(f"{text}{unit}" for text in written), "difference", "n"]
-    return Sheet("policies", "Exit policies", group_name(rows), caption, heads, table, left=2)
+    return Sheet("policies", group_name(rows), caption, heads, table, left=2)
 
 
 def _spent(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
@@ -223,7 +244,7 @@ def _spent(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
         "the test images"
     )
     heads = ["method", "images", *(f"{text} {unit}".rstrip() for text in written), "n"]
-    return Sheet("spent", "Realised costs", group_name(rows), caption, heads, table, left=2)
+    return Sheet("spent", group_name(rows), caption, heads, table, left=2)
 
 
 def _targets(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
@@ -247,7 +268,7 @@ def _targets(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
         f"leaves at each exit (%); means over seeds{'. Not reached: ' if reasons else ''}{'; '.join(reasons)}"
     )
     heads = ["method", "target", "planned", "validation", "test", "accuracy", "full", "leaving", "n"]
-    return Sheet("targets", "Operating points", group_name(rows), caption, heads, table, left=2)
+    return Sheet("targets", group_name(rows), caption, heads, table, left=2)
 
 
 def _static(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
@@ -264,7 +285,7 @@ def _static(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
         "at this exit"
     )
     heads = ["static network", "cost", "accuracy", "best method", "its accuracy", "n"]
-    return Sheet("static", "Static networks", group_name(rows), caption, heads, table)
+    return Sheet("static", group_name(rows), caption, heads, table)
 
 
 def _published(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
@@ -286,7 +307,7 @@ def _published(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
             ]
             table.append([*line, plain(epochs)])
     heads = ["method", "source", *(f"exit {k}" for k in exits), "mean", "epochs"]
-    return Sheet("published", "Published", group_name(rows), published_caption(rows), heads, table, left=2)
+    return Sheet("published", group_name(rows), published_caption(rows), heads, table, left=2)
 
 
 def unlike_published(rows: pd.DataFrame) -> list[str]:
@@ -322,7 +343,7 @@ def _risk(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
         "network is used if no such point is found"
     )
     heads = ["method", "cost on test", "accuracy", "loss on test", "found"]
-    return Sheet("risk", "Risk control", group_name(rows), caption, heads, table)
+    return Sheet("risk", group_name(rows), caption, heads, table)
 
 
 def _calibration(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
@@ -335,7 +356,7 @@ def _calibration(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
         table.append([plain(method), *cells, plain(number(points.mean(), 2))])
     how = "after temperature scaling on validation" if comparison.options.calibrated else "without temperature scaling"
     caption = f"Expected calibration error (%, 15 bins) of each exit, {how}, and the mean over all operating points"
-    return Sheet("calibration", "Calibration", group_name(rows), caption, ["method", *exits, "points"], table)
+    return Sheet("calibration", group_name(rows), caption, ["method", *exits, "points"], table)
 
 
 def _training(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
@@ -348,10 +369,10 @@ def _training(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
     baseline = baseline_of(list(rows["method"]), comparison.options.baseline or "joint")
     caption = f"Training time and peak memory, all epochs; ratios to {baseline}"
     heads = ["method", "training (s)", "time ratio", "peak memory (MiB)", "memory ratio", "n"]
-    return Sheet("training", "Training", group_name(rows), caption, heads, table)
+    return Sheet("training", group_name(rows), caption, heads, table)
 
 
 def _missing(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
     table = [[plain(row["method"]), plain(row["reason"]), plain(row["seed"])] for row in rows.to_dict("records")]
     caption = "Runs that are missing from these tables"
-    return Sheet("missing", "Missing", group_name(rows), caption, ["method", "reason", "seed"], table, left=2)
+    return Sheet("missing", group_name(rows), caption, ["method", "reason", "seed"], table, left=2)

@@ -191,6 +191,17 @@ def test_report_writes_every_file_and_csv_holds_the_numbers(tmp_path):
         pd.testing.assert_frame_equal(pd.read_csv(folder / f"{name}.csv"), getattr(found, name))
 
 
+def test_tables_have_the_same_title_in_all_formats(tmp_path):
+    found = collect(runs())
+    write_report(found, tmp_path, formats=("md", "html"))
+    text = (tmp_path / "report.md").read_text()
+    headings = [line.removeprefix("## ") for line in text.splitlines() if line.startswith("## ")]
+    shown, page = printed(found, 100), (tmp_path / "report.html").read_text()
+    tables = [heading for heading in headings if heading != "How this report was made"]
+    assert "Best methods" in tables and not [title for title in tables if title not in page]
+    assert [title for title in tables if title not in shown] == ["Calibration"]  # not printed
+
+
 def test_what_training_cost_is_told_beside_the_baselines(tmp_path):
     found = collect(runs(("ge", "joint", "boost_net")))
     table = found.training.set_index("method")

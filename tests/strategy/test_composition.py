@@ -1,5 +1,6 @@
 """Joint training, composition and the slots."""
 
+import copy
 from dataclasses import dataclass
 
 import pytest
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 import exitkit
 from exitkit.errors import UserError
 from exitkit.networks.cascade import LogitLink
+from exitkit.plugins import registered
 from exitkit.strategy.base import Phase, TrainingStrategy
 from exitkit.strategy.composition import Composition
 
@@ -242,3 +244,38 @@ def test_an_epoch_of_ones_own_is_the_strategys(name):
         run.train_epoch(batches) if own else run.strategy.train_epoch(run, batches)
         trained.append(network.state_dict())
     assert all(torch.equal(value, trained[1][key]) for key, value in trained[0].items())
+
+
+STATEFUL = {  # settings with which the state of a method matters after few steps
+    "adaloss": {"period": 1},
+    "cgt": {"variant": "released"},
+    "hdkd": {"meta_lr": 0.1},
+    "l2w": {"interval": 2, "meta_lr": 0.1},
+    "metagf": {"variant": "released"},
+}
+
+
+@pytest.mark.parametrize("first", registered("method"))
+def test_a_method_trains_and_resumes_to_the_same_bits_with_every_partner_that_it_composes_with(first):
+    def run_of(name, seed):
+        settings = {f"{part}.{key}": value for part in name.split("+") for key, value in STATEFUL.get(part, {}).items()}
+        network = chain(3, batchnorm=True, seed=seed)
+        phases = exitkit.build_strategy(name, **settings).phases(6, 3)
+        for phase in phases:
+            phase.strategy.adapt(network)
+        return exitkit.Run.local(network, phases[-1].strategy, sgd(network), epochs=2)
+
+    data = batches(2)
+    for second in [name for name in registered("method") if name > first]:
+        name = f"{first}+{second}"
+        try:
+            exitkit.build_strategy(name)
+        except UserError:
+            continue
+        run, again = run_of(name, 0), run_of(name, 1)
+        run.train_epoch(data)
+        again.load_state_dict(copy.deepcopy(run.state_dict()))
+        run.train_epoch(data)
+        again.train_epoch(data)
+        assert all(value.isfinite().all() for value in run.network.state_dict().values()), name
+        assert same(run.network, again.network), name

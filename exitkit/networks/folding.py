@@ -47,7 +47,8 @@ def fold(network: MultiExitNetwork) -> MultiExitNetwork:
     """Return a copy of a network for inference, with every batch normalisation folded that follows a convolution.
 
     Chains of layers (`nn.Sequential`) and traced stages (of `attach_exits` and `prune_to`) are folded; a module with
-    a forward of its own is searched for such chains and otherwise remains as it is. Dropout is removed.
+    a forward of its own is searched for such chains and otherwise remains as it is, and so does one with forward hooks.
+    Dropout is removed.
 
     Args:
         network: any cascade; it does not change, and shares no tensors with the result.
@@ -69,7 +70,16 @@ def fold(network: MultiExitNetwork) -> MultiExitNetwork:
 
 def _is_chain(module: nn.Module) -> bool:
     """Whether a module does nothing but call its children in order."""
-    return type(module).forward in (nn.Sequential.forward, Units.forward)
+    return type(module).forward in (nn.Sequential.forward, Units.forward) and not _is_hooked(module)
+
+
+def _does_nothing(layer: nn.Module | None) -> bool:
+    return type(layer) in _NOTHING and not _is_hooked(layer)
+
+
+def _is_hooked(module: nn.Module | None) -> bool:
+    """Whether a module has forward hooks, which may change what it reads or returns."""
+    return module is not None and bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _layers(chain: nn.Module) -> Iterator[nn.Module]:
@@ -77,7 +87,7 @@ def _layers(chain: nn.Module) -> Iterator[nn.Module]:
     for layer in chain.children():
         if _is_chain(layer):
             yield from _layers(layer)
-        elif type(layer) not in _NOTHING:
+        elif not _does_nothing(layer):
             yield layer
 
 
@@ -91,6 +101,8 @@ def _chain(chain: nn.Module) -> nn.Module:
 
 def _joined(first: nn.Module | None, second: nn.Module | None) -> nn.Module | None:
     """Return one layer that does the work of two, or None if there is none."""
+    if _is_hooked(first) or _is_hooked(second):
+        return None
     if type(second) is nn.ReLU and type(first) is nn.Conv2d and first.padding_mode == "zeros":
         return ConvReLU(first)
     norm = _NORMS.get(type(first))  # the exact type: a subclass may compute something else
@@ -113,7 +125,7 @@ def _fold_graph(traced: fx.GraphModule) -> None:
             # A flat name: the code of a traced module looks up every part of a nested name at each call.
             before.target = f"joined_{before.name}"
             traced.add_module(before.target, joined)
-        if joined is not None or type(layer) in _NOTHING:
+        if joined is not None or _does_nothing(layer):
             node.replace_all_uses_with(before)
             traced.graph.erase_node(node)
     traced.delete_all_unused_submodules()

@@ -63,6 +63,44 @@ def test_norms_before_a_convolution_remain_and_dropout_goes():
     same(fold(pruned), pruned, shape)
 
 
+@pytest.mark.parametrize("backbone", ["msdnet-tiny", "ranet-tiny", "sdn-tiny"])
+def test_what_hooks_do_is_kept(backbone):
+    shape = (1, 16, 16)
+    network = exitkit.build_network(backbone, num_classes=5, input_shape=shape)
+    exitkit.build_strategy("dfs", referencing=False).adapt(network)  # by hooks of stages and heads
+    for head in network.heads:  # and of single layers
+        for layer in head.modules():
+            if isinstance(layer, (nn.ReLU, nn.Conv2d, nn.Flatten)):
+                layer.register_forward_hook(lambda module, inputs, output: 1.5 * output)
+    same(fold(trained(network)), network, shape)
+    images = torch.randn(3, *shape, dtype=torch.float64)
+    with torch.no_grad():
+        for actual, expected in zip(fold(network).features(images), network.features(images), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+class Hooked(nn.Module):
+    """A network with a layer that does nothing, and that is read by a norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.same, self.norm = nn.Conv2d(1, 4, 3), nn.Identity(), nn.BatchNorm2d(4)
+        self.answer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.answer(self.norm(self.same(self.conv(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("name", ["conv", "same", "norm"])
+def test_what_hooks_do_in_a_traced_network_is_kept(name):
+    model = trained(Hooked())
+    network = attach_exits(model, at=["norm"], input_shape=(1, 8, 8)).eval()
+    for module in network.modules():
+        if type(module) is type(getattr(model, name)):
+            module.register_forward_hook(lambda module, inputs, output: 1.5 * output)
+    same(fold(network), network, (1, 8, 8))
+
+
 class Plain(nn.Module):
     """A network in which some layers can be joined and others can't."""
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
 import numpy as np
 
@@ -41,6 +41,10 @@ REDUCTION = 3
 """Successive halving continues one of REDUCTION runs at each rung."""
 _STUDY = "exitkit"
 _BUDGETS = 50  # over which the accuracy of a policy is averaged
+_FRUITLESS = 20
+"""Runs in a row that fail in their first epoch, after which a search ends: they spend no epochs, so it would not."""
+_SHARED = ("lr", "batch_size", "weight_decay", "momentum", "epochs")
+"""Fields of a recipe that may be searched with every method."""
 _ABANDONED = 600.0  # seconds after which a trial of another machine, whose run nobody holds, counts as killed
 
 
@@ -114,7 +118,7 @@ class Space:
             spaces: {`FIELD` or `METHOD.FIELD`: text of a range}.
 
         Raises:
-            UserError: a method or field is unknown, or a range is invalid.
+            UserError: a method or field is unknown, or a range or a choice is invalid.
         """
         base = Plan.make({**values, "methods": [methods[0]], "baseline": methods[0], "seeds": 1}).runs()[0].recipe
         low, high = (_rounded(base.lr * factor) for factor in RATES)
@@ -123,16 +127,16 @@ class Space:
         used: set[str] = set()
         for method in methods:
             ranges[method] = {"lr": lr} | default_ranges(method)
-            settable = {*_fields(method), "lr", "batch_size", "weight_decay", "momentum", "epochs"}
+            settable = {*_fields(method), *_SHARED}
             for key, text in spaces.items():
                 owner, dot, name = key.rpartition(".")
                 if (not dot or owner == method) and name in settable:
                     ranges[method][name] = Range.parse(key, text)
+                    _check_values(values, method, name, f"--space {key}={text}", ranges[method][name])
                     used.add(key)
         for key in spaces.keys() - used:
-            raise unknown(
-                f"field of {', '.join(methods)}", key, {name for method in methods for name in _fields(method)}
-            )
+            known = {name for method in methods for name in _fields(method)} | {*_SHARED}
+            raise unknown(f"field of {', '.join(methods)}", key, known)
         return cls(values, ranges)
 
     def propose(self, trial: optuna.Trial) -> dict[str, Any]:
@@ -141,8 +145,7 @@ class Space:
         method = str(trial.suggest_categorical("method", names)) if len(names) > 1 else names[0]
         entry: dict[str, Any] = {"name": method}
         for field, searched in self.ranges[method].items():
-            whole = field in ("epochs", "batch_size") or isinstance(_fields(method).get(field), int)
-            entry[field] = searched.suggest(trial, f"{method}.{field}", whole)
+            entry[field] = searched.suggest(trial, f"{method}.{field}", _is_whole(method, field))
         return entry
 
     def choices(self) -> dict[str, tuple[Any, ...]]:
@@ -157,6 +160,38 @@ class Space:
         return Plan.make(
             {**self.values, "methods": [dict(e) for e in entries], "baseline": baseline, "seed": seed, "seeds": seeds}
         )
+
+
+def _is_whole(method: str, field: str) -> bool:
+    """Whether a field has integers."""
+    return field in ("epochs", "batch_size") or isinstance(_fields(method).get(field), int)
+
+
+def _check_values(values: Mapping[str, Any], method: str, field: str, option: str, searched: Range) -> None:
+    """Check the type of the values of a field, and for fields of the recipe their range as well.
+
+    A range of numbers is checked near its ends, which may be excluded (a learning rate from 0). A method's own ranges
+    may depend on its other fields: what they refuse is refused run by run.
+
+    Raises:
+        UserError: a value is impossible.
+    """
+    inside = (searched.low + share * (searched.high - searched.low) for share in (0.01, 0.99))
+    tried: list[Any] = [*searched.choices] or [
+        round(value) if _is_whole(method, field) else _rounded(value) for value in inside
+    ]
+    types: dict[str, Any] = {}
+    for part in plugins.method_parts(method):
+        types |= get_type_hints(plugins.underlying(plugins.load("method", part)))
+    for value in tried:
+        try:
+            if field in types:
+                plugins.check_value(field, types[field], value)
+            else:
+                entry = {"name": method, field: value}
+                Plan.make({**values, "methods": [entry], "baseline": method, "seeds": 1}).runs()
+        except UserError as error:
+            raise UserError(f"{option} can't be searched: {error}") from None
 
 
 def default_ranges(method: str) -> dict[str, Range]:
@@ -304,11 +339,11 @@ def search(
         policies: each run counts with the best of them on validation (`policy_scores`); empty: see `objective`.
 
     Raises:
-        UserError: the trials of the study chose among other methods or values.
+        UserError: the trials of the study chose among other methods or values, or run after run fails at once.
     """
     import optuna  # optional: the extra `tune`
 
-    began = time.monotonic()
+    began, fruitless = time.monotonic(), 0
     _check_same(study, space, out)
     _requeue(study, out)
     while not study.get_trials(deepcopy=False) or not limits.reached(trained_epochs(study), began):
@@ -330,7 +365,13 @@ def search(
         except UserError as error:  # diverged, or not a valid combination: the search goes on
             trial.set_user_attr("reason", str(error))
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        tell(study.get_trials(deepcopy=False)[trial.number])
+        told = study.get_trials(deepcopy=False)[trial.number]
+        tell(told)
+        failed = told.state == optuna.trial.TrialState.FAIL and not told.intermediate_values
+        fruitless = fruitless + 1 if failed else 0
+        if fruitless == _FRUITLESS:
+            reason = told.user_attrs["reason"]
+            raise UserError(f"the last {fruitless} runs of the search failed in their first epoch: {reason}")
 
 
 def _check_same(study: optuna.Study, space: Space, out: Path) -> None:

@@ -55,6 +55,28 @@ def test_an_unknown_field_of_the_space_is_named():
         Space.make({"dataset": "digits"}, ["boostnet"], {"temprature": "0:1"})
 
 
+@pytest.mark.parametrize(
+    ("method", "key", "text", "says"),
+    [
+        ("joint", "learning_rate", "0:1", "available: batch_size, epochs, label_smoothing, lr"),
+        ("boostnet", "rescale", "true,maybe", "--space rescale=true,maybe can't be searched: rescale is 'maybe'"),
+        ("ge", "variant", "0:1", "--space variant=0:1 can't be searched: variant is 0.01; expected paper | released"),
+        ("joint", "batch_size", "0:1", "can't be searched: batch_size is 0; expected greater than or equal to 2"),
+        ("joint", "momentum", "0.5,high", "can't be searched: momentum is 'high'"),
+        ("ge+ofa", "lr", "-2:-1", "can't be searched: lr is -1.99; expected greater than 0"),
+    ],
+)
+def test_a_space_of_impossible_values_is_refused_before_the_search(method, key, text, says):
+    with pytest.raises(UserError) as error:
+        Space.make({"dataset": "digits"}, [method], {key: text})
+    assert says in str(error.value)
+
+
+def test_a_range_may_begin_at_an_excluded_value():
+    space = Space.make({"dataset": "digits"}, ["joint"], {"lr": "0:0.1", "batch_size": "16:64"})
+    assert space.ranges["joint"] == {"lr": Range(0, 0.1), "batch_size": Range(16, 64)}
+
+
 def test_the_objective_is_the_validation_accuracy_at_the_budget():
     run = FakeRun("joint", 0)
     run.parts["test"]["labels"] = (run.parts["test"]["labels"] + 1) % 10  # the test images do not count
@@ -161,6 +183,23 @@ def test_a_run_that_diverges_fails_and_the_search_goes_on(tmp_path):
         search(study, space, tmp_path, seed=0, limits=Limits(epochs=9), budget=None, tell=tell)
     assert [trial.state for trial in failed] == [STATES.FAIL] * 2
     assert "not finite" in failed[0].user_attrs["reason"]
+
+
+def test_a_search_whose_runs_all_fail_at_once_ends(tmp_path):
+    study, space = study_of(tmp_path, **{"boostnet.temperature": "-9:-8"})
+    ranges = {"boostnet": space.ranges["boostnet"]}
+    failed = []
+    with pytest.raises(UserError, match=r"the last 20 runs of the search failed in their first epoch: .*temperature"):
+        search(
+            study,
+            Space(space.values, ranges),
+            tmp_path,
+            seed=0,
+            limits=Limits(epochs=1),
+            budget=None,
+            tell=failed.append,
+        )
+    assert len(failed) == 20 and not (tmp_path / "search").exists()
 
 
 def test_a_damaged_journal_is_named(tmp_path):

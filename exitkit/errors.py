@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import TextIO
+from typing import Any, TextIO
 
 from exitkit.escaping import printable
 
@@ -64,16 +64,16 @@ class Interrupted(Exception):
     """Training was stopped by the user (SIGINT); the message states how to resume."""
 
 
-def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
+def unknown(what: str, name: Any, known: Iterable[str]) -> UserError:
     """Return the error for a name that does not exist, with the nearest valid names, or with all if they are few.
 
     Args:
         what: the kind of name ("method", "field of boostnet").
-        name: the name given.
+        name: the name given; a script may also have given no text.
         known: all valid names.
     """
     names = sorted(known)
-    near = get_close_matches(name, names, n=3, cutoff=0.5)
+    near = get_close_matches(name, names, n=3, cutoff=0.5) if isinstance(name, str) else []
     if near:
         return UserError(f"unknown {what} {name!r}; did you mean {' or '.join(near)}?")
     if len(names) > _MANY:

@@ -117,6 +117,21 @@ def _locked(path: Path, wait: bool = False) -> Iterator[bool]:
             os.close(descriptor)
 
 
+def given_path(what: str, path: Any) -> Path:
+    """Return a path that a script gives, as text or as a path.
+
+    Args:
+        what: what it is the path of, for the error message.
+        path: the path.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if not isinstance(path, str | Path):
+        raise UserError(f"{what} is a {type(path).__name__}; expected the path of a folder")
+    return Path(path)
+
+
 def exists(path: Path) -> bool:
     """Return whether a file, folder or link exists at `path`.
 

@@ -175,6 +175,8 @@ def load(kind: str, name: str) -> Any:
             package does not import or does not provide a dataclass.
     """
     points = registered(kind)
+    if not isinstance(name, str):
+        raise unknown(WORDS[kind], name, names(kind))
     family, colon, value = name.partition(":")
     if colon and family in points and (field := getattr(underlying(load(kind, family)), "named_by", "")):
         return functools.partial(load(kind, family), **{field: value})
@@ -399,8 +401,10 @@ def method_parts(name: str) -> list[str]:
     Raises:
         UserError: a part is empty, unknown or named twice.
     """
-    names = [part.strip() for part in name.split("+")]
     known = registered("method")
+    if not isinstance(name, str):
+        raise unknown("method", name, known)
+    names = [part.strip() for part in name.split("+")]
     for part in names:
         if part not in known:
             raise unknown("method", part, known)

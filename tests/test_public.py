@@ -47,6 +47,31 @@ def test_a_script_runs_commands_in_its_own_process(capsys):
 
 
 @pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: exitkit.cost(torch.nn.Linear(2, 2)), "network is a Linear; expected a MultiExitNetwork"),
+        (lambda: exitkit.prune_to(torch.nn.Linear(2, 2), 1), "network is a Linear; expected a MultiExitNetwork"),
+        (lambda: exitkit.build_network(None), "unknown backbone None"),
+        (lambda: exitkit.build_network("msdnet-tiny", input_shape=(1, 16)), r"input_shape is \(1, 16\); expected"),
+        (lambda: exitkit.build_network("msdnet-tiny", input_shape=16), "input_shape is 16; expected"),
+        (lambda: exitkit.build_network("msdnet-tiny", num_classes="ten"), "num_classes is 'ten'; expected a whole"),
+        (lambda: exitkit.attach_exits(torch.nn.Linear(2, 2), at=["0"], input_shape=16), "input_shape is 16; expected"),
+        (lambda: exitkit.build_strategy(None), "unknown method None"),
+        (lambda: exitkit.train("recipe.toml"), r"recipe is a str; .* \(of a file: Recipe.read\(FILE\)\)"),
+        (lambda: exitkit.train({"epochs": 1}, out=None), "out is a NoneType; expected the path of a folder"),
+        (lambda: exitkit.evaluate(["runs/a", "runs/b"]), "run is a list; expected the path of a folder"),
+        (lambda: exitkit.load_network(None), "run is a NoneType; expected the path of a folder"),
+        (lambda: exitkit.find_runs(5), "folder is a int; expected the path of a folder"),
+    ],
+)
+def test_arguments_of_another_type_are_one_line(call, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(exitkit.UserError, match=says) as caught:
+        call()
+    assert "\n" not in str(caught.value) and not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
     ("module", "name", "place"),
     [
         ("exitkit.backbones.base", "Backbone", "exitkit.networks"),

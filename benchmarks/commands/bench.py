@@ -248,21 +248,36 @@ def _targets(budgets: Sequence[str], given: Mapping[str, Any]) -> list[Target]:
     """Return the targets of the command line: each budget, and one other."""
     from exitkit.inference.targets import Target
 
-    bounded = given["at_most"] if budgets else False
+    bounded = given["at_most"]
     targets = [Target.of(budget=budget, at_most=bounded) for budget in budgets]
-    targets.append(Target.of(**{**given, "at_most": given["at_most"] and not budgets}))
+    # The bound is of the budgets, and of a mean latency; without both, it is refused.
+    targets.append(Target.of(**{**given, "at_most": bounded and not (budgets and given["latency"] is None)}))
     return [target for target in targets if target is not None]
 
 
 def _rules(run: RunFolder, targets: Sequence[Target], policy: str | None) -> dict[str, ExitPolicy]:
     """Return the policy of each operating point, by the name of the point."""
     from exitkit.inference.choose import policies_of_run, rule_for_target, rule_of_run
-    from exitkit.inference.policy import ExitPolicy
+    from exitkit.inference.policy import ExitPolicy, read_policy
 
     if policy:
-        names = [f"{policy}, {target.text}" for target in targets] or [f"{policy}, no loss of accuracy"]
-        return dict(zip(names, policies_of_run(run, policy, targets or [None]), strict=True))
-    rules = {target.text: rule_for_target(run, target) for target in targets} or {
+        if not targets:
+            return {f"{policy}, no loss of accuracy": policies_of_run(run, policy, [None])[0]}
+        certain = {target.certainty is not None for target in targets}
+        if len(certain) > 1 and read_policy(policy).reads_embeddings:
+            raise UserError(
+                f"--policy {policy} changes the network, for --certainty by half of the validation images; expected "
+                "targets with a certainty alone, or without"
+            )
+        units = dict.fromkeys(target.unit for target in targets)
+        groups = [[target for target in targets if target.unit == unit] for unit in units]
+        found = {
+            target.words: chosen
+            for group in groups
+            for target, chosen in zip(group, policies_of_run(run, policy, group), strict=True)
+        }
+        return {f"{policy}, {target.words}": found[target.words] for target in targets}
+    rules = {target.words: rule_for_target(run, target) for target in targets} or {
         f"q = {share:g}": rule_of_run(run, share=share) for share in SHARES
     }
     return {name: ExitPolicy(rule) for name, rule in rules.items()}

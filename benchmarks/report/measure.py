@@ -172,7 +172,7 @@ class RunMeasures:
             "risk": self._risk(),
             "balanced": self._balanced(),
             **({"recall": self._recall()} if self.options.classes else {}),
-            **({"targets": target_rows(self.run, self.options.targets)} if self.options.targets else {}),
+            **({"targets": self._targets()} if self.options.targets else {}),
             "images": self._images(),
             "stitch": pd.DataFrame(
                 {
@@ -183,6 +183,11 @@ class RunMeasures:
                 }
             ),
         }
+
+    def _targets(self) -> pd.DataFrame:
+        """Return one row per target, by the exit rule of the report; see `target_rows`."""
+        options = self.options
+        return target_rows(self.run, options.targets, options.rule, options.calibrated)
 
     def _anytime(self) -> pd.DataFrame:
         """Return one row per exit: exit, papers, macs (and milliseconds), accuracy in percent."""

@@ -262,8 +262,9 @@ def _targets(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
         accuracies = [_spread(row["accuracy_mean"], row["accuracy_sd"]), plain(number(row["full"], 2))]
         table.append([plain(row["method"]), *cells, *accuracies, plain(leaving or MISSING), plain(row["n"])])
     reasons = [text for text in dict.fromkeys(rows["reason"]) if text]
+    by = f"{'calibrated ' * comparison.options.calibrated}{comparison.options.rule}"
     caption = (
-        "Operating points that reach a target on validation, by confidence: planned mean cost, mean cost on validation "
+        f"Operating points that reach a target on validation, by {by}: planned mean cost, mean cost on validation "
         "and on test, accuracy of the point and of the full network on test, and the share of the test images that "
         f"leaves at each exit (%); means over seeds{'. Not reached: ' if reasons else ''}{'; '.join(reasons)}"
     )

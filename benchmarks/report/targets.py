@@ -39,7 +39,7 @@ def read_target(text: str) -> Target:
     return chosen
 
 
-def target_rows(run: Any, texts: Sequence[str]) -> pd.DataFrame:
+def target_rows(run: Any, texts: Sequence[str], score: str = "confidence", calibrated: bool = False) -> pd.DataFrame:
     """Return one row per target: target, unit, planned, validation_cost, cost, accuracy, full, share_k and reason.
 
     Costs are means per image. planned: the budget, or the cost on validation that the operating point was chosen for;
@@ -51,7 +51,7 @@ def target_rows(run: Any, texts: Sequence[str]) -> pd.DataFrame:
         target = read_target(text)
         row: dict[str, Any] = {"target": text, "unit": target.unit, "reason": ""}
         try:
-            row |= _reached(run, target)
+            row |= _reached(run, target, score, calibrated)
         except UserError as error:
             row["reason"] = str(error)
         rows.append(row)
@@ -63,7 +63,7 @@ def _shares(run: Any) -> list[str]:
     return [f"share_{number}" for number in range(1, len(run.costs()) + 1)]
 
 
-def _reached(run: Any, target: Target) -> dict[str, Any]:
+def _reached(run: Any, target: Target, score: str, calibrated: bool) -> dict[str, Any]:
     # Imported when used: reports without targets need no torch.
     import torch
 
@@ -73,7 +73,8 @@ def _reached(run: Any, target: Target) -> dict[str, Any]:
     costs = np.asarray(exit_costs(run, target.unit), dtype=np.float64)
     parts = {part: run.outputs(part) for part in ("validation", "test")}
     validation = parts["validation"]
-    policy = ExitPolicy(rule_for_outputs(validation["logits"], validation["labels"], costs, target))
+    rule = rule_for_outputs(validation["logits"], validation["labels"], costs, target, score, calibrated)
+    policy = ExitPolicy(rule)
     got = {}
     for part, outputs in parts.items():
         logits, labels = torch.from_numpy(outputs["logits"]), torch.from_numpy(outputs["labels"])

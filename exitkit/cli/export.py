@@ -136,6 +136,8 @@ def _write(
     if int8 and wishes["policy"] and read_policy(wishes["policy"]).reads_embeddings:
         raise UserError(f"--policy {wishes['policy']} reads embeddings, which int8 does not keep; expected no --int8")
     wanted = Target.of(**{key: value for key, value in wishes.items() if key not in ("policy", "score", "calibrated")})
+    if int8 and wanted and wanted.unit == "latency":
+        raise UserError(f"{wanted.text} is in milliseconds of fp32; expected multiply-adds or a share with --int8")
     with working(f"fitting {wishes['policy']}" if wishes["policy"] else "choosing thresholds"):
         rule = _rule(run, **wishes)
         costs = [row["macs"] for row in run.costs()]
@@ -146,14 +148,14 @@ def _write(
     data = load_run_data(run, data_dir)
     network = load_network(run, data)
     images = _images(data, "test", min(_CHECKED, len(data.labels("test"))))
-    facts = about(run, data) | {"target": wanted.text if wanted else None, "expected": expected, "points": points}
+    facts = about(run, data) | {"target": wanted.words if wanted else None, "expected": expected, "points": points}
     with working("exporting"), TemporaryDirectory() as scratch:
         first = Path(scratch, "fp32") if int8 else out
         written = write(network, rule, first, torch.from_numpy(images), facts, cast("Format", form))
         if int8:
             written, comparison = _quantised(run, data, first, out, wishes, facts)
             return written, lambda: _print_comparison(comparison)
-    target = wanted.text if wanted else "no loss of accuracy on validation"
+    target = wanted.words if wanted else "no loss of accuracy on validation"
     return written, lambda: click.echo(outcome_table(expected, target))
 
 

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from exitkit.errors import UserError
+from exitkit.errors import UserError, unknown
 from exitkit.escaping import counted
-from exitkit.inference.engines import InferenceEngine, Step, prepare
+from exitkit.inference.engines import ENGINES, InferenceEngine, Step, prepare
 from exitkit.inference.policy import ExitPolicy
 from exitkit.inference.rule import PointRule
 from exitkit.networks.cascade import MultiExitNetwork, map_tensors
-from exitkit.networks.inputs import check_images, reference_tensor
+from exitkit.networks.inputs import check_cascade, check_images, reference_tensor
 
 
 class Answers(NamedTuple):
@@ -105,18 +106,24 @@ class AdaptiveInference:
         buckets: Sequence[int] = (),
         engine: str | InferenceEngine = "eager",
     ) -> None:
-        if not isinstance(network, MultiExitNetwork):
-            raise UserError(f"network is a {type(network).__name__}; expected a MultiExitNetwork")
+        check_cascade(network)
+        if isinstance(rule, type) or not isinstance(getattr(rule, "exits", None), int):
+            what = f"the class {rule.__name__}" if isinstance(rule, type) else f"a {type(rule).__name__}"
+            raise UserError(f"rule is {what}; expected an ExitRule or an ExitPolicy, such as ExitRule.from_run(run)")
         if rule.exits != network.num_exits:
             raise UserError(
                 f"the rule is for {counted(rule.exits, 'exit')}; expected {network.num_exits}, those of the network"
             )
-        if any(size < 1 for size in buckets):
-            raise UserError(f"buckets are {list(buckets)}; expected sizes of at least 1")
+        if not isinstance(buckets, Iterable) or not all(
+            isinstance(size, Integral) and int(size) >= 1 for size in buckets
+        ):
+            raise UserError(f"buckets are {buckets!r}; expected a list of sizes of at least 1")
         self._reference = reference_tensor(network)
         self.rule = rule
         self.network, self._policy = (rule if isinstance(rule, ExitPolicy) else ExitPolicy(rule)).placed_in(network)
         self.network.eval()
+        if not isinstance(engine, str) and not hasattr(engine, "select"):
+            raise unknown("engine", engine, (*ENGINES, "auto"))
         if self.network is not network and not isinstance(engine, str):
             raise UserError("this policy changes the network; give the engine by its name, or place the policy first")
         self.engine = prepare(self.network, engine) if isinstance(engine, str) else engine
@@ -158,8 +165,8 @@ class AdaptiveInference:
         Raises:
             UserError: a size below 1, or images of another type, shape or device than the network's.
         """
-        if size < 1:
-            raise UserError(f"size is {size}; expected at least 1")
+        if not isinstance(size, Integral) or size < 1:
+            raise UserError(f"size is {size!r}; expected a whole number of at least 1")
         queues: list[list[_Waiting]] = [[] for _ in range(self.network.num_exits)]
         pending: dict[int, _Pending] = {}
         step: Step | None = None

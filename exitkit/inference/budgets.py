@@ -35,8 +35,12 @@ def exit_costs(run: Costed, cost: str) -> np.ndarray:
     return np.array([row[cost] for row in run.costs()], dtype=np.int64)
 
 
-def read_budget(text: str) -> float:
+def read_budget(text: str, name: str = "budget") -> float:
     """Return the value of a budget: `40M`, `1.5G` or `123456` in multiply-adds, `1.5ms` in milliseconds.
+
+    Args:
+        text: the budget.
+        name: what it is, for the error message.
 
     Raises:
         UserError: the text is neither.
@@ -48,5 +52,5 @@ def read_budget(text: str) -> float:
     except ValueError:
         budget = nan
     if not (isfinite(budget) and budget > 0):
-        raise UserError(f"budget {text!r} is not a cost; expected one such as 40M, 1.5G or 2.5ms")
+        raise UserError(f"{name} {text!r} is not a cost; expected one such as 40M, 1.5G or 2.5ms")
     return budget

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -90,10 +91,15 @@ def rule_for_target(run: RunFolder | str | Path, target: Target) -> ExitRule:
 
 
 def rule_for_outputs(
-    logits: np.ndarray, labels: np.ndarray, costs: Sequence[float] | Floats, target: Target
+    logits: np.ndarray,
+    labels: np.ndarray,
+    costs: Sequence[float] | Floats,
+    target: Target,
+    score: str = "confidence",
+    calibrated: bool = False,
 ) -> ExitRule:
-    """Choose an exit rule by confidence from validation outputs, for a target; see `rule_of_outputs`."""
-    return _choose(Validation.checked(logits, labels, costs), target, None, "confidence", False)
+    """Choose an exit rule from validation outputs, for a target; see `rule_of_outputs`."""
+    return _choose(Validation.checked(logits, labels, costs), target, None, score, calibrated)
 
 
 def rule_of_outputs(
@@ -149,7 +155,7 @@ def policies_of_run(
     run: RunFolder | str | Path, policy: PolicyName | str, targets: Sequence[Target | None]
 ) -> list[ExitPolicy]:
     """Choose a policy's operating point for each of several targets in one unit, with one fit; see `policy_of_run`."""
-    name = read_policy(policy) if isinstance(policy, str) else policy
+    name = _named(policy)
     return _choose_policies(name, _validation(run, targets[0], name.reads_embeddings), targets)
 
 
@@ -243,14 +249,29 @@ def _validation(run: RunFolder | str | Path, target: Target | None, embedded: bo
 def _choose_policies(
     policy: PolicyName | str, validation: Validation, targets: Sequence[Target | None]
 ) -> list[ExitPolicy]:
-    name = read_policy(policy) if isinstance(policy, str) else policy
     for target in targets:
         if target is not None:
             target.check_certain(len(validation.labels))
-    if any(target is not None and target.certainty is not None for target in targets):
-        return [_certain_policy(name, validation, target) for target in targets]
-    points = _fit_points(name, validation)
-    return [points.at(target) for target in targets]
+    name = _named(policy)
+    certain = [target is not None and target.certainty is not None for target in targets]
+    points = None if all(certain) else _fit_points(name, validation)
+    return [
+        points.at(target) if points is not None and not guaranteed else _certain_policy(name, validation, target)
+        for target, guaranteed in zip(targets, certain, strict=True)
+    ]
+
+
+def _named(policy: PolicyName | str) -> PolicyName:
+    """Return a policy's name, given as such or as text.
+
+    Raises:
+        UserError: it is unknown, or neither.
+    """
+    if isinstance(policy, str):
+        return read_policy(policy)
+    if not isinstance(policy, PolicyName):
+        raise UserError(f"policy is {policy!r}; expected a name, such as mie+stopping")
+    return policy
 
 
 class _Points(NamedTuple):
@@ -299,6 +320,10 @@ def _choose(
 ) -> ExitRule:
     if target is not None and share is not None:
         raise UserError(f"both {target.text} and share {share} are given; expected one of them")
+    if share is not None and (isinstance(share, bool) or not isinstance(share, Real) or not share >= 0):
+        raise UserError(f"share is {share!r}; expected the ratio of the shares of neighbouring exits, a number from 0")
+    if not isinstance(calibrated, bool | np.bool_):
+        raise UserError(f"calibrated is {calibrated!r}; expected True or False")
     if share is not None and score == "patience":
         raise UserError("patience has no shares: its operating points are 1 to K exits that agree; give a budget")
     costs = validation.costs

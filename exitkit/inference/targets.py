@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from exitkit.errors import UserError
+from exitkit.errors import UserError, unknown
 from exitkit.inference.budgets import read_budget
 from exitkit.inference.operating_points import most_accurate_within
 from exitkit.inference.risk import controlled_point, samples_needed
@@ -34,6 +34,21 @@ BOUND = 0.95
 """Confidence level of the upper limit of `at_most`."""
 QUANTILE = 0.95
 _TEST = "betting"
+_WORDS = ("budget", "latency", "latency_p95", "lose", "accuracy", "certainty", "at_most")
+
+
+def _number(name: str, value: Any) -> float:
+    """Return a number that a script gives, perhaps as text or as an array of one element.
+
+    Raises:
+        UserError: it is something else.
+    """
+    try:
+        if isinstance(value, bool | np.bool_):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError):
+        raise UserError(f"{name} is {value!r}; expected a number") from None
 
 
 @dataclass(frozen=True)
@@ -69,12 +84,16 @@ class Target:
         accuracy: float | None = None,
         certainty: float | None = None,
         at_most: bool = False,
+        **others: Any,
     ) -> Target | None:
         """Return the target that is given, or None if none is.
 
         Raises:
-            UserError: two targets are given, a value is impossible, or `certainty` or `at_most` has no effect on it.
+            UserError: two targets are given, one is unknown (`others`), a value is impossible, or `certainty` or
+                `at_most` has no effect on it.
         """
+        for name in others:
+            raise unknown("target", name, _WORDS)
         given = {
             name: value
             for name, value in (
@@ -87,15 +106,17 @@ class Target:
             raise UserError(f"{' and '.join(given)} are given; expected one of them")
         if certainty is not None and lose is None:
             raise UserError("certainty is given without lose; expected, for example, lose 1 with certainty 0.95")
-        if certainty is not None and not 0 < certainty < 1:
-            raise UserError(f"certainty is {certainty}; expected a probability between 0 and 1, both excluded")
+        if certainty is not None and not 0 < (certainty := _number("certainty", certainty)) < 1:
+            raise UserError(f"certainty is {certainty:g}; expected a probability between 0 and 1, both excluded")
+        if not isinstance(at_most, bool | np.bool_):
+            raise UserError(f"at_most is {at_most!r}; expected True or False")
         if at_most and not given.keys() & {"budget", "latency"}:
             raise UserError("at-most is given without a budget; expected, for example, budget 60% with at-most")
         if not given:
             return None
         ((name, value),) = given.items()
         if name in ("lose", "accuracy"):
-            points = float(value)
+            points = _number(name, value)
             if not 0 <= points <= 100:
                 raise UserError(f"{name} is {value}; expected percentage points, 0 to 100")
             return cls("lose" if name == "lose" else "accuracy", points, f"{name} {points:g}", certainty=certainty)
@@ -115,11 +136,17 @@ class Target:
             if not 0 < share <= 1:
                 raise UserError(f"budget is {value}; expected a share of the last exit's cost, above 0% and up to 100%")
             return cls(kind, share, text, relative=True, at_most=at_most)
-        cost = read_budget(value) if isinstance(value, str) else float(value)
-        in_time = name != "budget" or (isinstance(value, str) and value.endswith("ms"))
         if name != "budget" and isinstance(value, str) and not value.endswith("ms"):
             raise UserError(f"{name} is {value}; expected milliseconds, such as 5ms")
+        cost = read_budget(value, name) if isinstance(value, str) else _number(name, value)
+        in_time = name != "budget" or (isinstance(value, str) and value.endswith("ms"))
         return cls(kind, cost, text, "latency" if in_time else "macs", at_most=at_most)
+
+    @property
+    def words(self) -> str:
+        """The target with its certainty or bound, as in a report: lose 1 certainty 0.95, budget 60% at-most."""
+        certain = "" if self.certainty is None else f" certainty {self.certainty:g}"
+        return f"{self.text}{certain}{' at-most' if self.at_most else ''}"
 
     def cost(self, costs: Floats) -> float:
         """Return the value of a budget or a latency, in the unit of `costs` [K].

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 from exitkit import plugins
 from exitkit.errors import UserError
 from exitkit.networks.cascade import MultiExitNetwork
 from exitkit.networks.families.base import Backbone, home
+from exitkit.networks.inputs import check_shape
 
 _TOO_LARGE = ("allocate memory", "Overflow", "out of memory", "Storage size calculation overflowed")
 """Parts of torch's error messages for tensors that do not fit into memory."""
@@ -57,10 +59,14 @@ def build_backbone(
     """Build the network of a backbone with settings; see `build_network`."""
     home_shape, home_classes = home(plugins.load("backbone", name))
     classes = home_classes if num_classes is None else num_classes
+    if not isinstance(classes, Integral):
+        raise UserError(f"num_classes is {classes!r}; expected a whole number")
     if classes < 2:
         raise UserError(f"num_classes is {classes}; expected at least 2")
+    shape = home_shape if input_shape is None else input_shape
+    check_shape(shape)
     try:
-        return backbone.build(input_shape or home_shape, classes)
+        return backbone.build(shape, classes)
     except (MemoryError, RuntimeError, TypeError) as error:
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in _TOO_LARGE):
             raise

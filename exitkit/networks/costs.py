@@ -18,6 +18,7 @@ from exitkit.errors import UserError
 from exitkit.networks.cascade import MultiExitNetwork
 from exitkit.networks.compilation import eagerly_counted
 from exitkit.networks.copying import copied
+from exitkit.networks.inputs import check_cascade, check_shape
 
 aten = torch.ops.aten
 Shape = tuple[int, ...]
@@ -87,8 +88,13 @@ def cost(network: MultiExitNetwork, input_shape: tuple[int, int, int] | None = N
 
     Returns:
         one `ExitCost` per exit, first to last.
+
+    Raises:
+        UserError: the network is no `MultiExitNetwork`, or the shape is none of images.
     """
-    shape = input_shape or network.input_shape
+    check_cascade(network)
+    shape = network.input_shape if input_shape is None else input_shape
+    check_shape(shape)
     try:
         return _counted(copied(network).to("meta"), shape)
     except UserError:

@@ -1,7 +1,9 @@
-"""Check of the images that a network is given."""
+"""Checks of a network that a script hands over, and of the images that it is given."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -9,6 +11,29 @@ from torch import Tensor
 
 from exitkit.errors import UserError
 from exitkit.networks.cascade import MultiExitNetwork
+
+MADE = "exitkit.attach_exits makes one of a model, exitkit.build_network of a name"
+
+
+def check_cascade(network: Any) -> None:
+    """Check that a network is a cascade.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if not isinstance(network, MultiExitNetwork):
+        raise UserError(f"network is a {type(network).__name__}; expected a MultiExitNetwork ({MADE})")
+
+
+def check_shape(shape: Any) -> None:
+    """Check that a shape is (channels, height, width).
+
+    Raises:
+        UserError: it is something else.
+    """
+    sizes = tuple(shape) if isinstance(shape, Sequence) else ()
+    if len(sizes) != 3 or not all(isinstance(size, Integral) and int(size) > 0 for size in sizes):
+        raise UserError(f"input_shape is {shape!r}; expected (channels, height, width) of the images")
 
 
 def reference_tensor(network: MultiExitNetwork) -> Tensor:

@@ -14,6 +14,7 @@ from exitkit.errors import UserError
 from exitkit.networks.attach.values import NodeRun, run_nodes
 from exitkit.networks.cascade import Head, MultiExitNetwork
 from exitkit.networks.copying import copied
+from exitkit.networks.inputs import check_cascade
 
 
 def prune_to(network: MultiExitNetwork, exit: int) -> MultiExitNetwork:
@@ -34,6 +35,7 @@ def prune_to(network: MultiExitNetwork, exit: int) -> MultiExitNetwork:
     Raises:
         UserError: the network has no such exit, or can't be traced.
     """
+    check_cascade(network)
     if isinstance(exit, bool) or not isinstance(exit, int) or not 1 <= exit <= network.num_exits:
         raise UserError(f"exit is {exit!r}; expected an exit from 1 to {network.num_exits}")
     training = [module for module in network.modules() if module.training]

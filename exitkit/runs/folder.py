@@ -33,7 +33,18 @@ from filelock import FileLock, Timeout
 
 from exitkit.errors import DamagedError, HeldError, UserError
 from exitkit.escaping import counted
-from exitkit.files import acquire, disk_error, drafted, exists, load_arrays, make_folder, owner, read_json, write_json
+from exitkit.files import (
+    acquire,
+    disk_error,
+    drafted,
+    exists,
+    given_path,
+    load_arrays,
+    make_folder,
+    owner,
+    read_json,
+    write_json,
+)
 from exitkit.runs.formats import (
     Environment,
     Latency,
@@ -80,7 +91,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = given_path("run", path)
         if not (self.path / "recipe.json").is_file():
             what = "holds no run (no recipe.json)" if self.path.is_dir() else absence(self.path)
             inside, beside = (

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exitkit.errors import DamagedError, Note, UserError
+from exitkit.files import given_path
 from exitkit.runs.folder import RESULTS, RunFolder, absence
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ def find_runs(folder: str | Path) -> list[RunFolder]:
     Raises:
         UserError: the folder does not exist, or contains no finished run.
     """
-    folder = Path(folder)
+    folder = given_path("folder", folder)
     if not folder.is_dir():
         raise UserError(f"folder {folder} {absence(folder)}; expected one that holds runs")
     paths = sorted(path.parent for path in folder.glob(f"[!.]*/{RESULTS}"))

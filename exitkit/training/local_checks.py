@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from exitkit.errors import NonFiniteError, UserError
 from exitkit.escaping import counted
 from exitkit.networks.cascade import Features, MultiExitNetwork
-from exitkit.networks.inputs import check_images, reference_tensor
+from exitkit.networks.inputs import check_cascade, check_images, reference_tensor
 from exitkit.networks.ownership import frozen
 from exitkit.strategy.base import Phase
 from exitkit.strategy.run import Run
@@ -29,9 +29,7 @@ def check_network(network: object) -> None:
     Raises:
         UserError: it does not.
     """
-    if not isinstance(network, MultiExitNetwork):
-        made = "exitkit.attach_exits makes one of any network" if isinstance(network, nn.Module) else "a network"
-        raise UserError(f"network is a {type(network).__name__}; expected a MultiExitNetwork ({made})")
+    check_cascade(network)
     if not any(parameter.requires_grad for parameter in network.parameters()):
         raise UserError("all parameters of the network are frozen; expected one to train")
 

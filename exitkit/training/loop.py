@@ -13,7 +13,7 @@ from exitkit.data.base import Data
 from exitkit.engine.engine import launch
 from exitkit.engine.memory import begin_peak, give_back_freed, peak_mib
 from exitkit.errors import UserError
-from exitkit.files import exists, save_tensors
+from exitkit.files import exists, given_path, save_tensors
 from exitkit.inference.calibration import fit_temperatures
 from exitkit.runs.evaluate import augment_validation, collect_outputs, evaluate_held, measure
 from exitkit.runs.fingerprints import check_same, start_facts
@@ -58,8 +58,12 @@ def train(
         UserError: anything is wrong with the recipe, the data or the disk; before anything is written, if possible.
         NonFiniteError: a loss or a weight became NaN or infinite.
     """
+    if not isinstance(recipe, Recipe | Mapping):
+        raise UserError(
+            f"recipe is a {type(recipe).__name__}; expected a dictionary or a Recipe (of a file: Recipe.read(FILE))"
+        )
     resolved = resolve(recipe if isinstance(recipe, Recipe) else Recipe.make(**recipe))
-    path = Path(out) / resolved.id
+    path = given_path("out", out) / resolved.id
     process = launch(
         resolved.device, resolved.precision, resolved.threads, resolved.layout, deterministic=resolved.deterministic
     )

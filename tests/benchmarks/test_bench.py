@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import exitkit
-from exitkit import ExitPolicy
+from exitkit import ExitPolicy, ExitRule
 from exitkit.benchmarks.commands import bench
 from exitkit.benchmarks.timing import arrivals, stopwatch
 from exitkit.benchmarks.timing.energy import energy_meter
@@ -214,6 +214,25 @@ def test_energy_is_read_from_the_counters_of_linux_which_begin_anew(tmp_path, re
     assert read() == pytest.approx(used)
     assert energy_meter("cuda", tmp_path) is None
     assert energy_meter("cpu", tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize("policy", [None, "mean"])
+def test_targets_of_several_units_are_each_those_of_the_rule(policy, cli, runs):
+    (runs[0] / "latency.json").write_text('{"milliseconds": [1, 2, 3, 4]}')
+    wishes = {
+        "budget 60% at-most": {"budget": "60%", "at_most": True},
+        "latency 3ms at-most": {"latency": "3ms", "at_most": True},
+    }
+    expected = {}
+    for name, wish in wishes.items():
+        rule = ExitPolicy.from_run(runs[0], policy, **wish) if policy else ExitRule.from_run(runs[0], **wish)
+        made = rule if policy else ExitPolicy(rule)
+        expected[f"{policy}, {name}" if policy else name] = json.loads(made.to_json())
+    options = ("--budget", "60%", "--latency", "3ms", "--at-most", "--repeats", "1", "--device", "cpu", "--json")
+    code, printed, errors = cli("bench", runs[0], *options, *(("--policy", policy) if policy else ()))
+    assert code == 0, errors
+    points = json.loads(printed)[runs[0].name]["points"]
+    assert {point["name"]: point["rule"] for point in points} == expected
 
 
 def test_a_policy_is_measured_at_its_own_points(cli, runs):

@@ -11,11 +11,13 @@ import matplotlib.image
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from fake_runs import MACS, FakeRun, runs
 from rich.console import Console
 from scipy import stats
 from sklearn.metrics import balanced_accuracy_score, recall_score
 
+from exitkit import ExitPolicy, ExitRule
 from exitkit.benchmarks.report import (
     Context,
     ReportOptions,
@@ -718,6 +720,19 @@ def test_targets_in_words_give_planned_and_realised_costs():
     assert "Operating points" in text and "Not reached: budget 100K is below the first exit's cost" in " ".join(
         text.split()
     )
+
+
+def test_targets_follow_the_exit_rule_of_the_report():
+    run, *_ = runs(("joint",))
+    for options in ({}, {"rule": "margin"}, {"rule": "entropy", "calibrated": True}):
+        found = collect([run], options=ReportOptions(targets=("lose 1",), **options))
+        chosen = {"score": options.get("rule", "confidence"), "calibrated": options.get("calibrated", False)}
+        logits, labels = (run.outputs("validation")[name] for name in ("logits", "labels"))
+        rule = ExitPolicy(ExitRule.from_outputs(logits, labels, MACS, lose=1, **chosen))
+        _, exits = rule.on_outputs(torch.from_numpy(run.outputs("test")["logits"]))
+        assert found.targets["cost"].tolist() == pytest.approx([np.array(MACS)[exits.numpy()].mean()])
+        words = f"{'calibrated ' * chosen['calibrated']}{chosen['score']}"
+        assert f"on validation, by {words}: planned" in " ".join(printed(found, 100).split())
 
 
 @pytest.mark.parametrize("text", ["", "budget", "lose much", "cost 5", "budget 60% maybe", "lose 1 certainty 2"])

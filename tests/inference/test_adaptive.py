@@ -148,6 +148,9 @@ def test_the_scores_of_other_devices_are_those_of_the_cpu(score, classes):
     np.testing.assert_allclose(_score_on_device(logits, score).numpy(), expected, rtol=1e-12, atol=1e-14)
 
 
+RULE = ExitRule("margin", (0.5, 0.5, 0.5, -math.inf))
+
+
 @pytest.mark.parametrize("score", SCORES)
 def test_a_rule_comes_back_from_json(score):
     heat = None if score == "patience" else (1.0, 2.5, 0.3)
@@ -172,6 +175,13 @@ def test_a_rule_comes_back_from_json(score):
             ),
             "at least 1",
         ),
+        (lambda: exitkit.AdaptiveInference(made("sdn-tiny"), "confidence"), "rule is a str; expected an ExitRule"),
+        (lambda: exitkit.AdaptiveInference(made("sdn-tiny"), ExitRule), "rule is the class ExitRule; expected an"),
+        (lambda: exitkit.AdaptiveInference(made("sdn-tiny"), RULE, buckets=8), "buckets are 8; expected a list"),
+        (lambda: exitkit.AdaptiveInference(made("sdn-tiny"), RULE, buckets=[1.5]), "expected a list of sizes"),
+        (lambda: exitkit.AdaptiveInference(made("sdn-tiny"), RULE, engine=None), "unknown engine None; available"),
+        (lambda: exitkit.AdaptiveInference(torch.nn.Linear(2, 2), RULE), "attach_exits makes one"),
+        (lambda: [*exitkit.AdaptiveInference(made("sdn-tiny"), RULE).stream([], 1.5)], "size is 1.5; expected a whole"),
     ],
 )
 def test_mistakes_are_one_line(make, told):

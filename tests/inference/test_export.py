@@ -239,7 +239,10 @@ def test_a_run_is_exported_by_the_command_line_with_thresholds_from_validation(t
     assert ExitRule.from_outputs(outputs["logits"], outputs["labels"], costs, **wish) == written["rule"]
     assert written["out"] == Path(f"{run.path.name}-onnx") and written["count"] == 64
     assert written["about"]["mean"] == [0.3046] and len(written["about"]["class_names"]) == 10
-    assert written["about"]["costs"] == run.costs()
+    assert written["about"]["costs"] == run.costs() and written["about"]["target"] == "budget 100K"
+    done = CliRunner().invoke(command, [str(run.path), "--budget", "60%", "--at-most", "--out", "bound"])
+    assert done.exit_code == 0, done.output
+    assert written["about"]["target"] == "budget 60% at-most" and "point: budget 60% at-most\n" in done.output
 
 
 def test_a_quantised_run_has_a_rule_of_its_own_and_is_compared_with_fp32(cli, tmp_path, monkeypatch):
@@ -265,6 +268,8 @@ def test_a_quantised_run_has_a_rule_of_its_own_and_is_compared_with_fp32(cli, tm
     assert "milliseconds per image" in printed and "multiply-adds per image" in printed
     cli("export", run.path, "--int8", "--out", "deployed").refused("deployed exists already")
     cli("export", run.path, "--int8", "--format", "torch-export").refused("expected --format onnx, not torch-export")
+    milliseconds = ("--int8", "--latency", "2ms", "--out", "timed")
+    cli("export", run.path, *milliseconds).refused("latency 2ms is in milliseconds of fp32; expected multiply-adds")
 
 
 @pytest.mark.parametrize("name", ["/stage.onnx", "../stage.onnx", "a/stage.onnx", "C:stage.onnx", "..", "", 3, None])

@@ -10,6 +10,8 @@ from scipy import stats
 from exitkit import ExitPolicy, ExitRule
 from exitkit.errors import UserError
 from exitkit.inference.calibration import fit_temperatures
+from exitkit.inference.choose import _choose_policies
+from exitkit.inference.rules.base import Validation
 from exitkit.inference.scores import scores
 from exitkit.inference.targets import Candidates, Target, choose_point
 
@@ -45,6 +47,18 @@ def test_the_words_of_a_target(given, kind, value, unit):
     assert (target.kind, target.value, target.unit) == (kind, value, unit)
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"lose": 1, "certainty": 0.95}, "lose 1 certainty 0.95"),
+        ({"budget": "60%", "at_most": True}, "budget 60% at-most"),
+        ({"latency": "5ms"}, "latency 5ms"),
+    ],
+)
+def test_a_target_is_told_with_its_certainty_or_bound(given, words):
+    assert Target.of(**given).words == words
+
+
 def test_no_words_are_no_target():
     assert Target.of() is None
 
@@ -65,6 +79,15 @@ def test_no_words_are_no_target():
         ({"latency": "60%"}, "latency is 60%; expected milliseconds"),
         ({"latency": "40M"}, "latency is 40M; expected milliseconds"),
         ({"budget": "much"}, "is not a cost"),
+        ({"latency": "5s"}, "latency is 5s; expected milliseconds"),
+        ({"latency_p95": "soonms"}, "latency-p95 'soonms' is not a cost"),
+        ({"lose": "much"}, "lose is 'much'; expected a number"),
+        ({"lose": True}, "lose is True; expected a number"),
+        ({"accuracy": "75%"}, "accuracy is '75%'; expected a number"),
+        ({"budget": [60]}, r"budget is \[60\]; expected a number"),
+        ({"lose": 1, "certainty": "high"}, "certainty is 'high'; expected a number"),
+        ({"budget": "60%", "at_most": "no"}, "at_most is 'no'; expected True or False"),
+        ({"loose": 1}, "unknown target 'loose'; did you mean lose"),
     ],
 )
 def test_a_mistake_in_a_target_is_one_line(given, says):
@@ -203,6 +226,36 @@ def test_a_guarantee_has_temperatures_and_thresholds_of_other_images_than_it_is_
     assert rule.temperatures == tuple(fit_temperatures(logits[::2], labels[::2]))
     even = scores(logits[::2], "confidence", rule.temperatures)
     assert all(limit in even[:, exit] for exit, limit in enumerate(rule.thresholds[:-1]) if np.isfinite(limit))
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"share": -1}, "share is -1; expected the ratio"),
+        ({"share": "1"}, "share is '1'; expected the ratio"),
+        ({"share": float("nan")}, "share is nan; expected the ratio"),
+        ({"score": None}, "unknown exit rule None; available: confidence"),
+        ({"calibrated": "no"}, "calibrated is 'no'; expected True or False"),
+    ],
+)
+def test_a_mistake_in_the_choice_of_a_rule_is_one_line(given, says):
+    with pytest.raises(UserError, match=says):
+        ExitRule.from_outputs(*outputs(50), COSTS, **given)
+
+
+@pytest.mark.parametrize("policy", [None, 3])
+def test_a_policy_without_a_name_is_one_line(policy):
+    with pytest.raises(UserError, match=r"policy is (None|3); expected a name, such as mie\+stopping"):
+        ExitPolicy.from_outputs(policy, *outputs(50), COSTS)
+
+
+def test_a_guarantee_beside_a_budget_does_not_change_the_budget():
+    logits, labels = outputs(600)
+    validation = Validation.checked(logits.numpy(), labels.numpy(), COSTS)
+    certain, budget = Target.of(lose=4, certainty=0.8), Target.of(budget="60%")
+    both = _choose_policies("mean", validation, [certain, budget])
+    apart = [_choose_policies("mean", validation, [target])[0] for target in (certain, budget)]
+    assert [policy.to_json() for policy in both] == [policy.to_json() for policy in apart]
 
 
 def test_a_share_of_the_cost_is_the_same_budget_as_its_number():

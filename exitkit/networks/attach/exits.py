@@ -23,6 +23,7 @@ from exitkit.networks.attach.trial import Trial
 from exitkit.networks.attach.values import Value
 from exitkit.networks.cascade import Head, MultiExitNetwork
 from exitkit.networks.copying import copied
+from exitkit.networks.inputs import check_shape
 from exitkit.networks.placement import place as place_by_cost
 
 MakeHead = Callable[[tuple[int, ...], int], Head]
@@ -115,8 +116,7 @@ def attach_exits(
         raise UserError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
     if (at is None) == (fractions is None):
         raise UserError("exits are placed at named points or at shares of the cost; give one of at and fractions")
-    if len(input_shape) != 3 or not all(isinstance(size, int) and size > 0 for size in input_shape):
-        raise UserError(f"input_shape is {input_shape!r}; expected (channels, height, width) of the images")
+    check_shape(input_shape)
     check_supported(model)
     other_inputs(model)
     trial = Trial(model, input_shape) if check else None

@@ -110,7 +110,8 @@ class Space:
     def make(cls, values: Mapping[str, Any], methods: Sequence[str], spaces: Mapping[str, str]) -> Space:
         """Return the default space of some methods, changed by `spaces`.
 
-        By default, a method's fields are searched that declare a range (`setting(search=...)`), and the learning rate.
+        By default, a method's fields are searched that declare a range (`setting(search=...)`), and the learning rate;
+        but not a field of the key `set` of the values.
 
         Args:
             values: see `Space`.
@@ -126,11 +127,15 @@ class Space:
         ranges: dict[str, dict[str, Range]] = {}
         used: set[str] = set()
         for method in methods:
-            ranges[method] = {"lr": lr} | default_ranges(method)
             settable = {*_fields(method), *_SHARED}
+            fixed = {name for name in settable if {name, f"{method}.{name}"} & {*values.get("set", {})}}
+            searched = {"lr": lr} | default_ranges(method)
+            ranges[method] = {name: each for name, each in searched.items() if name not in fixed}
             for key, text in spaces.items():
                 owner, dot, name = key.rpartition(".")
                 if (not dot or owner == method) and name in settable:
+                    if name in fixed:
+                        raise UserError(f"{key} is given by --set and by --space; expected one of them")
                     ranges[method][name] = Range.parse(key, text)
                     _check_values(values, method, name, f"--space {key}={text}", ranges[method][name])
                     used.add(key)

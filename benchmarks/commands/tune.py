@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +20,11 @@ if TYPE_CHECKING:
 
     from exitkit.benchmarks.campaign.tuning import Space
     from exitkit.runs.folder import RunFolder
+    from exitkit.runs.recipe import ResolvedRecipe
 
 
 FINAL = "final"
+CONFIDENCE = "confidence"
 _DEFAULT_RUNS = 20  # the default computation, in runs of the recipe's length
 
 
@@ -91,7 +94,7 @@ def tune(
       exitkit tune --methods ge,dfs --hours 8 --space lr=0.01:0.3:log
       exitkit tune --methods ge,boostnet --policy mie --policy mie+stopping
     """
-    from exitkit.benchmarks.campaign.tuning import Limits, Space, open_study, search
+    from exitkit.benchmarks.campaign.tuning import JOURNAL, Limits, Space, open_study, search
     from exitkit.benchmarks.report.policies import policies as named_policies
     from exitkit.cli.progress import loading
 
@@ -106,7 +109,10 @@ def tune(
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {out} is a file; expected a folder, or a new name")
-    length = space.plan([{"name": wanted[0]}], wanted[0], seed, 1).runs()[0].recipe.epochs
+    first = space.plan([{"name": wanted[0]}], wanted[0], seed, 1).runs()[0].recipe
+    length = first.epochs
+    if not (folder / JOURNAL).exists():
+        _check_start(first, share, folder)
     limits = Limits(epochs_total or (None if hours else _DEFAULT_RUNS * length), hours)
     folder.mkdir(parents=True, exist_ok=True)
     study = open_study(folder, seed, max(length // 9, 1))
@@ -139,6 +145,20 @@ def _share(budget: str | None) -> float | None:
     if not budget.endswith("%") or not 0 < share <= 1:
         raise UserError(f"--budget {budget} is no share of the last exit's cost; expected one such as 60%")
     return share
+
+
+def _check_start(recipe: ResolvedRecipe, share: float | None, out: Path) -> None:
+    """Check that the images can be read, and that the budget is not below the first exit's cost.
+
+    Raises:
+        UserError: one of both; each run of the search would fail by it.
+    """
+    from exitkit.benchmarks.campaign.estimate import Estimate
+
+    costs = [exit.macs for exit in Estimate(out).costs(recipe)]
+    if share is not None and share * costs[-1] < costs[0]:
+        least = math.ceil(100 * costs[0] / costs[-1])
+        raise UserError(f"--budget {100 * share:g}% is below the first exit's cost; expected at least {least}%")
 
 
 def _tell(trial: optuna.trial.FrozenTrial) -> None:
@@ -184,18 +204,18 @@ def _compare(
 
     plan = space.plan([{"name": BASELINE}, entry], BASELINE, seed + 1, seeds)
     runs = plan.runs()
-    if len(runs) == seeds and policy in (None, "confidence"):
+    if len(runs) == seeds and policy in (None, CONFIDENCE):
         click.echo("nothing beat joint training with its default settings")
         return
     carry_out(plan, out)
-    if policy is None:
+    if policy is None and budget is None:
         click.echo(sentence(collect([RunFolder(out / run.recipe.id) for run in runs]).differences))
         return
     joint, winner = (
         [RunFolder(out / run.recipe.id) for run in space.plan([one], one["name"], seed + 1, seeds).runs()]
         for one in ({"name": BASELINE}, entry)
     )
-    click.echo(sentence(policy_difference(joint, winner, policy, budget)))
+    click.echo(sentence(policy_difference(joint, winner, policy or CONFIDENCE, budget), budget))
 
 
 def policy_difference(
@@ -215,23 +235,27 @@ def policy_difference(
 
     from exitkit.benchmarks.campaign.tuning import policy_scores
     from exitkit.benchmarks.report.statistics import paired_difference
-    from exitkit.inference.policy import BASELINE as CONFIDENCE
     from exitkit.inference.policy import read_policy
 
     ours, theirs = (
-        [policy_scores(run, budget, [name])[0].test for run in runs]
-        for runs, name in ((winner, read_policy(policy)), (joint, CONFIDENCE))
+        [policy_scores(run, budget, [read_policy(name)])[0].test for run in runs]
+        for runs, name in ((winner, policy), (joint, CONFIDENCE))
     )
-    method = f"{winner[0].recipe.method} with {policy}"
+    method = winner[0].recipe.method + (f" with {policy}" if policy != CONFIDENCE else "")
     return pd.DataFrame([{"method": method, "measure": "area", **paired_difference(ours, theirs)._asdict()}])
 
 
-def sentence(differences: Any) -> str:
-    """Return in words whether the area under the budgeted curve of the winner is above that of joint training."""
+def sentence(differences: Any, budget: float | None = None) -> str:
+    """Return in words whether the winner is better than joint training: by the area under the budgeted curve.
+
+    Args:
+        differences: rows of `measure`, of which "area" counts.
+        budget: if given, the row is of the accuracy at this share of the last exit's cost.
+    """
     (row,) = differences[differences["measure"] == "area"].to_dict("records")
-    interval = (
-        f"{row['mean']:+.2f} points of area [{row['low']:+.2f}, {row['high']:+.2f}], {counted(row['n'], 'fresh seed')}"
-    )
+    measured = "of area" if budget is None else f"of accuracy at {100 * budget:g}%"
+    limits = f"[{row['low']:+.2f}, {row['high']:+.2f}]"
+    interval = f"{row['mean']:+.2f} points {measured} {limits}, {counted(row['n'], 'fresh seed')}"
     if row["low"] > 0:
         return f"{row['method']} beats joint training: {interval}"
     return f"nothing beat joint training: the best settings are not significantly better ({interval})"

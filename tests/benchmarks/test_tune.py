@@ -72,6 +72,17 @@ def test_a_space_of_impossible_values_is_refused_before_the_search(method, key, 
     assert says in str(error.value)
 
 
+@pytest.mark.parametrize("key", ["temperature", "boostnet.temperature"])
+def test_a_field_that_is_set_is_not_searched(key):
+    values = {"dataset": "digits", "set": {key: "0.5"}}
+    space = Space.make(values, ["boostnet"], {})
+    assert "temperature" in default_ranges("boostnet") and set(space.ranges["boostnet"]) == {"lr"}
+    (run,) = space.plan([{"name": "boostnet", "lr": 0.1}], "boostnet", 0, 1).runs()
+    assert run.recipe.method_settings["temperature"] == 0.5
+    with pytest.raises(UserError, match="temperature is given by --set and by --space; expected one of them"):
+        Space.make(values, ["boostnet"], {"temperature": "0:1"})
+
+
 def test_a_range_may_begin_at_an_excluded_value():
     space = Space.make({"dataset": "digits"}, ["joint"], {"lr": "0:0.1", "batch_size": "16:64"})
     assert space.ranges["joint"] == {"lr": Range(0, 0.1), "batch_size": Range(16, 64)}
@@ -116,6 +127,10 @@ def test_the_winner_with_its_policy_is_compared_with_joint_on_confidence_by_seed
     assert rows["mean"][0] == pytest.approx(np.mean(expected)) and rows["low"][0] > 0
     assert sentence(rows).startswith("boostnet with mean beats joint training: ")
     assert sentence(policy_difference(joint, joint, "confidence", None)).startswith("nothing beat joint")
+    at_budget = policy_difference(joint, better, "confidence", 0.6)
+    scores = ([policy_scores(run, 0.6, [BASELINE])[0].test for run in runs] for runs in (better, joint))
+    assert at_budget["mean"][0] == pytest.approx(np.mean(np.subtract(*scores)))
+    assert f"{at_budget['mean'][0]:+.2f} points of accuracy at 60% [" in sentence(at_budget, 0.6)
 
 
 def study_of(folder, **space):
@@ -218,4 +233,6 @@ def test_mistakes_are_refused_before_anything_is_written(cli, tmp_path):
     cli("tune", "--methods", "boostnett").refused("boostnett", "boostnet")
     cli("tune", "--budget", "20").refused("--budget 20", "60%")
     cli("tune", "--space", "lr=3").refused("--space lr=3")
+    cli("tune", "--budget", "1%").refused("--budget 1% is below the first exit's cost; expected at least 24%")
+    cli("tune", "--dataset", "folder", "--data-dir", "nowhere").refused("nowhere")
     assert not list(tmp_path.iterdir())

@@ -274,8 +274,11 @@ class Limits:
 
     def reached(self, trained: int, began: float) -> bool:
         """Whether a limit is reached, with `trained` epochs and a process that began at `began` (monotonic)."""
-        late = self.hours is not None and time.monotonic() - began >= 3600 * self.hours
-        return late or (self.epochs is not None and trained >= self.epochs)
+        return self.late(began) or (self.epochs is not None and trained >= self.epochs)
+
+    def late(self, began: float) -> bool:
+        """Whether the hours of a process that began at `began` (monotonic) are over."""
+        return self.hours is not None and time.monotonic() - began >= 3600 * self.hours
 
 
 def open_study(out: Path, seed: int, rungs: int) -> optuna.Study:
@@ -332,7 +335,7 @@ def search(
     tell: Callable[[optuna.trial.FrozenTrial], None],
     policies: Sequence[PolicyName] = (),
 ) -> None:
-    """Train trials until a limit is reached, but at least one.
+    """Train trials until a limit is reached, but at least one, and those that a killed process began.
 
     Args:
         study, space: what is searched.
@@ -351,7 +354,7 @@ def search(
     began, fruitless = time.monotonic(), 0
     _check_same(study, space, out)
     _requeue(study, out)
-    while not study.get_trials(deepcopy=False) or not limits.reached(trained_epochs(study), began):
+    while not limits.reached(trained_epochs(study), began) or _unfinished(study, not limits.late(began)):
         trial = study.ask()
         try:
             entry = space.propose(trial)
@@ -404,6 +407,14 @@ def _pruning(trial: optuna.Trial, path: Path) -> Callable[[Progress], None]:
             raise optuna.TrialPruned
 
     return report
+
+
+def _unfinished(study: optuna.Study, in_time: bool) -> bool:
+    """Whether a study has no trial yet, or, `in_time`, one that a killed process began and that is queued again."""
+    import optuna  # optional: the extra `tune`
+
+    states = {trial.state for trial in study.get_trials(deepcopy=False)}
+    return not states or (in_time and optuna.trial.TrialState.WAITING in states)
 
 
 def _requeue(study: optuna.Study, out: Path) -> None:

@@ -158,6 +158,19 @@ def test_a_search_trains_ordinary_runs_until_its_epochs_are_spent_and_resumes_ki
     assert len(open_study(tmp_path, 0, 1).get_trials()) == before
 
 
+def test_a_run_that_was_killed_in_the_last_epochs_is_finished(tmp_path):
+    study, space = study_of(tmp_path)
+    killed = study.ask()
+    space.propose(killed)
+    killed.set_user_attr("host", __import__("platform").node())
+    killed.set_user_attr("pid", 2**22 + 1)  # above the largest number of a process
+    killed.report(10.0, step=1)
+    search(study, space, tmp_path, seed=0, limits=Limits(epochs=1), budget=None, tell=lambda _: None)
+    first, second = study.get_trials()
+    assert first.state == STATES.FAIL
+    assert second.state == STATES.COMPLETE and second.params == killed.params
+
+
 def test_a_study_of_other_methods_is_refused_and_stays_as_it_was(tmp_path):
     study, space = study_of(tmp_path)
     space.propose(study.ask())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import warnings
 from dataclasses import dataclass
@@ -96,11 +97,8 @@ class ImageTable(ImageDataSet):
 
     def _read(self, path: Path) -> pd.DataFrame:
         """Return the rows of a table: path (with its folder), label, and split, a value of `PARTS`."""
-        # Imported when used: other data sets do not need it.
-        import pandas as pd
-
         try:
-            table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+            table = _cells(path)
         except OSError as error:
             raise UserError(f"{path} can't be read: {error.strerror}") from None
         except ValueError as error:  # not text, without columns, or rows of different lengths
@@ -119,6 +117,27 @@ class ImageTable(ImageDataSet):
             raise UserError(f"{path} lists no training images; expected rows whose split is train")
         table["path"] = [str(path.parent / name) for name in table["path"]]
         return table[["path", "label", "split"]]
+
+
+def _cells(path: Path) -> pd.DataFrame:
+    """Return all cells of a table as text; a comma at the end of a row is no cell.
+
+    Raises:
+        OSError: the file can't be read.
+        ValueError: it is no table.
+    """
+    # Imported when used: other data sets do not need it.
+    import pandas as pd
+
+    read = functools.partial(pd.read_csv, path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    table: pd.DataFrame = read()
+    if isinstance(table.index, pd.RangeIndex):
+        return table
+    # The first row is longer than the header: pandas takes its first cells for the names of rows.
+    if (table.iloc[:, -1] != "").any():
+        raise ValueError("rows have more cells than the header; expected quotes around a cell with a comma")
+    with warnings.catch_warnings(action="ignore", category=pd.errors.ParserWarning):
+        return read(index_col=False)
 
 
 def _part(path: Path, line: int, name: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 
 from exitkit.data.base import Data, DataSet, TensorData
 from exitkit.data.split import Split, hold_out
+from exitkit.errors import Note
 from exitkit.plugins import setting
 
 _TEST = 500
@@ -31,7 +33,11 @@ class Digits(DataSet):
     validation: int = setting(200, "number of validation images, held out of the training images, stratified")
 
     def load(self, data_dir: Path | None, download: bool = True) -> Data:
-        """Return the digits, which are part of scikit-learn; `data_dir` and `download` are ignored."""
+        """Return the digits, which are part of scikit-learn; `download` is ignored, and `data_dir` with a `Note`."""
+        if data_dir is not None:
+            warnings.warn(
+                Note(f"the digits are part of scikit-learn, so --data-dir {data_dir} is not used"), stacklevel=2
+            )
         # Imported when used: scikit-learn takes a second to load.
         from sklearn.datasets import load_digits
 

@@ -81,6 +81,8 @@ def test_a_table_is_known_by_its_rows_and_images_wherever_it_is(table, tmp_path)
         (lambda text: text.replace("path,label", "file,label"), "has no column path .its columns are file, label, sp"),
         (lambda text: "", "is not a CSV table: No columns"),
         (lambda text: text + "a,b,c,d,e\n", "is not a CSV table: Error tokenizing"),
+        (lambda text: text.replace(",me\n", ",me,x\n"), "is not a CSV table: rows have more cells than the header"),
+        (lambda text: text.replace(",ant,", ",ant, red,"), "rows have more cells than the header; expected quotes"),
         (lambda text: text.replace(",ant,", ",,", 1), "line 2: label is empty"),
         (lambda text: text.replace("ant/00.png", "ant/01.png", 1), "lists train/ant/01.png twice, in lines 2 and 3"),
         (lambda text: text.replace(",train,", ",trian,", 1), "line 2: unknown split 'trian'; did you mean train"),
@@ -95,6 +97,16 @@ def test_tables_that_are_not_right_are_refused_in_one_line(table, change, words)
     with pytest.raises(UserError, match=words) as caught:
         named(table).load(None).check()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("end", [",\n", ",,\n"])
+def test_commas_at_the_end_of_rows_are_no_cells(table, end):
+    expected = named(table).load(None)
+    head, rows = table.read_text().split("\n", 1)
+    table.write_text(f"{head}\n{rows.replace(chr(10), end)}")
+    data = named(table).load(None)
+    assert data.class_names == expected.class_names
+    assert torch.equal(data.labels("train"), expected.labels("train"))
 
 
 def test_a_table_is_named_and_exists(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from safetensors.torch import save_file
 
 from exitkit.data.digits import Digits
 from exitkit.data.split import Split, hold_out
-from exitkit.errors import UserError
+from exitkit.errors import Note, UserError
 
 PARTS = ("train", "validation", "test")
 
@@ -26,6 +28,11 @@ def test_digits_are_split_whole_disjoint_and_by_class():
     for part in PARTS:
         labels = data.labels(part)
         assert (torch.bincount(labels, minlength=10) - of_all * len(labels)).abs().max() < 2, part
+
+
+def test_digits_say_that_they_use_no_folder():
+    with pytest.warns(Note, match="the digits are part of scikit-learn, so --data-dir here is not used"):
+        Digits().load(Path("here"))
 
 
 def test_digits_are_the_real_ones_brought_to_sixteen_and_normalised():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import warnings
 from dataclasses import dataclass
@@ -129,15 +128,16 @@ def _cells(path: Path) -> pd.DataFrame:
     # Imported when used: other data sets do not need it.
     import pandas as pd
 
-    read = functools.partial(pd.read_csv, path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    table: pd.DataFrame = read()
+    options: dict[str, Any] = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
+    table: pd.DataFrame = pd.read_csv(path, **options)
     if isinstance(table.index, pd.RangeIndex):
         return table
     # The first row is longer than the header: pandas takes its first cells for the names of rows.
     if (table.iloc[:, -1] != "").any():
         raise ValueError("rows have more cells than the header; expected quotes around a cell with a comma")
     with warnings.catch_warnings(action="ignore", category=pd.errors.ParserWarning):
-        return read(index_col=False)
+        whole: pd.DataFrame = pd.read_csv(path, index_col=False, **options)
+    return whole
 
 
 def _part(path: Path, line: int, name: Any) -> str:

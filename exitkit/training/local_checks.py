@@ -23,7 +23,7 @@ from exitkit.training.phase import hold_fixed, trains
 Pair = tuple[Tensor, Tensor]
 
 
-def check_network(network: object) -> None:
+def check_network(network: Any) -> None:
     """Check that a network has exits, and parameters to train.
 
     Raises:

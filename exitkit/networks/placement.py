@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
+from numbers import Real
 
 from exitkit.errors import UserError
 
@@ -21,6 +22,10 @@ def place(costs: Sequence[int], fractions: Sequence[float]) -> list[int]:
     Raises:
         UserError: `fractions` are not ascending shares, or two of them give the same unit.
     """
+    if isinstance(fractions, str) or not isinstance(fractions, Sequence):
+        raise UserError(f"fractions is {fractions!r}; expected a list of shares, such as [0.25, 0.5]")
+    if not all(isinstance(share, Real) for share in fractions):
+        raise UserError(f"fractions is {list(fractions)}; expected shares between 0 and 1, such as [0.25, 0.5]")
     text = ", ".join(f"{share:g}" for share in fractions)
     if not fractions or list(fractions) != sorted(set(fractions)) or not 0 < fractions[0] <= fractions[-1] < 1:
         raise UserError(f"fractions is {text or 'empty'}; expected ascending shares between 0 and 1, such as 0.25, 0.5")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import get_args
 
 import torch
 from torch import Tensor
 
+from exitkit.data.base import Batch
 from exitkit.engine.devices import Layout
 from exitkit.engine.engine import Engine
 from exitkit.engine.precision import Precision
@@ -28,6 +30,7 @@ from exitkit.training.local_checks import (
     check_batch,
     check_network,
     check_optimizer,
+    check_pair,
     errors_explained,
     set_mode,
 )
@@ -64,6 +67,11 @@ class LocalRun(Run):
         self.batch = self.placed(batch)
         with errors_explained(self):
             self._method.train_step(self, self.batch)
+
+    def losses(self, batch: Batch, parameters: Mapping[str, Tensor] | None = None) -> list[Tensor]:
+        """See `Run.losses`; in a loop of one's own, the batch may be a mistake."""
+        check_pair(batch)
+        return super().losses(batch, parameters)
 
     def placed(self, batch: tuple[Tensor, Tensor]) -> LocalBatch:
         """Return a batch in the memory layout of the network, after checking it."""
@@ -128,14 +136,16 @@ def local_run(
         layout: memory layout, see `Engine`; network and images are converted to it.
 
     Raises:
-        UserError: `epochs` is below 1; the optimiser lacks parameters that are trained, or has those of another
-            network; or the strategy can't train this network or use this optimiser.
+        UserError: `epochs` is below 1, or `seed` below 0; the optimiser lacks parameters that are trained, or has those
+            of another network; or the strategy can't train this network or use this optimiser.
     """
     for name, value, known in (("precision", precision, Precision), ("layout", layout, Layout)):
         if value not in get_args(known):
             raise unknown(name, str(value), get_args(known))
     if not isinstance(epochs, int) or epochs < 1:
         raise UserError(f"epochs is {epochs}; expected a number of at least 1")
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or int(seed) < 0:
+        raise UserError(f"seed is {seed!r}; expected a whole number of at least 0")
     label = strategy if isinstance(strategy, str) else type(strategy).__name__
     if isinstance(strategy, str):
         strategy = build_strategy(strategy)

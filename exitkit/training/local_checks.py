@@ -80,11 +80,9 @@ def check_batch(batch: Any, network: MultiExitNetwork) -> Pair:
     """Return the images [B, *input_shape], or their features, and the labels [B] of a batch.
 
     Raises:
-        UserError: it is no such pair; type, shape, device or a label is wrong; or it is empty.
+        UserError: it is no such pair; type, shape, device or a label is wrong; a value is not finite; or it is empty.
     """
-    if not isinstance(batch, tuple | list) or len(batch) != 2:
-        size = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
-        raise UserError(f"a batch is a {type(batch).__name__}{size}; expected a pair (images, labels)")
+    check_pair(batch)
     images, labels = batch
     reference = reference_tensor(network)
     if not isinstance(images, Features):
@@ -96,7 +94,21 @@ def check_batch(batch: Any, network: MultiExitNetwork) -> Pair:
             f"a batch has {counted(count, 'image')} and {counted(len(labels), 'label')}; "
             "expected as many of both, at least one"
         )
+    # Before the step: the running statistics of batch norm would take the values in.
+    if not all(tensor.isfinite().all() for tensor in pytree.tree_leaves(images)):
+        raise UserError("images have values that are NaN or infinite; expected finite numbers")
     return images, labels
+
+
+def check_pair(batch: Any) -> None:
+    """Check that a batch is a pair.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        size = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+        raise UserError(f"a batch is a {type(batch).__name__}{size}; expected a pair (images, labels)")
 
 
 def _check_labels(labels: Any, classes: int, device: torch.device) -> None:
@@ -146,9 +158,6 @@ def errors_explained(run: Run) -> Iterator[None]:
     try:
         yield
     except NonFiniteError as error:
-        images = pytree.tree_leaves(run.batch.images) if run.batch else []
-        if not all(tensor.isfinite().all() for tensor in images):
-            raise UserError("images have values that are NaN or infinite; expected finite numbers") from error
         state = run.network.state_dict()
         fault = next((name for name, value in state.items() if not value.isfinite().all()), None)
         where = f"; {fault} of the network is not finite" if fault else ""

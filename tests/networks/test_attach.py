@@ -403,6 +403,21 @@ def test_exactly_one_way_to_say_where_and_images_that_fit():
         attach_exits(ResNetLike(), fractions=[0.5, 0.2], input_shape=SMALL)
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"fractions": 0.5}, r"fractions is 0\.5; expected a list of shares, such as \[0\.25, 0\.5\]"),
+        ({"fractions": "0.5"}, r"fractions is '0\.5'; expected a list of shares"),
+        ({"fractions": ["half"]}, r"fractions is \['half'\]; expected shares between 0 and 1"),
+        ({"at": ["a"], "head": nn.Linear(8, 5)}, "head is a Linear, of one point; expected a name, or a function"),
+        ({"at": ["a"], "head": 5}, "head is 5; expected a name, or a function"),
+    ],
+)
+def test_shares_and_heads_of_another_type_are_one_line(given, says):
+    with pytest.raises(UserError, match=says):
+        attach_exits(ResNetLike(), input_shape=SMALL, **given)
+
+
 def test_auxiliary_classifiers_are_left_out_and_that_is_said():
     model = torchvision("models").googlenet(init_weights=False, num_classes=5)
     with pytest.warns(Note, match=r"GoogLeNet runs .*aux.* in training only"):

@@ -199,6 +199,31 @@ def test_a_wrong_batch_is_said_in_one_line_and_changes_nothing(batch, words):
         assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
+def test_images_that_are_not_finite_do_not_reach_the_running_statistics():
+    network = exitkit.build_network("msdnet-tiny")
+    run = exitkit.Run.local(network, "joint", torch.optim.SGD(network.parameters(), lr=0.1))
+    images, labels = torch.rand(4, 1, 16, 16), torch.arange(4)
+    before = copy.deepcopy(network.state_dict())
+    for call in (lambda: run.train_step((images / 0, labels)), lambda: run.train_epoch([(images / 0, labels)])):
+        with pytest.raises(UserError, match="images have values that are NaN or infinite"):
+            call()
+        assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    run.train_step((images, labels))
+
+
+@pytest.mark.parametrize("batch", [IMAGES, None, (IMAGES,)])
+def test_losses_of_a_wrong_batch_are_one_line(batch):
+    with pytest.raises(UserError, match=r"a batch is a .*; expected a pair \(images, labels\)"):
+        local(chain(), "joint").losses(batch)
+
+
+@pytest.mark.parametrize("seed", [-1, "first", True, 1.5])
+def test_a_wrong_seed_is_one_line(seed):
+    network = chain()
+    with pytest.raises(UserError, match=f"seed is {seed!r}; expected a whole number of at least 0"):
+        exitkit.Run.local(network, "joint", torch.optim.SGD(network.parameters(), lr=0.1), seed=seed)
+
+
 @pytest.mark.parametrize("method", ["joint", "metagf"])
 def test_an_epoch_reads_lists_loaders_and_generators_alike(method):
     images, labels = (torch.cat(parts) for parts in zip(*batches(), strict=True))

@@ -112,6 +112,9 @@ def attach_exits(
     """
     if head is None or isinstance(head, str):
         head = HeadChoice(head or "linear")
+    if isinstance(head, nn.Module) or not (isinstance(head, HeadChoice) or callable(head)):
+        what = f"a {type(head).__name__}, of one point" if isinstance(head, nn.Module) else repr(head)
+        raise UserError(f"head is {what}; expected a name, or a function of (shape, classes) that makes each head")
     if not isinstance(model, nn.Module):
         raise UserError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
     if (at is None) == (fractions is None):

@@ -110,11 +110,7 @@ def attach_exits(
             message gives the nearest possible points); a head does not fit; or `at` and `fractions` are both given, or
             neither.
     """
-    if head is None or isinstance(head, str):
-        head = HeadChoice(head or "linear")
-    if isinstance(head, nn.Module) or not (isinstance(head, HeadChoice) or callable(head)):
-        what = f"a {type(head).__name__}, of one point" if isinstance(head, nn.Module) else repr(head)
-        raise UserError(f"head is {what}; expected a name, or a function of (shape, classes) that makes each head")
+    head = _chosen_head(head)
     if not isinstance(model, nn.Module):
         raise UserError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
     if (at is None) == (fractions is None):
@@ -142,6 +138,20 @@ def attach_exits(
     if trial is not None:
         trial.compare(network, training=not traced.left_out)
     return network
+
+
+def _chosen_head(head: MakeHead | HeadChoice | HeadForm | None) -> MakeHead | HeadChoice:
+    """Return what makes the heads.
+
+    Raises:
+        UserError: it is neither a name nor a function.
+    """
+    if head is None or isinstance(head, str):
+        return HeadChoice(head or "linear")
+    if isinstance(head, nn.Module) or not (isinstance(head, HeadChoice) or callable(head)):
+        what = f"a {type(head).__name__}, of one point" if isinstance(head, nn.Module) else repr(head)
+        raise UserError(f"head is {what}; expected a name, or a function of (shape, classes) that makes each head")
+    return head
 
 
 def _traced(

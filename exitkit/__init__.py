@@ -112,7 +112,13 @@ __all__ = [
 ]
 
 
+_ROOMS = ("data", "networks")
+"""Packages whose names the documents write out: `exitkit.data.from_datasets`."""
+
+
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f"exitkit.{name}")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'exitkit' has no attribute {name!r}")
     module, attribute = _PUBLIC[name]

@@ -18,6 +18,11 @@ def test_every_public_name_is_there_after_import_exitkit_alone():
     subprocess.run([sys.executable, "-W", "error::DeprecationWarning", "-c", code], check=True)
 
 
+@pytest.mark.parametrize("name", ["data.from_datasets", "data.hold_out", "networks.preset", "networks.Head"])
+def test_what_the_documents_write_out_is_there_after_import_exitkit_alone(name):
+    subprocess.run([sys.executable, "-c", f"import exitkit\nexitkit.{name}"], check=True)
+
+
 def test_import_exitkit_alone_loads_no_torch():
     code = "import sys, exitkit; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -121,7 +121,12 @@ def from_datasets(
     known = {name: Items(items, name, keys) for name, items in given.items() if items is not None}
     if "train" not in known:
         raise UserError("train is None; expected a data set")
+    if isinstance(class_names, str):
+        raise UserError(f"class_names is {class_names!r}; expected a list of names")
     chosen = None if class_names is None else [str(name) for name in class_names]
+    twice = [name for name in chosen or () if (chosen or []).count(name) > 1]
+    if twice:
+        raise UserError(f"class_names has {twice[0]!r} twice; expected one name per class")
 
     @dataclass(frozen=True)
     class Given(ItemDataSet):

@@ -259,3 +259,12 @@ def test_a_registered_data_set_is_trained_evaluated_and_timed(tmp_path, cli):
         exitkit.evaluate(run)
     with pytest.raises(UserError, match="is finished, on other images than those of mine now; choose another --out"):
         exitkit.train(recipe, tmp_path / "runs")
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [("abc", "class_names is 'abc'; expected a list of names"), (["a", "b", "a"], "class_names has 'a' twice")],
+)
+def test_class_names_are_a_list_of_different_names(names, says):
+    with pytest.raises(UserError, match=says):
+        from_datasets(Mine(), class_names=names)

@@ -114,7 +114,7 @@ def learning_figure(learning: pd.DataFrame) -> Figure:
                     style = _style(index) | {"marker": "" if len(curve) > 15 else _style(index)["marker"], "lw": 1.0}
                     axes.plot(curve["epoch"], curve["validation_accuracy_mean"], label=method, **style)
                 title = f"exit {number}" if len(groups) == 1 else f"exit {number}, {group_name(rows)}"
-                axes.set_title(textwrap.fill(title, 32), fontsize=7)
+                axes.set_title(textwrap.fill(title, 24), fontsize=7)
                 axes.set_xlabel("epoch")
                 axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True, min_n_ticks=1))
                 axes.grid(axis="y")

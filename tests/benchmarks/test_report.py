@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from itertools import pairwise
 
 import matplotlib.image
 import numpy as np
@@ -29,7 +30,7 @@ from exitkit.benchmarks.report import (
     write_report,
 )
 from exitkit.benchmarks.report.comparison import Missing
-from exitkit.benchmarks.report.figures import oracle_figure
+from exitkit.benchmarks.report.figures import learning_figure, oracle_figure
 from exitkit.benchmarks.report.html import html_report
 from exitkit.benchmarks.report.narrow_tables import number, sheets
 from exitkit.benchmarks.report.provenance import commands, provenance
@@ -454,6 +455,22 @@ def test_a_title_stays_over_its_own_panel():
     figure.draw_without_rendering()
     left, right = (axes.title.get_window_extent() for axes in figure.axes)
     assert left.x1 < right.x0 and left.x0 >= 0 and right.x1 <= figure.bbox.x1
+
+
+def test_titles_of_learning_curves_stay_in_the_figure_and_over_their_panels():
+    groups = ["fashion-mnist validation=1000 per_class=100 thin_validation=none", "fashion-mnist per_class=500"]
+    rows = [
+        ("joint", "msdnet", group, number, epoch, 50.0 + epoch)
+        for group in groups
+        for number in (1, 2, 3, 4)
+        for epoch in (1, 2)
+    ]
+    columns = ["method", "backbone", "dataset", "exit", "epoch", "validation_accuracy_mean"]
+    figure = learning_figure(pd.DataFrame(rows, columns=columns))
+    figure.draw_without_rendering()
+    titles = [axes.title.get_window_extent() for axes in figure.axes]
+    assert all(title.x0 >= 0 and title.x1 <= figure.bbox.x1 for title in titles)
+    assert all(left.x1 < right.x0 for row in (titles[:4], titles[4:]) for left, right in pairwise(row))
 
 
 def test_static_networks_stand_beside_the_best_method_at_their_exit(tmp_path):

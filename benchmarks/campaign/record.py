@@ -1,7 +1,7 @@
 """Files of a comparison besides its runs: its plan, and the reasons of failed runs.
 
 A folder may hold several comparisons. Each has a file of its own, `comparison-DIGEST.json`; the digest is that of the
-planned runs, the title, the note and the options of the report.
+planned runs without the folder of their images, the title, the note and the options of the report.
 """
 
 from __future__ import annotations
@@ -71,7 +71,13 @@ def write_plan(out: Path, plan: Plan, runs: Sequence[Planned], line: str) -> Pat
 
 
 def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps(_portable(content), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _portable(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a plan without the folder of the images, which is one of this machine."""
+    runs = [run | {"recipe": run["recipe"] | {"data_dir": None}} for run in plan["runs"]]
+    return {**plan, "runs": runs}
 
 
 def _replace_old(out: Path, content: Mapping[str, Any]) -> None:
@@ -177,14 +183,9 @@ def _read(path: Path, out: Path) -> tuple[Context, dict[str, Any], list[str]]:
 
 
 def copy_plan(comparisons: Comparisons, target: Path) -> None:
-    """Copy the plans and the reasons of failed runs, if there are any, to another folder of runs.
-
-    The copies do not have the folder of the images, which is one of this machine.
-    """
+    """Copy the plans, without the folder of the images, and the reasons of failed runs to another folder of runs."""
     for path in comparisons.files:
-        plan = read_json(path)
-        runs = [run | {"recipe": run["recipe"] | {"data_dir": None}} for run in plan["runs"]]
-        write_json(target / path.name, plan | {"runs": runs})
+        write_json(target / path.name, _portable(read_json(path)))
     for path in sorted((comparisons.folder / FAILURES).glob("*.json")):
         make_folder(target / FAILURES)
         write_json(target / FAILURES / path.name, read_json(path))

@@ -43,6 +43,8 @@ def test_each_plan_is_a_file_and_the_same_plan_is_the_same_file(folder, tmp_path
     assert [read_plan(path).context.title for path in plans(folder)] == ["First", "Second"]
     again = plan(**FIRST)
     assert write_plan(tmp_path, again, again.runs(), "another line").name == named(folder, "First").name
+    moved = plan(**FIRST, data_dir=str(tmp_path))  # the same images elsewhere, as on another machine
+    assert write_plan(tmp_path, moved, moved.runs(), "a line").name == named(folder, "First").name
     other = plan(**FIRST | {"note": "Another note."})
     write_plan(tmp_path, other, other.runs(), "a line")
     assert len(plans(tmp_path)) == 2

@@ -156,7 +156,8 @@ class Target:
         """
         value = self.value * float(costs[-1]) if self.relative else self.value
         if not value >= costs[0]:
-            least = f"{costs[0]:.6g}" + (f" ({100 * costs[0] / costs[-1]:.3g}%)" if self.relative else "")
+            share = f" ({100 * costs[0] / costs[-1]:.3g}%)" if self.kind == "budget" else ""
+            least = f"{costs[0]:.6g}{share}"
             raise UserError(f"{self.text} is below the first exit's cost; expected at least {least}")
         return value
 

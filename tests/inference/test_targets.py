@@ -165,7 +165,7 @@ def test_an_accuracy_chooses_the_lowest_cost_that_reaches_it():
     ("given", "says"),
     [
         ({"budget": "10%"}, r"budget 10% is below the first exit's cost; expected at least 10 \(25%\)"),
-        ({"budget": 9}, "budget 9 is below the first exit's cost"),
+        ({"budget": 9}, r"budget 9 is below the first exit's cost; expected at least 10 \(25%\)"),
         ({"accuracy": 99}, r"accuracy 99 is not reached .* the most accurate has \d"),
         ({"budget": 10, "at_most": True}, None),
         ({"lose": 1, "certainty": 0.999}, "can't be shown for any operating point with 400 images"),

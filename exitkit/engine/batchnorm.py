@@ -81,13 +81,11 @@ class SyncedBatchNorm(_BatchNorm):
 
 
 def synchronise_batchnorm(module: nn.Module) -> None:
-    """Replace every batch normalisation inside `module` by a synchronised one with the same parameters and buffers."""
+    """Replace every batch normalisation inside `module` by a synchronised one; it shares parameters, buffers, hooks."""
     for name, child in module.named_children():
         if isinstance(child, _BatchNorm) and not isinstance(child, SyncedBatchNorm):
-            synced = SyncedBatchNorm(
-                child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats
-            )
-            synced._parameters, synced._buffers, synced.training = child._parameters, child._buffers, child.training
+            synced = SyncedBatchNorm(child.num_features)
+            synced.__dict__.update(child.__dict__)
             setattr(module, name, synced)
         else:
             synchronise_batchnorm(child)

@@ -53,7 +53,8 @@ def compiled(dtype: torch.dtype) -> ctypes.CDLL | None:
 def fuse_batchnorm(module: nn.Module) -> None:
     """Replace every batch normalisation in `module`, together with a ReLU that follows it in an `nn.Sequential`.
 
-    Names, parameters and buffers do not change; an identity takes the place of the ReLU.
+    Names, parameters and buffers do not change; an identity takes the place of the ReLU. Layers with forward hooks stay
+    apart, since a hook may read or change what is between them.
     """
     for name, child in list(module.named_children()):
         if type(child) is nn.BatchNorm2d:
@@ -62,7 +63,8 @@ def fuse_batchnorm(module: nn.Module) -> None:
             fuse_batchnorm(child)
     if type(module) is nn.Sequential:
         for index, (first, second) in enumerate(pairwise(list(module))):
-            if isinstance(first, FusedBatchNorm) and type(second) is nn.ReLU:
+            hooked = any(layer._forward_hooks or layer._forward_pre_hooks for layer in (first, second))
+            if isinstance(first, FusedBatchNorm) and type(second) is nn.ReLU and not hooked:
                 first.relu = True
                 module[index + 1] = nn.Identity()
 

@@ -77,9 +77,9 @@ def _does_nothing(layer: nn.Module | None) -> bool:
     return type(layer) in _NOTHING and not _is_hooked(layer)
 
 
-def _is_hooked(module: nn.Module | None) -> bool:
-    """Whether a module has forward hooks, which may change what it reads or returns."""
-    return module is not None and bool(module._forward_hooks or module._forward_pre_hooks)
+def _is_hooked(*modules: nn.Module | None) -> bool:
+    """Whether one of the modules has forward hooks, which may change what it reads or returns."""
+    return any(module is not None and (module._forward_hooks or module._forward_pre_hooks) for module in modules)
 
 
 def _layers(chain: nn.Module) -> Iterator[nn.Module]:
@@ -101,7 +101,7 @@ def _chain(chain: nn.Module) -> nn.Module:
 
 def _joined(first: nn.Module | None, second: nn.Module | None) -> nn.Module | None:
     """Return one layer that does the work of two, or None if there is none."""
-    if _is_hooked(first) or _is_hooked(second):
+    if _is_hooked(first, second):
         return None
     if type(second) is nn.ReLU and type(first) is nn.Conv2d and first.padding_mode == "zeros":
         return ConvReLU(first)

@@ -144,6 +144,18 @@ def test_all_else_is_computed_by_pytorch(case):
     torch.testing.assert_close(replaced(x), plain(x), rtol=0, atol=0)
 
 
+def test_hooks_read_and_change_what_they_did():
+    plain, seen = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.BatchNorm2d(3), nn.ReLU()), []
+    plain[0].register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
+    plain[3].register_forward_pre_hook(lambda module, inputs: (inputs[0] - 1,))
+    fused = copy.deepcopy(plain)
+    fuse_batchnorm(fused)
+    x = torch.randn(4, 3, 2, 2).contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(fused(x), plain(x))
+    torch.testing.assert_close(*seen)
+    assert (seen[0] < 0).any()
+
+
 def test_names_parameters_and_buffers_are_kept():
     network = exitkit.build_network("msdnet-tiny")
     before = dict(network.named_parameters())

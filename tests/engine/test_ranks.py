@@ -86,6 +86,14 @@ def test_synchronising_shares_parameters_and_keeps_names_and_modes():
     assert network(x).shape == (5, 3)  # without a process group it is plain batch normalisation
 
 
+def test_synchronising_keeps_hooks():
+    network = nn.Sequential(nn.BatchNorm1d(3))
+    network[0].register_forward_pre_hook(lambda module, inputs: (inputs[0] * 0,))
+    network[0].register_forward_hook(lambda module, inputs, output: output + 1)
+    synchronise_batchnorm(network)
+    assert torch.equal(network(torch.randn(5, 3)), torch.ones(5, 3))
+
+
 TRAINED = """
 import sys, exitkit
 from toy import FEW

@@ -16,9 +16,9 @@ lambda_k u_ik + eps.
 
 What differs from the published code (https://github.com/gunki-geek/CG-Training), which `variant = "released"` follows:
 it changes lambda over the epochs from (1, .7, .4, .1) to (.2, .5, .8, 1), with the same tau and eps as here; for other
-numbers of exits these values are interpolated. It also smooths labels by 0.1, which the variant does not set
-(`label_smoothing=0.1` does). With its s = 1 and tau = 0.9 a soft gate is between 0.475 and 0.711 for any image, so that
-the default is the hard gate; `sharpness=10` makes the soft gate depend on the image.
+numbers of exits the values are equally spaced between the first and the last of these. It also smooths labels by 0.1,
+which the variant does not set (`label_smoothing=0.1` does). With its s = 1 and tau = 0.9 a soft gate is between 0.475
+and 0.711 for any image, so that the default is the hard gate; `sharpness=10` makes the soft gate depend on the image.
 """
 
 from __future__ import annotations
@@ -136,12 +136,13 @@ class ConfidenceGated(TrainingStrategy):
         if self.exit_share == "constant":
             return [1.0] * exits
         done = run.position.epoch / max(run.position.epochs - 1, 1)
-        places = [index / max(exits - 1, 1) for index in range(exits)]
-        return [(1 - done) * _between(START, place) + done * _between(END, place) for place in places]
+        pairs = zip(_spread(START, exits), _spread(END, exits), strict=True)
+        return [(1 - done) * first + done * last for first, last in pairs]
 
 
-def _between(values: Sequence[float], place: float) -> float:
-    """Return equally spaced values, linearly interpolated at a place 0..1."""
-    position = place * (len(values) - 1)
-    lower = min(int(position), len(values) - 2)
-    return values[lower] + (position - lower) * (values[lower + 1] - values[lower])
+def _spread(published: Sequence[float], exits: int) -> Sequence[float]:
+    """Return the published values for four exits, for others equally spaced ones from the first to the last of them."""
+    if exits == len(published):
+        return published
+    spread: list[float] = torch.linspace(published[0], published[-1], exits, dtype=torch.float64).tolist()
+    return spread

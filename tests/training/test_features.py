@@ -100,20 +100,20 @@ def test_a_number_of_augmented_views_is_seen_in_turn(tmp_path, monkeypatch):
     assert len({round(loss[2], 4) for loss in losses[1:]}) == 3
 
 
-def test_an_interrupted_run_ends_in_the_same_bits_and_uses_its_features_again(tmp_path, monkeypatch):
-    whole = train(tmp_path / "whole")
+def interrupted(out, monkeypatch, epochs):
+    """Stop a run after some epochs, try to resume it with a damaged trunk, and return the folder of its features."""
     plain = loop._end_epoch
 
     def stop(training, begun, *rest):
         plain(training, begun, *rest)
-        if begun.run.position.epoch == 2:
+        if begun.run.position.epoch == epochs:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "_end_epoch", stop)
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "cut")
-    monkeypatch.undo()
-    (kept,) = (tmp_path / "cut").glob("*/features")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_end_epoch", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(out)
+    (kept,) = out.glob("*/features")
     state = torch.load(kept.with_name("checkpoint.pt"), weights_only=True)
     assert state["trunk"] and not [name for name in state["network"] if name.startswith("stages.")]
     (trunk,) = kept.parent.glob("trunk-*")  # written once
@@ -121,8 +121,14 @@ def test_an_interrupted_run_ends_in_the_same_bits_and_uses_its_features_again(tm
     trunk.rename(damaged)
     save_tensors(trunk, {name: tensor + 1 for name, tensor in load_tensors(damaged).items()})
     with pytest.raises(UserError, match=rf"{trunk.name} is damaged; delete checkpoint.pt to start"):
-        train(tmp_path / "cut")
+        train(out)
     damaged.replace(trunk)
+    return kept
+
+
+def test_an_interrupted_run_ends_in_the_same_bits_and_uses_its_features_again(tmp_path, monkeypatch):
+    whole = train(tmp_path / "whole")
+    kept = interrupted(tmp_path / "cut", monkeypatch, epochs=2)
     monkeypatch.setattr(stored, "_store", lambda *arguments: pytest.fail("computed again"))
     resumed = train(tmp_path / "cut")
     monkeypatch.undo()
@@ -134,26 +140,7 @@ def test_an_interrupted_run_ends_in_the_same_bits_and_uses_its_features_again(tm
 @pytest.mark.parametrize("damage", ["other", "cut", "gone"])
 def test_features_of_other_weights_or_damaged_ones_are_computed_again(tmp_path, monkeypatch, damage):
     whole = train(tmp_path / "whole")
-    plain = loop._end_epoch
-
-    def stop(training, begun, *rest):
-        plain(training, begun, *rest)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(loop, "_end_epoch", stop)
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "cut")
-    monkeypatch.undo()
-    (kept,) = (tmp_path / "cut").glob("*/features")
-    state = torch.load(kept.with_name("checkpoint.pt"), weights_only=True)
-    assert state["trunk"] and not [name for name in state["network"] if name.startswith("stages.")]
-    (trunk,) = kept.parent.glob("trunk-*")  # written once
-    damaged = kept.with_name("damaged")
-    trunk.rename(damaged)
-    save_tensors(trunk, {name: tensor + 1 for name, tensor in load_tensors(damaged).items()})
-    with pytest.raises(UserError, match=rf"{trunk.name} is damaged; delete checkpoint.pt to start"):
-        train(tmp_path / "cut")
-    damaged.replace(trunk)
+    kept = interrupted(tmp_path / "cut", monkeypatch, epochs=1)
     key = kept / "features.json"
     if damage == "gone":
         shutil.rmtree(kept)

@@ -63,10 +63,14 @@ def fuse_batchnorm(module: nn.Module) -> None:
             fuse_batchnorm(child)
     if type(module) is nn.Sequential:
         for index, (first, second) in enumerate(pairwise(list(module))):
-            hooked = any(layer._forward_hooks or layer._forward_pre_hooks for layer in (first, second))
-            if isinstance(first, FusedBatchNorm) and type(second) is nn.ReLU and not hooked:
+            if isinstance(first, FusedBatchNorm) and type(second) is nn.ReLU and not is_hooked(first, second):
                 first.relu = True
                 module[index + 1] = nn.Identity()
+
+
+def is_hooked(*modules: nn.Module | None) -> bool:
+    """Whether one of the modules has forward hooks, which may change what it reads or returns."""
+    return any(module is not None and (module._forward_hooks or module._forward_pre_hooks) for module in modules)
 
 
 class FusedBatchNorm(nn.BatchNorm2d):

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn.functional import conv2d
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
+from exitkit.engine.fused import is_hooked
 from exitkit.networks.cascade import MultiExitNetwork, Units
 
 _NORMS = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d, nn.Linear: nn.BatchNorm1d}
@@ -70,16 +71,11 @@ def fold(network: MultiExitNetwork) -> MultiExitNetwork:
 
 def _is_chain(module: nn.Module) -> bool:
     """Whether a module does nothing but call its children in order."""
-    return type(module).forward in (nn.Sequential.forward, Units.forward) and not _is_hooked(module)
+    return type(module).forward in (nn.Sequential.forward, Units.forward) and not is_hooked(module)
 
 
 def _does_nothing(layer: nn.Module | None) -> bool:
-    return type(layer) in _NOTHING and not _is_hooked(layer)
-
-
-def _is_hooked(*modules: nn.Module | None) -> bool:
-    """Whether one of the modules has forward hooks, which may change what it reads or returns."""
-    return any(module is not None and (module._forward_hooks or module._forward_pre_hooks) for module in modules)
+    return type(layer) in _NOTHING and not is_hooked(layer)
 
 
 def _layers(chain: nn.Module) -> Iterator[nn.Module]:
@@ -101,7 +97,7 @@ def _chain(chain: nn.Module) -> nn.Module:
 
 def _joined(first: nn.Module | None, second: nn.Module | None) -> nn.Module | None:
     """Return one layer that does the work of two, or None if there is none."""
-    if _is_hooked(first, second):
+    if is_hooked(first, second):
         return None
     if type(second) is nn.ReLU and type(first) is nn.Conv2d and first.padding_mode == "zeros":
         return ConvReLU(first)

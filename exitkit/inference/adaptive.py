@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from exitkit.errors import UserError, unknown
-from exitkit.escaping import counted
 from exitkit.inference.engines import ENGINES, InferenceEngine, Step, prepare
 from exitkit.inference.policy import ExitPolicy
 from exitkit.inference.rule import PointRule
@@ -110,17 +109,13 @@ class AdaptiveInference:
         if isinstance(rule, type) or not isinstance(getattr(rule, "exits", None), int):
             what = f"the class {rule.__name__}" if isinstance(rule, type) else f"a {type(rule).__name__}"
             raise UserError(f"rule is {what}; expected an ExitRule or an ExitPolicy, such as ExitRule.from_run(run)")
-        if rule.exits != network.num_exits:
-            raise UserError(
-                f"the rule is for {counted(rule.exits, 'exit')}; expected {network.num_exits}, those of the network"
-            )
+        self.network, self._policy = (rule if isinstance(rule, ExitPolicy) else ExitPolicy(rule)).placed_in(network)
         if not isinstance(buckets, Iterable) or not all(
             isinstance(size, Integral) and int(size) >= 1 for size in buckets
         ):
             raise UserError(f"buckets are {buckets!r}; expected a list of sizes of at least 1")
         self._reference = reference_tensor(network)
         self.rule = rule
-        self.network, self._policy = (rule if isinstance(rule, ExitPolicy) else ExitPolicy(rule)).placed_in(network)
         self.network.eval()
         if not isinstance(engine, str) and not hasattr(engine, "select"):
             raise unknown("engine", engine, (*ENGINES, "auto"))

@@ -206,8 +206,12 @@ class ExitPolicy:
         outputs of the returned network, a copy, are those of the combination.
 
         Raises:
-            UserError: the combination does not fit the network.
+            UserError: the rule is for another number of exits, or the combination does not fit the network.
         """
+        if self.exits != network.num_exits:
+            raise UserError(
+                f"the rule is for {counted(self.exits, 'exit')}; expected {network.num_exits}, those of the network"
+            )
         if not isinstance(self.combination, Laplace):
             return network, self
         return self.combination.linked(network), ExitPolicy(self.rule)

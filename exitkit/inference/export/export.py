@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from exitkit.errors import UserError
-from exitkit.escaping import counted
 from exitkit.files import disk_error, drafted, exists, make_folder, write_json
 from exitkit.inference.export import runner
 from exitkit.inference.export.bundle import complete, logits_by_stage
@@ -64,13 +63,9 @@ def export(
         raise UserError(f"format is {form!r}; expected {' or '.join(ENDINGS)}")
     if exists(out):
         raise UserError(f"{out} exists already; give another folder by --out")
-    if rule.exits != network.num_exits:
-        raise UserError(
-            f"the rule is for {counted(rule.exits, 'exit')}; expected {network.num_exits}, those of the network"
-        )
+    network, rule = (rule if isinstance(rule, ExitPolicy) else ExitPolicy(rule)).placed_in(network)
     if form == "onnx" and (missing := missing_packages()):
         raise UserError(f"ONNX needs {' and '.join(missing)}: pip install 'exitkit[onnx]'; or use torch-export")
-    network, rule = (rule if isinstance(rule, ExitPolicy) else ExitPolicy(rule)).placed_in(network)
     make_folder(out.parent)
     try:
         with drafted(out) as draft:

@@ -21,7 +21,7 @@ from exitkit.benchmarks.report.comparisons import (
     verdicts,
 )
 from exitkit.benchmarks.report.labels import Names, in_common, name_runs, unlike
-from exitkit.benchmarks.report.measure import FinishedRun
+from exitkit.benchmarks.report.measure import FinishedRun, Measured
 from exitkit.benchmarks.report.options import COST_COLUMNS, ReportOptions
 from exitkit.benchmarks.report.summary import measured
 from exitkit.errors import DamagedError, Note, UserError
@@ -93,20 +93,19 @@ def collect(
         _Named(run, names._replace(method=STATIC) if _static_exit(run.identity) else names)
         for run, names in zip(finished, labels, strict=False)
     ]
-    groups: dict[tuple[str, str], list[_Named]] = {}
-    for member in named:
-        groups.setdefault((member.names.backbone, member.names.dataset), []).append(member)
     parts: dict[str, list[pd.DataFrame]] = {}
     notes: dict[tuple[str, str], Sequence[str]] = {}
     shared: dict[tuple[str, str], str] = {}
     grids: dict[tuple[str, str], np.ndarray] = {}
-    for group, members in groups.items():
+    measures: dict[str, Measured] = {}
+    for group, members in _by_group(named).items():
         _check_seeds(members)
         notes[group] = unlike([m.run.identity for m in members], [m.names.method for m in members])
         shared[group] = in_common([m.run.identity for m in members])
         adaptive = [m.run for m in members if m.names.method != STATIC] or [m.run for m in members]
         grids[group] = common_budgets(adaptive, options, budgets)
-        for name, rows in _measure_group(members, options, grids[group]).items():
+        measures |= {m.run.path.name: measured(m.run, options, grids[group]) for m in members}
+        for name, rows in _group_tables(members, measures, options).items():
             parts.setdefault(name, []).append(rows)
     tables = {name: pd.concat(frames, ignore_index=True) for name, frames in parts.items()}
     anytime = _over_seeds(tables["anytime"], ["exit", "papers", "macs"])
@@ -138,6 +137,7 @@ def collect(
         images=_images(tables["images"]),
         names={run.path.name: names for run, names in named},
         budgets=grids,
+        measured=measures,
     )
 
 
@@ -165,6 +165,14 @@ def _check_seeds(members: Sequence[_Named]) -> None:
             )
 
 
+def _by_group(named: Sequence[_Named]) -> dict[tuple[str, str], list[_Named]]:
+    """Return the runs of each backbone and data set."""
+    groups: dict[tuple[str, str], list[_Named]] = {}
+    for member in named:
+        groups.setdefault((member.names.backbone, member.names.dataset), []).append(member)
+    return groups
+
+
 def common_budgets(runs: Sequence[FinishedRun], options: ReportOptions, count: int = 9) -> np.ndarray:
     """Return the budgets of the options, else `count` evenly spaced ones that every run can meet.
 
@@ -184,26 +192,28 @@ def common_budgets(runs: Sequence[FinishedRun], options: ReportOptions, count: i
     return np.linspace(low, high, count + 2)[1:-1]
 
 
-def _measure_group(members: Sequence[_Named], options: ReportOptions, budgets: np.ndarray) -> dict[str, pd.DataFrame]:
+def _group_tables(
+    members: Sequence[_Named], measures: Mapping[str, Measured], options: ReportOptions
+) -> dict[str, pd.DataFrame]:
     parts: dict[str, list[tuple[Mapping[str, Any], pd.DataFrame]]] = {STATIC: []}
     samples = ""
     only_static = all(names.method == STATIC for _, names in members)
     for run, names in members:
-        measures = measured(run, options, budgets)
+        own = measures[run.path.name]
         labels = {"method": names.method, "seed": run.recipe.seed, **names._asdict()}
-        tables = {**measures.tables, "training": pd.DataFrame([run.training_cost()])}
+        tables = {**own.tables, "training": pd.DataFrame([run.training_cost()])}
         exit = _static_exit(run.identity)
         if exit:
-            row = measures.tables["anytime"].iloc[[exit - 1]]
+            row = own.tables["anytime"].iloc[[exit - 1]]
             parts[STATIC].append((labels, row.assign(cost=row[COST_COLUMNS[options.cost]])))
             if not only_static:
                 continue
-        if samples and measures.samples != samples:
+        if samples and own.samples != samples:
             raise UserError(
                 f"{run.path} and {members[0].run.path} were tested on different samples; evaluate both again, on the "
                 "same images: exitkit evaluate RUN"
             )
-        samples = measures.samples
+        samples = own.samples
         for name, rows in tables.items():
             parts.setdefault(name, []).append((labels, rows))
     return {name: _labelled(pairs) for name, pairs in parts.items()}

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from exitkit.benchmarks.report.labels import Names
 from exitkit.benchmarks.report.options import COST_COLUMNS, ReportOptions
+
+if TYPE_CHECKING:
+    from exitkit.benchmarks.report.measure import Measured
 
 BASELINE = "joint"
 
@@ -145,6 +149,9 @@ class Comparison:
 
     budgets: Mapping[tuple[str, str], np.ndarray]
     """{(backbone, dataset): average budgets of the budgeted table}."""
+
+    measured: Mapping[str, Measured]
+    """{name of a run's folder: its measures}."""
 
     def frames(self) -> dict[str, pd.DataFrame]:
         """Return all tables by name."""

@@ -90,6 +90,15 @@ class Points(NamedTuple):
         return Points(*(values[chosen] for values in self))
 
 
+class Measured(NamedTuple):
+    """What a report needs of one run."""
+
+    samples: str
+    """Digest of the indices of the test samples."""
+    tables: dict[str, pd.DataFrame]
+    """The rows of this run in each table of the report, without the columns that label the run."""
+
+
 class RunMeasures:
     """Measures one run. Thresholds depend on validation only; test labels are used only to compute accuracies.
 

@@ -11,13 +11,13 @@ import math
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from exitkit.benchmarks.report.comparison import Comparison
-from exitkit.benchmarks.report.measure import FinishedRun, RunMeasures
+from exitkit.benchmarks.report.measure import FinishedRun, Measured, RunMeasures
 from exitkit.benchmarks.report.options import ReportOptions
 from exitkit.errors import UserError
 from exitkit.files import drafted, exists, make_folder, read_json, write_json
@@ -31,15 +31,6 @@ FILES = (
 """The files of a run folder that its summary contains."""
 
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-
-
-class Measured(NamedTuple):
-    """What a report needs of one run."""
-
-    samples: str
-    """Digest of the indices of the test samples."""
-    tables: dict[str, pd.DataFrame]
-    """The rows of this run in each table of the report, without the columns that label the run."""
 
 
 def measured(run: FinishedRun, options: ReportOptions, budgets: np.ndarray) -> Measured:
@@ -69,7 +60,7 @@ def write_summary(comparison: Comparison, runs: Iterable[FinishedRun], out: Path
         out: the folder.
 
     Raises:
-        UserError: see `measured`; or a file can't be written.
+        UserError: a file can't be written.
     """
     make_folder(out)
     for run in runs:
@@ -78,7 +69,7 @@ def write_summary(comparison: Comparison, runs: Iterable[FinishedRun], out: Path
             continue
         names = comparison.names[source.name]
         budgets = comparison.budgets[names.backbone, names.dataset]
-        measures = measured(run, comparison.options, budgets)
+        measures = comparison.measured[source.name]
         tables = {name: _encoded(table) for name, table in measures.tables.items()}
         content = {"options": _options(comparison.options, budgets), "samples": measures.samples, "tables": tables}
         with drafted(path) as draft:

@@ -104,16 +104,21 @@ def test_two_epochs_equal_the_second_implementation(fuse_batchnorm):
     assert any(abs(value - 1) > 0.05 for values in eta.values() for value in values.values())
 
 
-def test_weights_that_hardly_move_give_the_mean_over_the_owners_and_sole_owners_their_own_end_point():
-    network, start = chain(3), chain(3)
-    data = batches()
-    run = local_run(network, fusion_lr=1e-14)
-    run.strategy.train_epoch(run, data)
+def is_the_mean_of_end_points(network, start, data):
+    """Check that each parameter is the mean over the end points of its owners' branches."""
     ends = [branch(start, index, data, 0.1) for index in range(3)]
     for name, parameter in network.named_parameters():
         own = exits_below(name, 3)
         mean = sum(ends[e][name] for e in own) / len(own)
         assert torch.allclose(parameter, mean, rtol=1e-10, atol=1e-12), name
+
+
+def test_weights_that_hardly_move_give_the_mean_over_the_owners_and_sole_owners_their_own_end_point():
+    network, start = chain(3), chain(3)
+    data = batches()
+    run = local_run(network, fusion_lr=1e-14)
+    run.strategy.train_epoch(run, data)
+    is_the_mean_of_end_points(network, start, data)
 
 
 class Scaled(torch.nn.Module):
@@ -135,11 +140,7 @@ def test_a_parameter_without_dimensions_is_fused_like_any_other(granularity):
     start = copy.deepcopy(network)
     run = local_run(network, fusion_lr=1e-14, granularity=granularity)
     run.strategy.train_epoch(run, data)
-    ends = [branch(start, index, data, 0.1) for index in range(3)]
-    for name, parameter in network.named_parameters():
-        own = exits_below(name, 3)
-        mean = sum(ends[e][name] for e in own) / len(own)
-        assert torch.allclose(parameter, mean, rtol=1e-10, atol=1e-12), name
+    is_the_mean_of_end_points(network, start, data)
 
 
 def test_the_gradient_of_the_weights_is_the_finite_difference():

@@ -31,6 +31,15 @@ smallest effect that the study could have shown. p is two-sided and corrected by
 page. One of twenty true hypotheses of no difference is rejected by chance: a verdict whose corrected p is above 0.05 is
 weak. *Fixed in* is the commit that fixed the test. `f159a44` also has the results of 1, 2, 6, 7, 9 to 11, 13 and 22 to
 28, since the commits before it were lost: that their tests are older cannot be checked.
+
+## What differs from the papers' experiments
+
+Our networks are smaller and our schedules are shorter than those of the papers. Where a verdict differs from a paper,
+that may be the reason.
+
+{experiments}
+
+## Claims and verdicts
 """
 _HEADS = ["", "claim", "made in", "test", "fixed in", "difference", "visible", "n", "p (Holm)", "verdict"]
 
@@ -74,6 +83,7 @@ def claims(folders: tuple[str, ...], out: str) -> None:
 def _document(shipped: list[Claim], verdicts: list[Verdict]) -> str:
     import pandas as pd
 
+    from exitkit.benchmarks.report.claims import load_experiments
     from exitkit.benchmarks.report.statistics import holm
 
     rows = []
@@ -91,4 +101,5 @@ def _document(shipped: list[Claim], verdicts: list[Verdict]) -> str:
         facts = [claim.claim, claim.source, f"{claim.study}: {claim.test}", f"`{claim.fixed}`"]
         rows.append([str(number), *facts, *numbers, verdict.verdict])
     table = pd.DataFrame(rows, columns=_HEADS).to_markdown(index=False, disable_numparse=True)
-    return f"{_LEGEND.format(mark=_MARK)}\n{table}\n"
+    experiments = load_experiments().rename(columns={"name": ""}).to_markdown(index=False)
+    return f"{_LEGEND.format(mark=_MARK, experiments=experiments)}\n{table}\n"

@@ -82,8 +82,17 @@ class Verdict(NamedTuple):
 
 def load_claims() -> list[Claim]:
     """Return the shipped claims, in their order."""
+    return [_claim(entry) for entry in _shipped()["claims"]]
+
+
+def load_experiments() -> pd.DataFrame:
+    """Return what the papers trained and what the studies train: columns name, images, network, training."""
+    return pd.DataFrame(_shipped()["experiments"])
+
+
+def _shipped() -> dict[str, Any]:
     text = resources.files("exitkit.benchmarks.published").joinpath("claims.toml").read_text(encoding="utf-8")
-    return [_claim(entry) for entry in tomllib.loads(text)["claims"]]
+    return tomllib.loads(text)
 
 
 def _claim(entry: Mapping[str, Any]) -> Claim:

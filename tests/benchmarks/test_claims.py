@@ -1,5 +1,7 @@
 """Claims of papers: their tests on runs with known measures."""
 
+import tomllib
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,7 +10,7 @@ from scipy import stats
 
 from exitkit import plugins
 from exitkit.benchmarks.report import ReportOptions
-from exitkit.benchmarks.report.claims import VERDICTS, Claim, Term, judge, load_claims, measure_of
+from exitkit.benchmarks.report.claims import VERDICTS, Claim, Term, judge, load_claims, load_experiments, measure_of
 from exitkit.cli.catalogue import recipe_files
 from exitkit.errors import UserError
 
@@ -122,3 +124,14 @@ def test_the_document_lists_every_claim_and_replaces_only_its_own_files(cli, tmp
     (tmp_path / "study").mkdir()
     cli("claims", "study").refused("was not written by this command")
     cli("claims", "study", "--out", "new.md").refused("holds no finished run")
+
+
+def test_the_experiments_of_the_studies_are_those_of_their_recipes():
+    experiments = load_experiments().set_index("name")
+    studies = {entry.study for entry in load_claims()}
+    assert {name for name in experiments.index if name.startswith("study ")} == {f"study {name}" for name in studies}
+    for study in studies:
+        recipe = tomllib.loads(recipe_files()[f"study-{study}"].read_text(encoding="utf-8"))
+        expected = f"{recipe['epochs']} epochs of batches of {recipe['batch_size']}; three seeds"
+        assert experiments.loc[f"study {study}", "training"] == expected
+        assert f"{recipe['backbone']['blocks']} exits" in experiments.loc[f"study {study}", "network"]

@@ -26,7 +26,8 @@ figures cannot be reproduced from that code. Further differences, all ours:
   `shares` on confidence, and at every other where the budget before has ended; it takes 120 steps of Adam for the
   scores and 120 for the shares (20 each at later budgets), of rate 3e-3, in turns of ten. The code trains ten times at
   each budget, for 1,000 epochs of rate 3e-5, in turns of ten epochs; that takes hours on one core. Batch size 512,
-  weight decay 1e-2, alpha_1 = 1e-3, alpha_2 = 1e-2, and hidden units, half as many as inputs, are those of the code.
+  weight decay 1e-2, alpha_1 = 1e-3 and alpha_2 = 1e-2 are those of the code.
+- There are half as many hidden units as inputs of the last exit, at every exit; the code takes half of the exit's own.
 
 Shapes: N samples, K exits, C classes, P budgets.
 """

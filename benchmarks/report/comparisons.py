@@ -78,7 +78,8 @@ def verdicts(anytime: pd.DataFrame, budgeted: pd.DataFrame) -> pd.DataFrame:
     """Return the best method at each exit and budget, and whether its lead is significant.
 
     The best method is compared with every other one by Student's paired t-test on their common seeds; Holm's correction
-    is for all of these comparisons at one exit or budget. The columns are those of `Comparison.verdicts`.
+    is for all of these comparisons at one exit or budget. A method with fewer seeds than another one is not compared.
+    The columns are those of `Comparison.verdicts`.
     """
     exits = anytime.assign(where="exit " + anytime["exit"].astype(str), budget=np.nan, place=anytime["exit"])
     spent = budgeted.assign(where="budget " + budgeted["budget"].map("{:.6g}".format), place=1000 + budgeted["budget"])
@@ -92,6 +93,8 @@ def verdicts(anytime: pd.DataFrame, budgeted: pd.DataFrame) -> pd.DataFrame:
             first = values.iloc[0]
             order = list(dict.fromkeys(values["method"]))
             wide = values.pivot(index="seed", columns="method", values="accuracy")[order]
+            seeds = wide.count()
+            wide = wide.loc[:, seeds == seeds.max()]
             ranked = wide.mean().sort_values(ascending=False, kind="stable").dropna()
             if len(ranked) < 2:
                 continue

@@ -100,13 +100,15 @@ def _spread(mean: float, sd: float, digits: int = 2, best: bool = False) -> Cell
 
 def _balanced(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
     exits = sorted(rows["exit"].unique())
-    best = {exit: number(some["balanced_mean"].max(), 2) for exit, some in rows.groupby("exit")}
+    most = rows["n"].max()
+    best = {exit: number(some["balanced_mean"].max(), 2) for exit, some in rows[rows["n"] == most].groupby("exit")}
     table = []
     for method, group in rows.groupby("method", sort=False):
         by_exit = group.set_index("exit").reindex(exits)
         cells = [_spread(*by_exit.loc[k, ["balanced_mean", "balanced_sd"]]) for k in exits]
-        cells = [replace(cell, best=cell.mean == best[k]) for k, cell in zip(exits, cells, strict=True)]
-        table.append([plain(method), *cells, plain(int(group["n"].max()))])
+        n = int(group["n"].max())
+        cells = [replace(cell, best=n == most and cell.mean == best[k]) for k, cell in zip(exits, cells, strict=True)]
+        table.append([plain(method), *cells, plain(n)])
     caption = (
         "Balanced accuracy (%) of each exit: the mean recall of the classes. Always answering the most frequent class "
         f"has an accuracy of {number(rows['majority'].mean(), 2)} % and a balanced accuracy of "
@@ -134,6 +136,8 @@ def _verdicts(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
     written = [f"{b:.3g}" for b in budgets] if comparison.options.cost == "latency" else write_costs(budgets)
     unit = "ms" if comparison.options.cost == "latency" else unit_for(budgets)[0] if budgets else ""
     names = {budget: f"budget {text} {unit}".rstrip() for budget, text in zip(budgets, written, strict=True)}
+    anytime = comparison.anytime.merge(rows[GROUP].drop_duplicates(), on=GROUP)
+    seeds = anytime.groupby("method")["n"].max().tolist()
     table = []
     for row in rows.to_dict("records"):
         where = names.get(row["budget"], row["where"])
@@ -148,6 +152,8 @@ def _verdicts(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
         "with the half width of its 95 % interval; more than noise: p < 0.05 after Holm's correction for the "
         "comparisons with all other methods"
     )
+    if len(set(seeds)) > 1:
+        caption += "; methods with fewer seeds than others are left out"
     if "not known" in set(rows["verdict"]):
         caption += (
             "; not known: no interval can be computed, because there is one seed or the difference is the same for all "
@@ -205,13 +211,15 @@ def _policies(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
     written = [f"{budget:.3g}" for budget in budgets] if in_time else write_costs(budgets)
     keys = ["method", *GROUP, "policy"]
     changes = {tuple(row[key] for key in keys): row for row in comparison.policy_differences.to_dict("records")}
-    best = rows.groupby("budget")["accuracy_mean"].max()
+    most = rows["n"].max()
+    best = rows[rows["n"] == most].groupby("budget")["accuracy_mean"].max()
     table = []
     for names, group in rows.groupby(["method", *GROUP, "policy"], sort=False):
         cells = []
         for row in group.to_dict("records"):
             mean = row["accuracy_mean"]
-            cells.append(_spread(mean, row["accuracy_sd"], best=mean == best[row["budget"]]))
+            is_best = row["n"] == most and mean == best.get(row["budget"])
+            cells.append(_spread(mean, row["accuracy_sd"], best=is_best))
         change = plain("")
         if names in changes:
             mean, low, high, p = (float(changes[names][key]) for key in ("mean", "low", "high", "p_holm"))

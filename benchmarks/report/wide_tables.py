@@ -119,11 +119,14 @@ def _wide(kind: str, rows: pd.DataFrame, decimals: int, comparison: Comparison) 
     gaps = comparison.missing
     gaps = gaps[(gaps["backbone"] == rows["backbone"].iloc[0]) & (gaps["dataset"] == rows["dataset"].iloc[0])]
     missing = {str(method): int(n) for method, n in gaps["method"].value_counts(sort=False).items()}
-    cells = _cells(means, sds, decimals)
+    most = max(seeds.values())
+    complete = [method for method in methods if seeds[method] == most]
+    cells = _cells(means, sds, decimals, complete)
+    among = " among the methods with the most seeds" if len(complete) < len(methods) else ""
     for name in missing:  # a method without any run has a row, too
         cells.setdefault(name, [Cell(MISSING, "", best=False)] * len(heads))
         seeds.setdefault(name, 0)
-    over = f", mean ± sd over {seed_count(seeds.values())}" if max(seeds.values()) > 1 else ""
+    over = f", mean ± sd over {seed_count(seeds.values())}" if most > 1 else ""
     title = CAPTIONS[kind].format(cost=COSTS[comparison.options.cost])
     note = (
         f" Missing: {', '.join(f'{name} ({n} of {n + seeds[name]})' for name, n in missing.items())}."
@@ -133,7 +136,7 @@ def _wide(kind: str, rows: pd.DataFrame, decimals: int, comparison: Comparison) 
     return Wide(
         kind=kind,
         group=group_name(rows),
-        caption=f"{title}: {group_name(rows)}{over}. The best values of each column are bold.{note}",
+        caption=f"{title}: {group_name(rows)}{over}. The best values of each column{among} are bold.{note}",
         heads=heads,
         cost=COSTS[comparison.options.cost],
         unit=unit,
@@ -143,19 +146,20 @@ def _wide(kind: str, rows: pd.DataFrame, decimals: int, comparison: Comparison) 
     )
 
 
-def _cells(means: pd.DataFrame, sds: pd.DataFrame, decimals: int) -> dict[str, list[Cell]]:
-    """Return the cells; all cells with the same text as the best of their column are marked as best."""
+def _cells(means: pd.DataFrame, sds: pd.DataFrame, decimals: int, complete: list[str]) -> dict[str, list[Cell]]:
+    """Return the cells; those of complete methods with the same text as the best of these are marked as best."""
 
     def text(value: float, missing: str) -> str:
         return missing if np.isnan(value) else f"{value:.{decimals}f}"
 
-    best = [text(value, MISSING) for value in means.max(axis=0)]
+    best = [text(value, MISSING) for value in means.loc[complete].max(axis=0)]
     cells: dict[str, list[Cell]] = {}
     for method, mean, sd in zip(means.index, means.to_numpy(), sds.to_numpy(), strict=True):
         shown = [text(value, MISSING) for value in mean]
         spread = [text(value, "") for value in sd]
         cells[str(method)] = [
-            Cell(m, s, best=m == top != MISSING) for m, s, top in zip(shown, spread, best, strict=True)
+            Cell(m, s, best=method in complete and m == top != MISSING)
+            for m, s, top in zip(shown, spread, best, strict=True)
         ]
     return cells
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from grammar import GREEN, INCH, INK, arrow, cascade, note
 from matplotlib.figure import Figure
 
-CURVE = Path(__file__).parent.parent / "default-comparison/curve.csv"
+CURVE = Path(__file__).parent.parent / "results/cifar100/curve.csv"
 ANYTIME = CURVE.with_name("anytime.csv")
 
 
 def overview() -> Figure:
-    """Draw the network and the images that leave at each exit; and joint training of the default comparison."""
+    """Draw the network and the images that leave at each exit; and joint training in study B."""
     figure = Figure(figsize=(18.2 * INCH, 5.4 * INCH))
     axes = figure.add_axes((0, 0, 11 / 18.2, 1))
     axes.set(xlim=(0, 11), ylim=(0, 5.4), aspect="equal")
@@ -37,10 +37,12 @@ def _curve(figure: Figure) -> None:
         (CURVE, "cost_mean", {"color": GREEN, "marker": ".", "linestyle": "-"}, "each image exits when confident"),
     ):
         with path.open(encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if row["method"] == "joint"]
-        points = [(float(row[cost]) / 1000, float(row["accuracy_mean"])) for row in rows]
+            rows = [row for row in csv.DictReader(file) if row["method"] in ("joint", "joint epochs=15")]
+        points = [(float(row[cost]) / 1e6, float(row["accuracy_mean"])) for row in rows]
         axes.plot(*zip(*points, strict=True), label=label, markersize=4, linewidth=1.2, **look)
-    axes.set_xlabel("multiply-adds per image (thousands)")
+    axes.set_xlabel("multiply-adds per image (millions)")
     axes.set_ylabel("accuracy (%)")
+    low, high = axes.get_ylim()
+    axes.set_ylim(low - 0.3 * (high - low), high)  # room for the legend
     axes.legend(frameon=False, loc="lower right", fontsize=7)
     axes.tick_params(labelsize=7)

@@ -34,7 +34,7 @@ from exitkit.benchmarks.report.figures import learning_figure, oracle_figure
 from exitkit.benchmarks.report.html import html_report
 from exitkit.benchmarks.report.narrow_tables import number, sheets
 from exitkit.benchmarks.report.provenance import commands, provenance
-from exitkit.benchmarks.report.wide_tables import unit_for, write_costs
+from exitkit.benchmarks.report.wide_tables import unit_for, wide_tables, write_costs
 from exitkit.cli.options import make_recipe, parse_sets
 from exitkit.cli.train import train
 from exitkit.errors import Note, UserError
@@ -471,6 +471,21 @@ def test_titles_of_learning_curves_stay_in_the_figure_and_over_their_panels():
     titles = [axes.title.get_window_extent() for axes in figure.axes]
     assert all(title.x0 >= 0 and title.x1 <= figure.bbox.x1 for title in titles)
     assert all(left.x1 < right.x0 for row in (titles[:4], titles[4:]) for left, right in pairwise(row))
+
+
+def test_a_method_with_fewer_seeds_is_not_called_the_best():
+    lucky = FakeRun("ge", 0)
+    for part in lucky.parts.values():
+        part["logits"] = 9 * np.eye(10, dtype=np.float32)[part["labels"]][:, None] * np.ones((1, 4, 1), np.float32)
+    comparison = collect([*(FakeRun(name, seed) for name in ("joint", "boost") for seed in range(3)), lucky])
+    for kind in ("anytime", "budgeted"):
+        (table,) = wide_tables(comparison, kind)
+        assert "column among the methods with the most seeds are bold" in table.caption
+        marked = {name: sum(cell.best for cell in cells) for name, cells in table.cells.items()}
+        assert marked["ge"] == 0 and marked["joint"] + marked["boost"] >= len(table.heads)
+    assert set(comparison.verdicts["best"]) | set(comparison.verdicts["second"]) == {"joint", "boost"}
+    (whole,) = wide_tables(collect([FakeRun(name, 0) for name in ("joint", "ge")]), "anytime")
+    assert "among" not in whole.caption
 
 
 def test_static_networks_stand_beside_the_best_method_at_their_exit(tmp_path):

@@ -1,4 +1,4 @@
-"""Checks what the README promises of the default comparison: python tests/check_default_comparison.py REPORT."""
+"""Checks what the documents promise of the default comparison: python tests/check_default_comparison.py REPORT."""
 
 import sys
 from pathlib import Path
@@ -18,4 +18,4 @@ assert budgeted.groupby("method").size().eq(9).all()
 for name in ("anytime", "budgeted"):
     for kind in ("csv", "md", "tex", "png", "pdf"):
         assert (folder / f"{name}.{kind}").stat().st_size > 200
-print("the default comparison is as the README says")
+print("the default comparison is as the documents say")

@@ -37,7 +37,7 @@ def _curve(figure: Figure) -> None:
         (CURVE, "cost_mean", {"color": GREEN, "marker": ".", "linestyle": "-"}, "each image exits when confident"),
     ):
         with path.open(encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if row["method"] in ("joint", "joint epochs=15")]
+            rows = [row for row in csv.DictReader(file) if row["method"] == "joint epochs=15"]
         points = [(float(row[cost]) / 1e6, float(row["accuracy_mean"])) for row in rows]
         axes.plot(*zip(*points, strict=True), label=label, markersize=4, linewidth=1.2, **look)
     axes.set_xlabel("multiply-adds per image (millions)")

@@ -111,6 +111,14 @@ def verdicts(anytime: pd.DataFrame, budgeted: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=names)
 
 
+def has_most_seeds(rows: pd.DataFrame, column: str) -> pd.Series:
+    """Return whether each row has as many seeds (`n`) as any row of its exit or budget.
+
+    Only such rows can be the best of a table: the mean of fewer seeds can be high by luck.
+    """
+    return rows["n"] == rows.groupby(column)["n"].transform("max")
+
+
 def baseline_of(methods: list[str], wanted: str) -> str:
     """Return the label of the baseline: `wanted`, else the first label of that method, else the first label."""
     exact = [name for name in methods if name == wanted]

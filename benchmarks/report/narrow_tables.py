@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from exitkit.benchmarks.report.comparison import GROUP, Comparison
-from exitkit.benchmarks.report.comparisons import baseline_of
+from exitkit.benchmarks.report.comparisons import baseline_of, has_most_seeds
 from exitkit.benchmarks.report.wide_tables import MISSING, Cell, group_name, unit_for, write_costs
 
 SIGNIFICANCE = 0.05
@@ -100,15 +100,17 @@ def _spread(mean: float, sd: float, digits: int = 2, best: bool = False) -> Cell
 
 def _balanced(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
     exits = sorted(rows["exit"].unique())
-    most = rows["n"].max()
-    best = {exit: number(some["balanced_mean"].max(), 2) for exit, some in rows[rows["n"] == most].groupby("exit")}
+    rows = rows.assign(complete=has_most_seeds(rows, "exit"))
+    best = {exit: number(some["balanced_mean"].max(), 2) for exit, some in rows[rows["complete"]].groupby("exit")}
     table = []
     for method, group in rows.groupby("method", sort=False):
         by_exit = group.set_index("exit").reindex(exits)
-        cells = [_spread(*by_exit.loc[k, ["balanced_mean", "balanced_sd"]]) for k in exits]
-        n = int(group["n"].max())
-        cells = [replace(cell, best=n == most and cell.mean == best[k]) for k, cell in zip(exits, cells, strict=True)]
-        table.append([plain(method), *cells, plain(n)])
+        cells = []
+        for exit, row in zip(exits, by_exit.to_dict("records"), strict=True):
+            cell = _spread(row["balanced_mean"], row["balanced_sd"])
+            # An exit that the method lacks is NaN.
+            cells.append(replace(cell, best=row["complete"] == 1 and cell.mean == best[exit]))
+        table.append([plain(method), *cells, plain(int(group["n"].max()))])
     caption = (
         "Balanced accuracy (%) of each exit: the mean recall of the classes. Always answering the most frequent class "
         f"has an accuracy of {number(rows['majority'].mean(), 2)} % and a balanced accuracy of "
@@ -169,6 +171,7 @@ def _tied(comparison: Comparison, row: Mapping[Hashable, Any]) -> list[str]:
     frame = comparison.anytime if at_exit else comparison.budgeted
     rows = frame[(frame[GROUP[0]] == row[GROUP[0]]) & (frame[GROUP[1]] == row[GROUP[1]])]
     rows = rows[rows["exit"].map("exit {}".format) == row["where"] if at_exit else rows["budget"] == row["budget"]]
+    rows = rows[has_most_seeds(rows, "exit" if at_exit else "budget")]
     tied = rows["method"][(rows["accuracy_mean"] - row["accuracy"]).abs() < 0.005]
     return [method for method in rows["method"] if method in {*tied, row["best"], row["second"]}]
 
@@ -211,14 +214,14 @@ def _policies(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
     written = [f"{budget:.3g}" for budget in budgets] if in_time else write_costs(budgets)
     keys = ["method", *GROUP, "policy"]
     changes = {tuple(row[key] for key in keys): row for row in comparison.policy_differences.to_dict("records")}
-    most = rows["n"].max()
-    best = rows[rows["n"] == most].groupby("budget")["accuracy_mean"].max()
+    rows = rows.assign(complete=has_most_seeds(rows, "budget"))
+    best = rows[rows["complete"]].groupby("budget")["accuracy_mean"].max()
     table = []
     for names, group in rows.groupby(["method", *GROUP, "policy"], sort=False):
         cells = []
         for row in group.to_dict("records"):
             mean = row["accuracy_mean"]
-            is_best = row["n"] == most and mean == best.get(row["budget"])
+            is_best = row["complete"] and mean == best.get(row["budget"])
             cells.append(_spread(mean, row["accuracy_sd"], best=is_best))
         change = plain("")
         if names in changes:
@@ -282,6 +285,9 @@ def _targets(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
 
 def _static(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
     best = comparison.anytime.merge(rows[GROUP].drop_duplicates(), on=GROUP)
+    complete = has_most_seeds(best, "exit")
+    among = "" if complete.all() else " (of those with the most seeds)"
+    best = best[complete]
     best = best.loc[best.groupby("exit")["accuracy_mean"].idxmax()].set_index("exit")
     table = []
     for row in rows.sort_values("exit").to_dict("records"):
@@ -291,7 +297,7 @@ def _static(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
         table.append([plain(f"exit {exit}"), *cells, *beside, plain(row["n"])])
     caption = (
         "Static networks: the network cut at one exit and trained with this exit only, beside the most accurate method "
-        "at this exit"
+        f"at this exit{among}"
     )
     heads = ["static network", "cost", "accuracy", "best method", "its accuracy", "n"]
     return Sheet("static", group_name(rows), caption, heads, table)

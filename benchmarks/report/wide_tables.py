@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from exitkit.benchmarks.report.comparison import GROUP, Comparison
+from exitkit.benchmarks.report.comparisons import has_most_seeds
 
 _NEGATIVE = re.compile(r"-\d[\d.,]*\*?")
 UNITS = {"G": 1e9, "M": 1e6, "K": 1e3, "": 1.0}
@@ -120,9 +121,9 @@ def _wide(kind: str, rows: pd.DataFrame, decimals: int, comparison: Comparison) 
     gaps = gaps[(gaps["backbone"] == rows["backbone"].iloc[0]) & (gaps["dataset"] == rows["dataset"].iloc[0])]
     missing = {str(method): int(n) for method, n in gaps["method"].value_counts(sort=False).items()}
     most = max(seeds.values())
-    complete = [method for method in methods if seeds[method] == most]
-    cells = _cells(means, sds, decimals, complete)
-    among = " among the methods with the most seeds" if len(complete) < len(methods) else ""
+    complete = rows.assign(complete=has_most_seeds(rows, across))
+    cells = _cells(means, sds, decimals, complete.pivot(index="method", columns=across, values="complete").loc[methods])
+    among = "" if complete["complete"].all() else " among the methods with the most seeds"
     for name in missing:  # a method without any run has a row, too
         cells.setdefault(name, [Cell(MISSING, "", best=False)] * len(heads))
         seeds.setdefault(name, 0)
@@ -146,20 +147,22 @@ def _wide(kind: str, rows: pd.DataFrame, decimals: int, comparison: Comparison) 
     )
 
 
-def _cells(means: pd.DataFrame, sds: pd.DataFrame, decimals: int, complete: list[str]) -> dict[str, list[Cell]]:
-    """Return the cells; those of complete methods with the same text as the best of these are marked as best."""
+def _cells(means: pd.DataFrame, sds: pd.DataFrame, decimals: int, complete: pd.DataFrame) -> dict[str, list[Cell]]:
+    """Return the cells; the complete ones with the text of the best of these in their column are marked as best."""
 
     def text(value: float, missing: str) -> str:
         return missing if np.isnan(value) else f"{value:.{decimals}f}"
 
-    best = [text(value, MISSING) for value in means.loc[complete].max(axis=0)]
+    complete = complete.eq(True)  # without a value there is no row: missing, not False
+    best = [text(value, MISSING) for value in means.where(complete).max(axis=0)]
     cells: dict[str, list[Cell]] = {}
-    for method, mean, sd in zip(means.index, means.to_numpy(), sds.to_numpy(), strict=True):
+    rows = zip(means.index, means.to_numpy(), sds.to_numpy(), complete.to_numpy(), strict=True)
+    for method, mean, sd, whole in rows:
         shown = [text(value, MISSING) for value in mean]
         spread = [text(value, "") for value in sd]
         cells[str(method)] = [
-            Cell(m, s, best=method in complete and m == top != MISSING)
-            for m, s, top in zip(shown, spread, best, strict=True)
+            Cell(m, s, best=bool(can_be_best) and m == top != MISSING)
+            for m, s, top, can_be_best in zip(shown, spread, best, whole, strict=True)
         ]
     return cells
 

@@ -477,7 +477,8 @@ def test_a_method_with_fewer_seeds_is_not_called_the_best():
     lucky = FakeRun("ge", 0)
     for part in lucky.parts.values():
         part["logits"] = 9 * np.eye(10, dtype=np.float32)[part["labels"]][:, None] * np.ones((1, 4, 1), np.float32)
-    comparison = collect([*(FakeRun(name, seed) for name in ("joint", "boost") for seed in range(3)), lucky])
+    complete = [FakeRun(name, seed) for name in ("joint", "boost") for seed in range(3)]
+    comparison = collect([*complete, lucky])
     for kind in ("anytime", "budgeted"):
         (table,) = wide_tables(comparison, kind)
         assert "column among the methods with the most seeds are bold" in table.caption
@@ -486,6 +487,10 @@ def test_a_method_with_fewer_seeds_is_not_called_the_best():
     assert set(comparison.verdicts["best"]) | set(comparison.verdicts["second"]) == {"joint", "boost"}
     (whole,) = wide_tables(collect([FakeRun(name, 0) for name in ("joint", "ge")]), "anytime")
     assert "among" not in whole.caption
+    one = json.dumps([1.0, 0.0, 0.0, 0.0])
+    alone = [FakeRun("alone", seed, **{"method.weights": one}) for seed in range(3)]
+    (static,) = [sheet for sheet in sheets(collect([*complete, lucky, *alone])) if sheet.kind == "static"]
+    assert static.rows[0][3].mean in ("joint", "boost") and "(of those with the most seeds)" in static.caption
 
 
 def test_static_networks_stand_beside_the_best_method_at_their_exit(tmp_path):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired
 # Before Python 3.12 pydantic takes no other.
 from typing_extensions import TypedDict
 
-from exitkit.benchmarks.report.comparison import Context, Missing
+from exitkit.benchmarks.report.comparison import NOT_TRAINED, Context, Missing
 from exitkit.errors import DamagedError, UserError
 from exitkit.files import checked, exists, make_folder, read_json, write_json
 from exitkit.runs.folder import RESULTS
@@ -196,7 +196,7 @@ def missing(out: Path, recipes: Sequence[ResolvedRecipe]) -> list[Missing]:
     unfinished = []
     for recipe in recipes:
         if not exists(out / recipe.id / RESULTS):
-            reason = failure(out, recipe.id) or "not trained yet"
+            reason = failure(out, recipe.id) or NOT_TRAINED
             unfinished.append(Missing(flat_identity(recipe), reason))
     return unfinished
 

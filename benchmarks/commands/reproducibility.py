@@ -104,8 +104,10 @@ def _section(comparisons: Comparisons) -> str:
     facts = [f"- {name}: {code_in_markdown(line)}" for name, line in commands(context, runs)]
     facts += [f"- hardware: {in_markdown(hardware(runs))}", f"- versions: {in_markdown(versions(runs))}"]
     facts.append(f"- time: {_time(runs)}")
-    for row in comparison.missing.itertuples():
-        absent = f"{row.method} on {row.backbone}, {row.dataset}, seed {row.seed} ({row.reason})"
+    keys = ["method", "backbone", "dataset", "reason"]
+    for (method, backbone, dataset, reason), seeds in comparison.missing.groupby(keys, sort=False)["seed"]:
+        numbers = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+        absent = f"{method} on {backbone}, {dataset}, {numbers} ({reason})"
         facts.append(f"- missing: {in_markdown(absent)}")
     heading = in_markdown(title(comparison) if context.title else folder.name)
     parts = [f"## {heading}", *map(in_markdown, lead(comparison)), "\n".join(facts)]

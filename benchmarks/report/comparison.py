@@ -26,6 +26,10 @@ GROUP = ["backbone", "dataset"]
 """Methods are compared on the same backbone and data set only."""
 
 
+NOT_TRAINED = "not trained yet"
+"""The reason of a planned run that was not started or not finished."""
+
+
 @dataclass(frozen=True)
 class Missing:
     """A planned run that is not finished: its identity, and the reason."""

@@ -57,6 +57,42 @@ def oracle_figure(comparison: Comparison) -> Figure:
     return _panels(comparison, whole_curve(comparison), "cost_mean", bounds)
 
 
+def differences_figure(differences: pd.DataFrame) -> Figure:
+    """Draw the differences to the baseline at the first and the last exit and in area, with their 95 % intervals.
+
+    Args:
+        differences: the rows of `Comparison.differences`; a row of three panels per network and data set. Filled
+            markers are significant at 0.05 after Holm's correction.
+    """
+    groups = [rows for _, rows in differences.groupby(GROUP, sort=False)]
+    heights = [0.16 * rows["method"].nunique() + 0.75 for rows in groups]
+    with own_style():
+        figure = Figure(figsize=(2 * WIDTH, sum(heights)), layout="constrained")
+        panels = figure.subplots(len(groups), 3, sharey="row", squeeze=False, height_ratios=heights)
+        for line, rows in zip(panels, groups, strict=True):
+            exits = [measure for measure in dict.fromkeys(rows["measure"]) if measure != "area"]
+            for axes, measure in zip(line, (exits[0], exits[-1], "area"), strict=True):
+                _intervals(axes, rows[rows["measure"] == measure].iloc[::-1])
+                axes.set_title(measure)
+            line[1].set_title(f"{textwrap.fill(group_name(rows), _LETTERS)}\n{exits[-1]}")
+            line[1].set_xlabel(f"difference to {rows['baseline'].iloc[0]} (percentage points)")
+    return figure
+
+
+def _intervals(axes: Axes, rows: pd.DataFrame) -> None:
+    """Draw one difference and its interval per method, with the first row at the bottom."""
+    for method, mean, low, high, p in rows[["method", "mean", "low", "high", "p_holm"]].itertuples(index=False):
+        face = COLOURS[0] if p < 0.05 else "white"
+        axes.plot([low, high], [method, method], color=COLOURS[0], lw=1.0)
+        axes.plot([mean], [method], "o", color=COLOURS[0], markerfacecolor=face, markeredgewidth=0.8)
+    axes.axvline(0, color="#555555", lw=0.6, zorder=0)
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.tick_params(axis="y", length=0)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+    axes.grid(axis="x")
+    axes.set_axisbelow(True)
+
+
 def whole_curve(comparison: Comparison) -> pd.DataFrame:
     """Return the budgeted curves, continued to those budgets of the table that are beyond their ends.
 

@@ -388,6 +388,9 @@ def _training(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
 
 
 def _missing(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
-    table = [[plain(row["method"]), plain(row["reason"]), plain(row["seed"])] for row in rows.to_dict("records")]
+    table = [
+        [plain(method), plain(reason), plain(", ".join(map(str, seeds)))]
+        for (method, reason), seeds in rows.groupby(["method", "reason"], sort=False)["seed"]
+    ]
     caption = "Runs that are missing from these tables"
-    return Sheet("missing", group_name(rows), caption, ["method", "reason", "seed"], table, left=2)
+    return Sheet("missing", group_name(rows), caption, ["method", "reason", "seeds"], table, left=2)

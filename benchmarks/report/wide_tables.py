@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from exitkit.benchmarks.report.comparison import GROUP, Comparison
+from exitkit.benchmarks.report.comparison import GROUP, NOT_TRAINED, Comparison
 from exitkit.benchmarks.report.comparisons import has_most_seeds
 
 _NEGATIVE = re.compile(r"-\d[\d.,]*\*?")
@@ -57,7 +57,7 @@ class Wide:
     seeds: dict[str, int]
     """Per method: number of seeds."""
     missing: dict[str, int]
-    """Per method with missing seeds: their number."""
+    """Per method with a row and missing seeds: their number."""
 
     def count(self, name: str) -> str:
         """Return the number of seeds of a method, such as "2", or "1/2" if one of two is missing."""
@@ -117,23 +117,19 @@ def _wide(kind: str, rows: pd.DataFrame, decimals: int, comparison: Comparison) 
     sds = rows.pivot(index="method", columns=across, values="accuracy_sd").loc[methods]
     seeds = {str(method): int(n) for method, n in rows.groupby("method", sort=False)["n"].max().items()}
     heads, unit = _heads(rows, across, comparison)
-    gaps = comparison.missing
-    gaps = gaps[(gaps["backbone"] == rows["backbone"].iloc[0]) & (gaps["dataset"] == rows["dataset"].iloc[0])]
-    missing = {str(method): int(n) for method, n in gaps["method"].value_counts(sort=False).items()}
+    missing, waiting = _gaps(comparison.missing.merge(rows[GROUP].drop_duplicates(), on=GROUP), seeds)
     most = max(seeds.values())
     complete = rows.assign(complete=has_most_seeds(rows, across))
     cells = _cells(means, sds, decimals, complete.pivot(index="method", columns=across, values="complete").loc[methods])
     among = "" if complete["complete"].all() else " among the methods with the most seeds"
-    for name in missing:  # a method without any run has a row, too
+    for name in missing:  # a method without a finished run has a row if a run failed
         cells.setdefault(name, [Cell(MISSING, "", best=False)] * len(heads))
         seeds.setdefault(name, 0)
     over = f", mean ± sd over {seed_count(seeds.values())}" if most > 1 else ""
     title = CAPTIONS[kind].format(cost=COSTS[comparison.options.cost])
-    note = (
-        f" Missing: {', '.join(f'{name} ({n} of {n + seeds[name]})' for name, n in missing.items())}."
-        if missing
-        else ""
-    )
+    named = ", ".join(f"{name} ({n} of {n + seeds[name]})" for name, n in missing.items())
+    note = f" Missing: {named}." * bool(missing)
+    note += f" Not trained yet, and listed at the end: {waiting} further method{'s' * (waiting > 1)}." * bool(waiting)
     return Wide(
         kind=kind,
         group=group_name(rows),
@@ -145,6 +141,22 @@ def _wide(kind: str, rows: pd.DataFrame, decimals: int, comparison: Comparison) 
         seeds=seeds,
         missing=missing,
     )
+
+
+def _gaps(gaps: pd.DataFrame, seeds: Collection[str]) -> tuple[dict[str, int], int]:
+    """Return the number of missing runs of each method with a row, and the number of methods that are not trained yet.
+
+    Args:
+        gaps: the missing runs of one backbone and data set.
+        seeds: the methods with finished runs.
+    """
+    missing, waiting = {}, 0
+    for method, rows in gaps.groupby("method", sort=False):
+        if method not in seeds and set(rows["reason"]) == {NOT_TRAINED}:
+            waiting += 1
+        else:
+            missing[str(method)] = len(rows)
+    return missing, waiting
 
 
 def _cells(means: pd.DataFrame, sds: pd.DataFrame, decimals: int, complete: pd.DataFrame) -> dict[str, list[Cell]]:

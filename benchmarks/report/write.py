@@ -102,6 +102,8 @@ def _figures(comparison: Comparison, learning: pd.DataFrame, swept: pd.DataFrame
         "budgeted": figures.budgeted_figure(comparison),
         "oracle": figures.oracle_figure(comparison),
     }
+    if len(comparison.differences):
+        drawn["differences"] = figures.differences_figure(comparison.differences)
     if len(comparison.stitched):
         drawn["stitched"] = figures.stitched_figure(comparison)
     if len(comparison.policy_curve):

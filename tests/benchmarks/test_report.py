@@ -29,8 +29,8 @@ from exitkit.benchmarks.report import (
     print_report,
     write_report,
 )
-from exitkit.benchmarks.report.comparison import Missing
-from exitkit.benchmarks.report.figures import learning_figure, oracle_figure
+from exitkit.benchmarks.report.comparison import NOT_TRAINED, Missing
+from exitkit.benchmarks.report.figures import differences_figure, learning_figure, oracle_figure
 from exitkit.benchmarks.report.html import html_report
 from exitkit.benchmarks.report.narrow_tables import number, sheets
 from exitkit.benchmarks.report.provenance import commands, provenance
@@ -44,7 +44,8 @@ from exitkit.runs.job import resolve
 from exitkit.runs.recipe import Recipe, flat_identity
 
 FILES = [f"{kind}.{suffix}" for kind in ("anytime", "budgeted") for suffix in ("csv", "md", "tex", "png", "pdf")]
-MORE = [f"{name}.csv" for name in ("curve", "points", "oracle")] + [f"oracle.{kind}" for kind in ("png", "pdf")]
+MORE = [f"{name}.csv" for name in ("curve", "points", "oracle")]
+MORE += [f"{name}.{kind}" for name in ("oracle", "differences") for kind in ("png", "pdf")]
 MORE += [
     f"{name}.{kind}"
     for name in ("training", "differences", "verdicts", "risk", "calibration", "balanced", "spent")
@@ -595,6 +596,45 @@ def test_the_lead_says_of_how_many_images_and_crosses_are_told_where_they_are(tm
         run.training_images = lambda: 0  # of runs whose split is not there
     write_report(collect(given[:6]), tmp_path, formats=["md"])
     assert "digits: 200 validation and 300 test images of 10 classes." in (tmp_path / "report.md").read_text()
+
+
+def test_the_figure_of_differences_has_the_intervals_of_the_table_and_fills_what_is_significant():
+    columns = ["method", "backbone", "dataset", "baseline", "measure", "mean", "low", "high", "p", "p_holm", "n"]
+    rows = [
+        (method, "net", "digits", "joint", measure, mean, mean - width, mean + width, p, p, 3)
+        for method, mean, width, p in (("ge", 1.0, 0.5, 0.01), ("dfs", -2.0, 3.0, 0.3), ("bdl", 0.5, np.nan, np.nan))
+        for measure in ("exit 1", "exit 2", "exit 3", "area")
+    ]
+    figure = differences_figure(pd.DataFrame(rows, columns=columns))
+    figure.draw_without_rendering()
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == ["exit 1", "net on digits\nexit 3", "area"]
+    for axes in figure.axes:
+        lines = [line for line in axes.lines if len(line.get_xdata()) == 2 and line.get_xdata()[0] != 0]
+        # The first method is at the top.
+        np.testing.assert_allclose([line.get_xdata() for line in lines], [[np.nan, np.nan], [-5, 1], [0.5, 1.5]])
+        points = [line for line in axes.lines if len(line.get_xdata()) == 1]
+        assert [point.get_xdata()[0] for point in points] == [0.5, -2.0, 1.0]
+        assert [point.get_markerfacecolor() != "white" for point in points] == [False, False, True]
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["bdl", "dfs", "ge"]
+
+
+def test_methods_without_a_run_have_a_row_if_a_run_failed_and_are_else_listed_once():
+    members = runs(("joint", "ge"))
+    planned = [("dfs", 1, NOT_TRAINED), ("bdl", 1, "failed: the disk is full"), ("dfs", 2, NOT_TRAINED)]
+    missing = [
+        Missing({**members[0].identity, "method": json.dumps(name), "seed": json.dumps(seed)}, reason)
+        for name, seed, reason in planned
+    ]
+    found = collect(members, context=Context(missing=missing))
+    (table,) = wide_tables(found, "anytime")
+    assert list(table.cells) == ["joint", "ge", "bdl"] and table.missing == {"bdl": 1}
+    assert table.caption.endswith("Missing: bdl (1 of 1). Not trained yet, and listed at the end: 1 further method.")
+    (sheet,) = [sheet for sheet in sheets(found) if sheet.kind == "missing"]
+    assert [[cell.mean for cell in row] for row in sheet.rows] == [
+        ["dfs", NOT_TRAINED, "1, 2"],
+        ["bdl", "failed: the disk is full", "1"],
+    ]
 
 
 def test_a_page_tells_what_made_it_and_shows_runs_of_networks_without_any(tmp_path):

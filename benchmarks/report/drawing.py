@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 
 def _import_matplotlib() -> None:
@@ -105,7 +105,7 @@ def own_style() -> Iterator[None]:
         yield
 
 
-def save_figure(figure: Figure, path: Path | IO[bytes], kind: str) -> None:
+def save_figure(figure: Figure, path: Path, kind: str) -> None:
     """Save as "png" (300 dpi) or "pdf" (embedded fonts); the bytes are deterministic."""
     with own_style(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph", UserWarning)  # a name with letters that the font does not have

@@ -65,7 +65,7 @@ def differences_figure(differences: pd.DataFrame) -> Figure:
             markers are significant at 0.05 after Holm's correction.
     """
     groups = [rows for _, rows in differences.groupby(GROUP, sort=False)]
-    heights = [0.16 * rows["method"].nunique() + 0.75 for rows in groups]
+    heights = [0.16 * rows["method"].nunique() + 0.9 for rows in groups]
     with own_style():
         figure = Figure(figsize=(2 * WIDTH, sum(heights)), layout="constrained")
         panels = figure.subplots(len(groups), 3, sharey="row", squeeze=False, height_ratios=heights)

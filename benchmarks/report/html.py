@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -13,8 +12,7 @@ from exitkit.benchmarks.report import page
 from exitkit.benchmarks.report.comparison import GROUP, STATIC, Comparison
 from exitkit.benchmarks.report.diagnostics import Picture
 from exitkit.benchmarks.report.document import caption, lead, title
-from exitkit.benchmarks.report.drawing import save_figure
-from exitkit.benchmarks.report.figures import axis_of, differences_figure, oracle_range, whole_curve
+from exitkit.benchmarks.report.figures import axis_of, oracle_range, whole_curve
 from exitkit.benchmarks.report.narrow_tables import TITLES, Sheet, cost_text, number, sheets
 from exitkit.benchmarks.report.wide_tables import MISSING, Wide, group_name, wide_tables
 from exitkit.cli.catalogue import entries
@@ -50,10 +48,7 @@ def html_report(
             blocks.insert(0, _overview(comparison, rows, groups))
         curve = _of(whole_curve(comparison), rows)
         blocks += [_budgeted(comparison, curve, indices), _oracle(comparison, curve, indices)]
-        for sheet in (sheet for sheet in narrow if sheet.group == group):
-            blocks.append(_sheet(sheet))
-            if sheet.kind == "differences":
-                blocks.append(_differences(comparison, rows))
+        blocks += [_sheet(sheet) for sheet in narrow if sheet.group == group]
         blocks += _policies(comparison, _of(comparison.policy_curve, rows))
         curves = _of(learning, rows)
         blocks += _learning(curves, indices)
@@ -223,12 +218,6 @@ def _budgeted(comparison: Comparison, rows: pd.DataFrame, indices: Mapping[str, 
         series.append(page.Series(str(method), points, indices[str(method)]))
     text = caption("budgeted", _of(comparison.static, rows))
     return page.Chart("Budgeted batch", label, _ACCURACY, [*series, *_static(comparison, rows, size)], text)
-
-
-def _differences(comparison: Comparison, rows: pd.DataFrame) -> page.Image:
-    content = io.BytesIO()
-    save_figure(differences_figure(_of(comparison.differences, rows)), content, "png")
-    return page.Image(caption("differences", comparison.static), content.getvalue())
 
 
 def _policies(comparison: Comparison, rows: pd.DataFrame) -> list[page.Chart]:

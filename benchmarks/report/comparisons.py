@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from exitkit.benchmarks import published
-from exitkit.benchmarks.report.statistics import area_under_curve, holm, paired_difference
+from exitkit.benchmarks.report.statistics import SIGNIFICANCE, area_under_curve, holm, paired_difference
 from exitkit.errors import UserError
 from exitkit.inference.operating_points import stitched
 from exitkit.plugins import load, underlying
@@ -86,15 +86,14 @@ def verdicts(anytime: pd.DataFrame, budgeted: pd.DataFrame) -> pd.DataFrame:
     columns = ["method", "seed", *GROUP, "where", "budget", "place", "accuracy"]
     lines = []
     both = pd.concat([exits[columns], spent[columns]], ignore_index=True)
+    both["n"] = both.groupby([*GROUP, "place", "method"])["accuracy"].transform("count")
     for group, rows in both.groupby(GROUP, sort=False):
         if rows["method"].nunique() < 2:
             continue
-        for _, values in rows.groupby("place"):
+        for _, values in rows[has_most_seeds(rows, "place")].groupby("place"):
             first = values.iloc[0]
             order = list(dict.fromkeys(values["method"]))
             wide = values.pivot(index="seed", columns="method", values="accuracy")[order]
-            seeds = wide.count()
-            wide = wide.loc[:, seeds == seeds.max()]
             ranked = wide.mean().sort_values(ascending=False, kind="stable").dropna()
             if len(ranked) < 2:
                 continue
@@ -103,7 +102,7 @@ def verdicts(anytime: pd.DataFrame, budgeted: pd.DataFrame) -> pd.DataFrame:
             tests = {name: paired_difference(p[best], p[name]) for name, p in pairs.items() if len(p)}
             corrected = dict(zip(tests, holm([test.p for test in tests.values()]), strict=True))
             lead, p = tests.get(second), corrected.get(second, np.nan)
-            verdict = "not known" if np.isnan(p) else "yes" if p < 0.05 else "no"
+            verdict = "not known" if np.isnan(p) else "yes" if p < SIGNIFICANCE else "no"
             change = (lead.mean, lead.low, lead.high) if lead else (np.nan,) * 3
             line = (*group, first["where"], first["budget"], best, ranked.iloc[0], second, *change, p, verdict)
             lines.append(line)
@@ -114,7 +113,7 @@ def verdicts(anytime: pd.DataFrame, budgeted: pd.DataFrame) -> pd.DataFrame:
 def has_most_seeds(rows: pd.DataFrame, column: str) -> pd.Series:
     """Return whether each row has as many seeds (`n`) as any row of its exit or budget.
 
-    Only such rows can be the best of a table: the mean of fewer seeds can be high by luck.
+    Only such rows can be the best of a table: the mean of fewer seeds can be high by chance.
     """
     return rows["n"] == rows.groupby(column)["n"].transform("max")
 

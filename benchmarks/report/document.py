@@ -17,7 +17,10 @@ FIGURES = {
     "anytime": "Accuracy of each exit against its cost; bands: one sd over seeds{crosses}.",
     "budgeted": "Budgeted batch: accuracy against realised mean cost, thresholds from validation{crosses}.",
     "oracle": "Budgeted curves; dotted: upper bound of an oracle that selects the best exit of each image.",
-    "differences": "Differences to the baseline, with 95 % intervals; filled: significant after Holm's correction.",
+    "differences": (
+        "Differences to the baseline with 95 % intervals (none for one seed); filled: significant after Holm's "
+        "correction."
+    ),
     "stitched": "Networks of several sizes combined into one curve; operating points selected on validation.",
     "policies": "Exit policies on the outputs of each method: accuracy against realised mean cost.",
     "learning": "Validation accuracy during training.",

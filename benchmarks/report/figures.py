@@ -14,6 +14,7 @@ import pandas as pd
 
 from exitkit.benchmarks.report.comparison import GROUP, Comparison
 from exitkit.benchmarks.report.drawing import Axes, Figure, MaxNLocator, own_style
+from exitkit.benchmarks.report.statistics import SIGNIFICANCE
 from exitkit.benchmarks.report.wide_tables import group_name, unit_for
 
 # Okabe and Ito's colours, which colour-blind readers can distinguish; markers and dashes are for greyscale print. The
@@ -26,6 +27,7 @@ WIDTH, HEIGHT = 3.4, 2.6
 """Size of a panel in inches: one column of a two-column paper."""
 _LINE = 0.17  # height of one line of a legend, in inches
 _LETTERS = 46  # characters per line of a panel's title
+_LABEL = 30  # characters per line of a method's name beside a panel
 
 
 def anytime_figure(comparison: Comparison) -> Figure:
@@ -60,33 +62,41 @@ def oracle_figure(comparison: Comparison) -> Figure:
 def differences_figure(differences: pd.DataFrame) -> Figure:
     """Draw the differences to the baseline at the first and the last exit and in area, with their 95 % intervals.
 
+    Each network and data set has a row of panels, with the first method at the top. Filled markers are significant
+    after Holm's correction.
+
     Args:
-        differences: the rows of `Comparison.differences`; a row of three panels per network and data set. Filled
-            markers are significant at 0.05 after Holm's correction.
+        differences: rows of `Comparison.differences`.
     """
     groups = [rows for _, rows in differences.groupby(GROUP, sort=False)]
-    heights = [0.16 * rows["method"].nunique() + 0.9 for rows in groups]
+    names = [list(dict.fromkeys(rows["method"])) for rows in groups]
+    labels = [[textwrap.fill(name, _LABEL) for name in methods] for methods in names]
+    lines = [max(label.count("\n") + 1 for label in group) for group in labels]
+    heights = [0.16 * len(group) * tall + 0.9 for group, tall in zip(labels, lines, strict=True)]
     with own_style():
         figure = Figure(figsize=(2 * WIDTH, sum(heights)), layout="constrained")
         panels = figure.subplots(len(groups), 3, sharey="row", squeeze=False, height_ratios=heights)
-        for line, rows in zip(panels, groups, strict=True):
+        for axes, rows, methods, texts in zip(panels, groups, names, labels, strict=True):
             exits = [measure for measure in dict.fromkeys(rows["measure"]) if measure != "area"]
-            for axes, measure in zip(line, (exits[0], exits[-1], "area"), strict=True):
-                _intervals(axes, rows[rows["measure"] == measure].iloc[::-1])
-                axes.set_title(measure)
-            line[1].set_title(f"{textwrap.fill(group_name(rows), _LETTERS)}\n{exits[-1]}")
-            line[1].set_xlabel(f"difference to {rows['baseline'].iloc[0]} (percentage points)")
+            for panel, measure in zip(axes, (exits[0], exits[-1], "area"), strict=True):
+                _intervals(panel, rows[rows["measure"] == measure], methods)
+                panel.set_title(measure)
+            axes[0].set_yticks(range(len(methods)), texts)
+            axes[0].set_ylim(len(methods) - 0.4, -0.6)
+            axes[1].set_title(f"{textwrap.fill(group_name(rows), _LETTERS)}\n{exits[-1]}")
+            label = f"difference to {rows['baseline'].iloc[0]} (percentage points)"
+            axes[1].set_xlabel(textwrap.fill(label, 2 * _LETTERS))
     return figure
 
 
-def _intervals(axes: Axes, rows: pd.DataFrame) -> None:
-    """Draw one difference and its interval per method, with the first row at the bottom."""
+def _intervals(axes: Axes, rows: pd.DataFrame, methods: list[str]) -> None:
+    """Draw the difference and the interval of each method at its position in `methods`."""
     for method, mean, low, high, p in rows[["method", "mean", "low", "high", "p_holm"]].itertuples(index=False):
-        face = COLOURS[0] if p < 0.05 else "white"
-        axes.plot([low, high], [method, method], color=COLOURS[0], lw=1.0)
-        axes.plot([mean], [method], "o", color=COLOURS[0], markerfacecolor=face, markeredgewidth=0.8)
+        at = methods.index(method)
+        face = COLOURS[0] if p < SIGNIFICANCE else "white"
+        axes.plot([low, high], [at, at], color=COLOURS[0], lw=1.0)
+        axes.plot([mean], [at], "o", color=COLOURS[0], markerfacecolor=face, markeredgewidth=0.8)
     axes.axvline(0, color="#555555", lw=0.6, zorder=0)
-    axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.tick_params(axis="y", length=0)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
     axes.grid(axis="x")

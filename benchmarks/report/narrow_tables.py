@@ -11,9 +11,9 @@ import pandas as pd
 
 from exitkit.benchmarks.report.comparison import GROUP, Comparison
 from exitkit.benchmarks.report.comparisons import baseline_of, has_most_seeds
+from exitkit.benchmarks.report.statistics import SIGNIFICANCE
 from exitkit.benchmarks.report.wide_tables import MISSING, Cell, group_name, unit_for, write_costs
 
-SIGNIFICANCE = 0.05
 TITLES = {
     "anytime": "Anytime accuracy",
     "budgeted": "Budgeted-batch accuracy",
@@ -108,16 +108,20 @@ def _balanced(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
         cells = []
         for exit, row in zip(exits, by_exit.to_dict("records"), strict=True):
             cell = _spread(row["balanced_mean"], row["balanced_sd"])
-            # An exit that the method lacks is NaN.
-            cells.append(replace(cell, best=row["complete"] == 1 and cell.mean == best[exit]))
+            cells.append(replace(cell, best=cell.mean == best[exit] != MISSING and row["complete"]))
         table.append([plain(method), *cells, plain(int(group["n"].max()))])
     caption = (
         "Balanced accuracy (%) of each exit: the mean recall of the classes. Always answering the most frequent class "
         f"has an accuracy of {number(rows['majority'].mean(), 2)} % and a balanced accuracy of "
-        f"{number(rows['chance'].mean(), 2)} %"
+        f"{number(rows['chance'].mean(), 2)} %{_among(rows)}"
     )
     heads = ["method", *(f"exit {k}" for k in exits), "n"]
     return Sheet("balanced", group_name(rows), caption, heads, table)
+
+
+def _among(rows: pd.DataFrame) -> str:
+    """Return the end of a caption: which rows can be the best if they have different numbers of seeds."""
+    return "" if rows["complete"].all() else "; best values among those with the most seeds"
 
 
 def _recall(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
@@ -234,6 +238,7 @@ def _policies(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
         "Accuracy of exit policies within average budgets: operating points selected on validation, cross-fitted; "
         "difference to plain confidence on the same runs, mean over the budgets, paired by seed, with the half width "
         "of its 95 % interval; *: significant at 0.05 after Holm's correction. `exitkit policies` compares by image"
+        f"{_among(rows)}"
     )
     heads = ["method", "policy", *(f"{text}{unit}" for text in written), "difference", "n"]
     return Sheet("policies", group_name(rows), caption, heads, table, left=2)

@@ -13,6 +13,7 @@ from rich.text import Text
 from exitkit.benchmarks.report import page
 from exitkit.benchmarks.report.drawing import Axes, Figure, own_style
 from exitkit.benchmarks.report.figures import COLOURS, DASHES, HEIGHT, MARKERS, WIDTH
+from exitkit.benchmarks.report.statistics import SIGNIFICANCE
 from exitkit.benchmarks.report.wide_tables import MISSING, unit_for
 from exitkit.cli.terminal import Console
 from exitkit.inference.policy import BASELINE, PLAIN, label
@@ -94,7 +95,7 @@ def _number(value: float) -> str:
 def _difference(row: dict[str, Any]) -> str:
     if pd.isna(row["difference"]):
         return MISSING
-    star = "*" if row["p_holm"] < 0.05 else ""
+    star = "*" if row["p_holm"] < SIGNIFICANCE else ""
     width = "" if pd.isna(row["high"]) else f" ±{row['high'] - row['difference']:.2f}"
     return f"{row['difference']:+.2f}{width}{star}".replace("-", "\N{MINUS SIGN}")
 

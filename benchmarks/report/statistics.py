@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
+SIGNIFICANCE = 0.05
+"""Largest p-value of a significant difference."""
 _ROUNDING = 1e-9  # tolerance in percentage points; one image of a million is 1e-4
 
 

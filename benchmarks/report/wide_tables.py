@@ -119,9 +119,10 @@ def _wide(kind: str, rows: pd.DataFrame, decimals: int, comparison: Comparison) 
     heads, unit = _heads(rows, across, comparison)
     missing, waiting = _gaps(comparison.missing.merge(rows[GROUP].drop_duplicates(), on=GROUP), seeds)
     most = max(seeds.values())
-    complete = rows.assign(complete=has_most_seeds(rows, across))
-    cells = _cells(means, sds, decimals, complete.pivot(index="method", columns=across, values="complete").loc[methods])
-    among = "" if complete["complete"].all() else " among the methods with the most seeds"
+    rows = rows.assign(complete=has_most_seeds(rows, across))
+    complete = rows.pivot(index="method", columns=across, values="complete").loc[methods].eq(True)  # else False or NaN
+    cells = _cells(means, sds, decimals, complete)
+    among = "" if len(set(seeds.values())) == 1 else " among the methods with the most seeds"
     for name in missing:  # a method without a finished run has a row if a run failed
         cells.setdefault(name, [Cell(MISSING, "", best=False)] * len(heads))
         seeds.setdefault(name, 0)
@@ -129,7 +130,8 @@ def _wide(kind: str, rows: pd.DataFrame, decimals: int, comparison: Comparison) 
     title = CAPTIONS[kind].format(cost=COSTS[comparison.options.cost])
     named = ", ".join(f"{name} ({n} of {n + seeds[name]})" for name, n in missing.items())
     note = f" Missing: {named}." * bool(missing)
-    note += f" Not trained yet, and listed at the end: {waiting} further method{'s' * (waiting > 1)}." * bool(waiting)
+    further = "1 further method is" if waiting == 1 else f"{waiting} further methods are"
+    note += f" {further} not trained yet (table Missing)." * bool(waiting)
     return Wide(
         kind=kind,
         group=group_name(rows),
@@ -165,16 +167,15 @@ def _cells(means: pd.DataFrame, sds: pd.DataFrame, decimals: int, complete: pd.D
     def text(value: float, missing: str) -> str:
         return missing if np.isnan(value) else f"{value:.{decimals}f}"
 
-    complete = complete.eq(True)  # without a value there is no row: missing, not False
     best = [text(value, MISSING) for value in means.where(complete).max(axis=0)]
     cells: dict[str, list[Cell]] = {}
     rows = zip(means.index, means.to_numpy(), sds.to_numpy(), complete.to_numpy(), strict=True)
-    for method, mean, sd, whole in rows:
+    for method, mean, sd, can_be_best in rows:
         shown = [text(value, MISSING) for value in mean]
         spread = [text(value, "") for value in sd]
         cells[str(method)] = [
-            Cell(m, s, best=bool(can_be_best) and m == top != MISSING)
-            for m, s, top, can_be_best in zip(shown, spread, best, whole, strict=True)
+            Cell(m, s, best=bool(can_be) and m == top != MISSING)
+            for m, s, top, can_be in zip(shown, spread, best, can_be_best, strict=True)
         ]
     return cells
 

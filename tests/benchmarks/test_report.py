@@ -492,6 +492,26 @@ def test_a_method_with_fewer_seeds_is_not_called_the_best():
     alone = [FakeRun("alone", seed, **{"method.weights": one}) for seed in range(3)]
     (static,) = [sheet for sheet in sheets(collect([*complete, lucky, *alone])) if sheet.kind == "static"]
     assert static.rows[0][3].mean in ("joint", "boost") and "(of those with the most seeds)" in static.caption
+    (balanced,) = [sheet for sheet in sheets(comparison) if sheet.kind == "balanced"]
+    marked = {row[0].mean: any(cell.best for cell in row) for row in balanced.rows}
+    assert not marked["ge"] and (marked["joint"] or marked["boost"]) and "the most seeds" in balanced.caption
+
+
+def test_a_budget_that_a_method_cannot_reach_is_not_a_missing_seed():
+    members = [FakeRun("joint", seed, macs=(1_000, 2_000, 3_000, 4_000)) for seed in range(2)]
+    members += [FakeRun("costly", seed, macs=(2_000, 3_000, 4_000, 5_000)) for seed in range(2)]
+    comparison = collect(members, options=ReportOptions(budgets=("1.5K", "3K")))
+    (table,) = wide_tables(comparison, "budgeted")
+    assert table.cells["costly"][0].mean == "–" and table.cells["joint"][0].best
+    assert "among" not in table.caption and table.seeds == {"joint": 2, "costly": 2}
+
+
+def test_a_static_network_with_fewer_seeds_has_no_row_in_the_wide_tables():
+    one = json.dumps([1.0, 0.0, 0.0, 0.0])
+    members = [*(FakeRun(name, seed) for name in ("joint", "ge") for seed in range(3))]
+    found = collect([*members, FakeRun("alone", 0, **{"method.weights": one})])
+    (table,) = wide_tables(found, "anytime")
+    assert list(table.cells) == ["joint", "ge"] and found.missing.empty
 
 
 def test_static_networks_stand_beside_the_best_method_at_their_exit(tmp_path):
@@ -567,6 +587,11 @@ def test_a_tie_is_nobodys_win_and_what_is_not_known_is_explained():
     assert "not known" not in sheet.caption and {row[5].mean for row in sheet.rows} == {"no"}
     whole = [*pairs[0], *(level(name, seed) for name in ("one", "two", "three") for seed in (0, 1))]
     assert verdicts_of(whole).rows[0][1].mean == "4 methods (tie)"
+    same = [level("joint", 0), *(level(name, 0) for name in ("ge", "few"))]
+    for run, seed in ((level("joint", 0), 1), (level("ge", 0), 1)):
+        run.recipe.seed, run.identity = seed, {**run.identity, "seed": str(seed)}
+        same.append(run)
+    assert verdicts_of(same).rows[0][1].mean == "joint, ge (tie)"  # few has one seed
 
     sheet = verdicts_of([*runs(("joint",)), *(level("ge", seed, less=3) for seed in (0, 1))])  # always by one point
     row = sheet.rows[0]
@@ -598,25 +623,46 @@ def test_the_lead_says_of_how_many_images_and_crosses_are_told_where_they_are(tm
     assert "digits: 200 validation and 300 test images of 10 classes." in (tmp_path / "report.md").read_text()
 
 
-def test_the_figure_of_differences_has_the_intervals_of_the_table_and_fills_what_is_significant():
+def differences_of(changes):
+    """Return differences: {method: (mean, half width, p)}, the same at two exits and in area."""
     columns = ["method", "backbone", "dataset", "baseline", "measure", "mean", "low", "high", "p", "p_holm", "n"]
     rows = [
         (method, "net", "digits", "joint", measure, mean, mean - width, mean + width, p, p, 3)
-        for method, mean, width, p in (("ge", 1.0, 0.5, 0.01), ("dfs", -2.0, 3.0, 0.3), ("bdl", 0.5, np.nan, np.nan))
-        for measure in ("exit 1", "exit 2", "exit 3", "area")
+        for method, (mean, width, p) in changes.items()
+        for measure in ("exit 1", "exit 2", "area")
     ]
-    figure = differences_figure(pd.DataFrame(rows, columns=columns))
-    figure.draw_without_rendering()
-    titles = [axes.get_title() for axes in figure.axes]
-    assert titles == ["exit 1", "net on digits\nexit 3", "area"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def test_the_figure_of_differences_has_the_intervals_of_the_table_and_fills_what_is_significant():
+    changes = {"ge": (1.0, 0.5, 0.01), "dfs": (-2.0, 3.0, 0.3), "bdl": (0.5, np.nan, np.nan)}
+    figure = differences_figure(differences_of(changes))
+    assert [axes.get_title() for axes in figure.axes] == ["exit 1", "net on digits\nexit 2", "area"]
     for axes in figure.axes:
-        lines = [line for line in axes.lines if len(line.get_xdata()) == 2 and line.get_xdata()[0] != 0]
-        # The first method is at the top.
-        np.testing.assert_allclose([line.get_xdata() for line in lines], [[np.nan, np.nan], [-5, 1], [0.5, 1.5]])
         points = [line for line in axes.lines if len(line.get_xdata()) == 1]
-        assert [point.get_xdata()[0] for point in points] == [0.5, -2.0, 1.0]
-        assert [point.get_markerfacecolor() != "white" for point in points] == [False, False, True]
-    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["bdl", "dfs", "ge"]
+        assert [(point.get_xdata()[0], point.get_ydata()[0]) for point in points] == [(1, 0), (-2, 1), (0.5, 2)]
+        assert [point.get_markerfacecolor() != "white" for point in points] == [True, False, False]
+        bars = [line.get_xdata() for line in axes.lines if len(line.get_xdata()) == 2][:3]
+        np.testing.assert_allclose(bars, [[0.5, 1.5], [-5, 1], [np.nan, np.nan]])
+        assert axes.get_ylim()[0] > 2 and axes.get_ylim()[1] < 0  # all are visible, with the first at the top
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == list(changes)
+
+
+@pytest.mark.parametrize("rows", ["no area", "area of one method", "long names"])
+def test_the_figure_of_differences_shows_every_method(rows):
+    name = "imta first=joint second=isc " * 4
+    frame = differences_of({"ge": (1.0, 0.5, 0.01), name if rows == "long names" else "dfs": (2.0, 0.5, 0.01)})
+    if rows != "long names":
+        frame = frame[(frame["measure"] != "area") | (frame["method"] == "ge") & (rows != "no area")]
+    else:
+        frame["baseline"] = name
+    figure = differences_figure(frame)
+    figure.draw_without_rendering()
+    assert figure.axes[0].get_ylim() == figure.axes[2].get_ylim() == (1.6, -0.6)
+    assert all(axes.get_window_extent().width > 0.15 * figure.bbox.width for axes in figure.axes)
+    texts = [figure.axes[1].xaxis.label, *figure.axes[0].get_yticklabels()]
+    extents = [text.get_window_extent() for text in texts]
+    assert all(extent.x0 >= 0 and extent.x1 <= figure.bbox.x1 for extent in extents)
 
 
 def test_methods_without_a_run_have_a_row_if_a_run_failed_and_are_else_listed_once():
@@ -629,7 +675,7 @@ def test_methods_without_a_run_have_a_row_if_a_run_failed_and_are_else_listed_on
     found = collect(members, context=Context(missing=missing))
     (table,) = wide_tables(found, "anytime")
     assert list(table.cells) == ["joint", "ge", "bdl"] and table.missing == {"bdl": 1}
-    assert table.caption.endswith("Missing: bdl (1 of 1). Not trained yet, and listed at the end: 1 further method.")
+    assert table.caption.endswith("Missing: bdl (1 of 1). 1 further method is not trained yet (table Missing).")
     (sheet,) = [sheet for sheet in sheets(found) if sheet.kind == "missing"]
     assert [[cell.mean for cell in row] for row in sheet.rows] == [
         ["dfs", NOT_TRAINED, "1, 2"],

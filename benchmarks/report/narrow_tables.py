@@ -121,7 +121,8 @@ def _balanced(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
 
 def _among(rows: pd.DataFrame) -> str:
     """Return the end of a caption: which rows can be the best if they have different numbers of seeds."""
-    return "" if rows["complete"].all() else "; best values among those with the most seeds"
+    # Without an operating point at a budget, a row has no value there, and no seeds.
+    return "" if rows.loc[rows["n"] > 0, "complete"].all() else "; best values among those with the most seeds"
 
 
 def _recall(comparison: Comparison, rows: pd.DataFrame) -> Sheet:

@@ -122,7 +122,8 @@ def _wide(kind: str, rows: pd.DataFrame, decimals: int, comparison: Comparison) 
     rows = rows.assign(complete=has_most_seeds(rows, across))
     complete = rows.pivot(index="method", columns=across, values="complete").loc[methods].eq(True)  # else False or NaN
     cells = _cells(means, sds, decimals, complete)
-    among = "" if len(set(seeds.values())) == 1 else " among the methods with the most seeds"
+    # Without an operating point at a budget, a method has no value there, and no seeds.
+    among = "" if rows.loc[rows["n"] > 0, "complete"].all() else " among the methods with the most seeds"
     for name in missing:  # a method without a finished run has a row if a run failed
         cells.setdefault(name, [Cell(MISSING, "", best=False)] * len(heads))
         seeds.setdefault(name, 0)

@@ -26,6 +26,7 @@ DASHES: list[Any] = ["-", (0, (5, 1.5)), (0, (4, 1.5, 1, 1.5)), (0, (1.5, 1)), (
 WIDTH, HEIGHT = 3.4, 2.6
 """Size of a panel in inches: one column of a two-column paper."""
 _LINE = 0.17  # height of one line of a legend, in inches
+_LINES = 6  # largest number of lines of a legend above the panels
 _LETTERS = 46  # characters per line of a panel's title
 _LABEL = 30  # characters per line of a method's name beside a panel
 
@@ -292,7 +293,7 @@ def _draw(axes: Axes, rows: pd.DataFrame, cost: str, size: float, index: int) ->
 
 
 def _legend(figure: Figure, methods: list[str]) -> None:
-    """Add one legend above the panels, in as many columns as fit."""
+    """Add one legend above the panels, in as many columns as fit, or beside them if it would have many lines."""
     handles: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -300,11 +301,17 @@ def _legend(figure: Figure, methods: list[str]) -> None:
     widths = {n: _legend_width(methods, n) for n in range(len(methods), 0, -1)}
     columns = next((n for n, width in widths.items() if width < figure.get_figwidth()), 1)
     lines = -(-len(methods) // columns)
-    figure.set_figheight(figure.get_figheight() + _LINE * (lines - 1))  # keeps the height of the panels
+    beside = lines > _LINES
+    if beside:
+        columns = 1
+        height = _LINE * (len(methods) + 1)
+        figure.set_size_inches(figure.get_figwidth() + widths[1] + 0.1, max(figure.get_figheight(), height))
+    else:
+        figure.set_figheight(figure.get_figheight() + _LINE * (lines - 1))  # keeps the height of the panels
     figure.legend(
         [handles[name] for name in methods],
         methods,
-        loc="outside upper center",
+        loc="outside right center" if beside else "outside upper center",
         ncols=columns,
         frameon=False,
         handlelength=2.4,

@@ -623,6 +623,15 @@ def test_the_lead_says_of_how_many_images_and_crosses_are_told_where_they_are(tm
     assert "digits: 200 validation and 300 test images of 10 classes." in (tmp_path / "report.md").read_text()
 
 
+def test_the_legend_of_many_methods_is_beside_the_panel():
+    figure = anytime_figure(collect([FakeRun(f"a method with a long name {n}", 0) for n in range(9)]))
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    box, panel = legend.get_window_extent(), figure.axes[0].get_window_extent()
+    assert panel.x1 < box.x0 and box.x1 <= figure.bbox.x1 and 0 <= box.y0 < box.y1 <= figure.bbox.y1
+    assert panel.width > 0.4 * figure.bbox.width and figure.get_figheight() < 3
+
+
 def differences_of(changes):
     """Return differences: {method: (mean, half width, p)}, the same at two exits and in area."""
     columns = ["method", "backbone", "dataset", "baseline", "measure", "mean", "low", "high", "p", "p_holm", "n"]

@@ -118,6 +118,14 @@ def has_most_seeds(rows: pd.DataFrame, column: str) -> pd.Series:
     return rows["n"] == rows.groupby(column)["n"].transform("max")
 
 
+def seeds_differ(rows: pd.DataFrame) -> bool:
+    """Return whether some rows do not have the most seeds (column `complete`, made by `has_most_seeds`).
+
+    A method without an operating point at a budget has no value there, and no seeds: such rows do not count.
+    """
+    return not rows.loc[rows["n"] > 0, "complete"].all()
+
+
 def baseline_of(methods: list[str], wanted: str) -> str:
     """Return the label of the baseline: `wanted`, else the first label of that method, else the first label."""
     exact = [name for name in methods if name == wanted]

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from exitkit.benchmarks.report.comparison import GROUP, Comparison
-from exitkit.benchmarks.report.comparisons import baseline_of, has_most_seeds
+from exitkit.benchmarks.report.comparisons import baseline_of, has_most_seeds, seeds_differ
 from exitkit.benchmarks.report.statistics import SIGNIFICANCE
 from exitkit.benchmarks.report.wide_tables import MISSING, Cell, group_name, unit_for, write_costs
 
@@ -121,8 +121,7 @@ def _balanced(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
 
 def _among(rows: pd.DataFrame) -> str:
     """Return the end of a caption: which rows can be the best if they have different numbers of seeds."""
-    # Without an operating point at a budget, a row has no value there, and no seeds.
-    return "" if rows.loc[rows["n"] > 0, "complete"].all() else "; best values among those with the most seeds"
+    return "; best values among those with the most seeds" if seeds_differ(rows) else ""
 
 
 def _recall(comparison: Comparison, rows: pd.DataFrame) -> Sheet:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from exitkit.benchmarks.report.comparison import GROUP, NOT_TRAINED, Comparison
-from exitkit.benchmarks.report.comparisons import has_most_seeds
+from exitkit.benchmarks.report.comparisons import has_most_seeds, seeds_differ
 
 _NEGATIVE = re.compile(r"-\d[\d.,]*\*?")
 UNITS = {"G": 1e9, "M": 1e6, "K": 1e3, "": 1.0}
@@ -122,8 +122,7 @@ def _wide(kind: str, rows: pd.DataFrame, decimals: int, comparison: Comparison) 
     rows = rows.assign(complete=has_most_seeds(rows, across))
     complete = rows.pivot(index="method", columns=across, values="complete").loc[methods].eq(True)  # else False or NaN
     cells = _cells(means, sds, decimals, complete)
-    # Without an operating point at a budget, a method has no value there, and no seeds.
-    among = "" if rows.loc[rows["n"] > 0, "complete"].all() else " among the methods with the most seeds"
+    among = " among the methods with the most seeds" if seeds_differ(rows) else ""
     for name in missing:  # a method without a finished run has a row if a run failed
         cells.setdefault(name, [Cell(MISSING, "", best=False)] * len(heads))
         seeds.setdefault(name, 0)

@@ -80,7 +80,7 @@ def differences_figure(differences: pd.DataFrame) -> Figure:
         for axes, rows, methods, texts in zip(panels, groups, names, labels, strict=True):
             exits = [measure for measure in dict.fromkeys(rows["measure"]) if measure != "area"]
             for panel, measure in zip(axes, (exits[0], exits[-1], "area"), strict=True):
-                _intervals(panel, rows[rows["measure"] == measure], methods)
+                _intervals(panel, rows[rows["measure"] == measure], "method", methods)
                 panel.set_title(measure)
             axes[0].set_yticks(range(len(methods)), texts)
             axes[0].set_ylim(len(methods) - 0.4, -0.6)
@@ -90,10 +90,42 @@ def differences_figure(differences: pd.DataFrame) -> Figure:
     return figure
 
 
-def _intervals(axes: Axes, rows: pd.DataFrame, methods: list[str]) -> None:
-    """Draw the difference and the interval of each method at its position in `methods`."""
-    for method, mean, low, high, p in rows[["method", "mean", "low", "high", "p_holm"]].itertuples(index=False):
-        at = methods.index(method)
+def policy_differences_figure(differences: pd.DataFrame) -> Figure:
+    """Draw the mean differences of exit policies to plain confidence, with their 95 % intervals.
+
+    Each method, network and data set has a panel. The policy with the largest difference, averaged over the panels, is
+    at the top. Filled markers are significant after Holm's correction.
+
+    Args:
+        differences: the rows of `Comparison.policy_differences`.
+    """
+    groups = [rows for _, rows in differences.groupby(["method", *GROUP], sort=False)]
+    several = len(differences[GROUP].drop_duplicates()) > 1
+    means = differences.groupby("policy", sort=False)["mean"].mean()
+    policies = list(means.sort_values(ascending=False, kind="stable").index)
+    across = _columns(len(groups), 4)
+    down = -(-len(groups) // across)
+    height = 0.16 * len(policies) + (0.9 if several else 0.6)
+    with own_style():
+        figure = Figure(figsize=(2 * WIDTH, height * down), layout="constrained")
+        panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
+        for axes in panels.ravel()[len(groups) :]:
+            axes.axis("off")
+        for axes, rows in zip(panels.ravel(), groups, strict=False):
+            _intervals(axes, rows, "policy", policies)
+            names = [rows["method"].iloc[0], group_name(rows)] if several else [rows["method"].iloc[0]]
+            axes.set_title("\n".join(textwrap.fill(name, 2 * _LETTERS // across) for name in names))
+        panels[0][0].set_yticks(range(len(policies)), [textwrap.fill(name, _LABEL) for name in policies])
+        panels[0][0].set_ylim(len(policies) - 0.4, -0.6)
+        size = panels[0][0].xaxis.label.get_size()
+        figure.supxlabel("difference to confidence (percentage points)", fontsize=size)
+    return figure
+
+
+def _intervals(axes: Axes, rows: pd.DataFrame, column: str, order: list[str]) -> None:
+    """Draw the difference and the interval of each name in `column` at its position in `order`."""
+    for name, mean, low, high, p in rows[[column, "mean", "low", "high", "p_holm"]].itertuples(index=False):
+        at = order.index(name)
         face = COLOURS[0] if p < SIGNIFICANCE else "white"
         axes.plot([low, high], [at, at], color=COLOURS[0], lw=1.0)
         axes.plot([mean], [at], "o", color=COLOURS[0], markerfacecolor=face, markeredgewidth=0.8)
@@ -235,7 +267,7 @@ def _panels(
     names = _methods(comparison) if lines is None else lines
     methods = [method for method in names if method in set(frame["method"])]
     groups = [rows for _, rows in frame.groupby(GROUP, sort=False)]
-    across = min(len(groups), 3)
+    across = _columns(len(groups), 3)
     down = -(-len(groups) // across)
     with own_style():
         figure = Figure(figsize=(WIDTH * across, HEIGHT * down), layout="constrained")
@@ -261,6 +293,11 @@ def _panels(
         labels = [text for axes in figure.axes for text in axes.get_legend_handles_labels()[1]]
         _legend(figure, methods + [name for name in dict.fromkeys(labels) if name not in methods])
     return figure
+
+
+def _columns(panels: int, limit: int) -> int:
+    """Return the number of panels in a row, at most `limit`: the rows are as few and as equal as possible."""
+    return -(-panels // -(-panels // limit))
 
 
 def axis_of(comparison: Comparison, costs: pd.Series) -> tuple[str, float]:

@@ -108,6 +108,8 @@ def _figures(comparison: Comparison, learning: pd.DataFrame, swept: pd.DataFrame
         drawn["stitched"] = figures.stitched_figure(comparison)
     if len(comparison.policy_curve):
         drawn["policies"] = figures.policies_figure(comparison)
+    if len(comparison.policy_differences):
+        drawn["policy_differences"] = figures.policy_differences_figure(comparison.policy_differences)
     if len(learning):
         drawn["learning"] = figures.learning_figure(learning)
     if len(swept):

@@ -1,5 +1,6 @@
 """`exitkit policies`: every policy against plain confidence, on stored outputs."""
 
+import dataclasses
 import json
 import shutil
 from io import StringIO
@@ -15,6 +16,7 @@ from scipy import stats
 import exitkit
 from exitkit.benchmarks.campaign.plan import Plan
 from exitkit.benchmarks.report import ReportOptions, collect, print_report, write_report, write_summary
+from exitkit.benchmarks.report.figures import policies_figure, policy_differences_figure
 from exitkit.benchmarks.report.policies import Outputs, comparison, curves, default_budgets, measure, policies
 from exitkit.benchmarks.report.statistics import holm
 from exitkit.errors import UserError
@@ -272,6 +274,43 @@ def test_differences_of_policies_are_paired_by_seed(reported):
     np.testing.assert_allclose(found.policy_differences["p_holm"], holm(found.policy_differences["p"]))
 
 
+@pytest.mark.parametrize("networks", [1, 2])
+def test_the_figure_of_differences_has_a_panel_per_method_and_the_best_policy_at_the_top(networks):
+    values = {
+        ("joint", "margin"): (-1.0, 0.5, 0.2),
+        ("joint", "mie"): (2.0, 0.5, 0.01),
+        ("ge", "margin"): (1.0, np.nan, np.nan),
+        ("ge", "mie"): (-0.5, 2.0, 0.7),
+    }
+    columns = ["method", "policy", "mean", "low", "high", "p", "p_holm"]
+    rows = [(*names, mean, mean - half, mean + half, p, p) for names, (mean, half, p) in values.items()]
+    frame = pd.DataFrame(rows, columns=columns).assign(backbone="net", dataset="digits", n=3)
+    frame = pd.concat([frame, frame.assign(backbone="ranet")][:networks])
+    figure = policy_differences_figure(frame)
+    figure.draw_without_rendering()
+    named = [f"{method}\n{network} on digits" for network in ("net", "ranet") for method in ("joint", "ge")]
+    assert [axes.get_title() for axes in figure.axes] == (["joint", "ge"] if networks == 1 else named)
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["mie", "margin"]
+    assert len({(axes.get_xlim(), axes.get_ylim()) for axes in figure.axes}) == 1
+    assert figure.axes[0].get_ylim()[0] > figure.axes[0].get_ylim()[1]
+    for axes, method in zip(figure.axes, ["joint", "ge"] * networks, strict=True):
+        points = [line for line in axes.lines if len(line.get_xdata()) == 1]
+        found = {("mie", "margin")[round(point.get_ydata()[0])]: point for point in points}
+        for policy, point in found.items():
+            mean, _, p = values[method, policy]
+            assert point.get_xdata()[0] == mean and (point.get_markerfacecolor() != "white") == (p < 0.05)
+        assert len(points) == 2 and len(found) == 2
+
+
+def test_four_panels_of_policies_are_two_by_two(reported):
+    _, found = reported
+    names = ["a", "b", "c", "d"]
+    curves = [found.policy_curve[found.policy_curve["method"] == "ge"].assign(method=name) for name in names]
+    figure = policies_figure(dataclasses.replace(found, policy_curve=pd.concat(curves)))
+    places = [axes.get_subplotspec().get_geometry()[:2] for axes in figure.axes]
+    assert places == [(2, 2)] * 4
+
+
 def test_a_report_without_policies_has_none_of_their_tables(tmp_path):
     plain = collect(fake_runs.runs(), budgets=3)
     assert plain.policies.empty and plain.policy_curve.empty and plain.policy_differences.empty
@@ -282,6 +321,9 @@ def test_policies_are_in_every_form_of_a_report(reported, tmp_path):
     _, found = reported
     names = {path.name for path in write_report(found, tmp_path)}
     assert names >= {"policies.csv", "policy_curve.csv", "policy_differences.csv", "policies.md", "policies.png"}
+    text = (tmp_path / "report.md").read_text("utf-8")
+    places = [text.index(part) for part in ("## Exit policies", "](policies.png)", "](policy_differences.png)")]
+    assert places == sorted(places) and "\n## " not in text[places[0] + 3 : places[2]]
     assert "mean+agreement" in (tmp_path / "report.md").read_text("utf-8")
     page = (tmp_path / "report.html").read_text("utf-8")
     assert "Exit policies, boost_net" in page and page.count("<h3>Exit policies</h3>") <= 1

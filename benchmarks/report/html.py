@@ -12,8 +12,9 @@ from exitkit.benchmarks.report import page
 from exitkit.benchmarks.report.comparison import GROUP, STATIC, Comparison
 from exitkit.benchmarks.report.diagnostics import Picture
 from exitkit.benchmarks.report.document import caption, lead, title
-from exitkit.benchmarks.report.figures import axis_of, oracle_range, whole_curve
+from exitkit.benchmarks.report.figures import axis_of, best_first, oracle_range, whole_curve
 from exitkit.benchmarks.report.narrow_tables import TITLES, Sheet, cost_text, number, sheets
+from exitkit.benchmarks.report.statistics import SIGNIFICANCE
 from exitkit.benchmarks.report.wide_tables import MISSING, Wide, group_name, wide_tables
 from exitkit.cli.catalogue import entries
 
@@ -48,7 +49,9 @@ def html_report(
             blocks.insert(0, _overview(comparison, rows, groups))
         curve = _of(whole_curve(comparison), rows)
         blocks += [_budgeted(comparison, curve, indices), _oracle(comparison, curve, indices)]
+        blocks += _differences(_of(comparison.differences, rows))
         blocks += [_sheet(sheet) for sheet in narrow if sheet.group == group]
+        blocks += _policy_differences(_of(comparison.policy_differences, rows))
         blocks += _policies(comparison, _of(comparison.policy_curve, rows))
         curves = _of(learning, rows)
         blocks += _learning(curves, indices)
@@ -218,6 +221,48 @@ def _budgeted(comparison: Comparison, rows: pd.DataFrame, indices: Mapping[str, 
         series.append(page.Series(str(method), points, indices[str(method)]))
     text = caption("budgeted", _of(comparison.static, rows))
     return page.Chart("Budgeted batch", label, _ACCURACY, [*series, *_static(comparison, rows, size)], text)
+
+
+def _differences(rows: pd.DataFrame) -> list[page.Row]:
+    """Return a chart each for the first exit, the last exit and the area; no row without differences."""
+    if rows.empty:
+        return []
+    exits = [measure for measure in dict.fromkeys(rows["measure"]) if measure != "area"]
+    label = f"difference to {rows['baseline'].iloc[0]} (percentage points)"
+    charts = []
+    for measure in dict.fromkeys((exits[0], exits[-1], "area")):
+        some = rows[rows["measure"] == measure]
+        if len(some):
+            charts.append(page.Intervals(f"Differences, {measure}", label, _intervals(some, "method"), _INTERVALS))
+    return [page.Row(charts)]
+
+
+def _policy_differences(rows: pd.DataFrame) -> list[page.Row]:
+    """Return a chart per method, with the same axis and order of policies; no row without policies."""
+    if rows.empty:
+        return []
+    label = "difference to confidence (percentage points)"
+    ends = rows[["mean", "low", "high"]].to_numpy().ravel().tolist()
+    order = best_first(rows)
+    charts = []
+    for method, some in rows.groupby("method", sort=False):
+        found = _intervals(some.sort_values("policy", key=lambda names: names.map(order.index)), "policy")
+        charts.append(page.Intervals(f"Exit policies, {method}", label, found, _INTERVALS, ends))
+    return [page.Row(charts)]
+
+
+def _intervals(rows: pd.DataFrame, column: str) -> list[page.Interval]:
+    found = []
+    for row in _records(rows):
+        interval = f"{number(row['low'], 2, '+')} to {number(row['high'], 2, '+')}"
+        facts = [(column, str(row[column])), ("difference", number(row["mean"], 2, "+")), ("95 % interval", interval)]
+        facts += [("p (Holm)", number(row["p_holm"], 3)), ("seeds", str(row["n"]))]
+        significant = bool(row["p_holm"] < SIGNIFICANCE)
+        found.append(page.Interval(str(row[column]), row["mean"], row["low"], row["high"], significant, facts))
+    return found
+
+
+_INTERVALS = "With 95 % intervals (none for one seed); filled: significant after Holm's correction"
 
 
 def _policies(comparison: Comparison, rows: pd.DataFrame) -> list[page.Chart]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import math
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from exitkit.benchmarks.report.wide_tables import MISSING
 from exitkit.escaping import printable
 
 WIDTH, HEIGHT, TOP, RIGHT, BOTTOM = 720, 400, 38, 20, 56  # a chart and its margins in SVG units; the page scales it
+ROW, SPACING = 30, 24  # height of a row in a chart of intervals, and of a further line of its name
+LETTERS, LABEL = 20, 50  # the most characters in a line of a row's name and of an axis label there
 LINE, MARKER = 1.8, 8.5  # width of a line, which scales its dashes (as in matplotlib); size of a marker
 DOTS: Any = (0, (1, 1.65))  # matplotlib's ":"
 CROWDED = 12  # lines of more points show only some markers, as in the figures; every point has a tooltip
@@ -66,6 +69,29 @@ class Chart:
 
 
 @dataclass(frozen=True)
+class Interval:
+    """A named value with its interval, whose ends are NaN if it has none; `filled` values are significant."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    filled: bool
+    facts: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """A chart of intervals below each other."""
+
+    title: str
+    x_label: str
+    rows: list[Interval]
+    caption: str = ""
+    x_values: Sequence[float] = ()  # further values that the axis covers, so that several charts share it
+
+
+@dataclass(frozen=True)
 class Cell:
     """A cell of a table: `sort` is its sort key (None: the text); `best` cells are bold."""
 
@@ -88,7 +114,7 @@ class Table:
 class Row:
     """Charts beside each other, as many as the page is wide."""
 
-    charts: Sequence[Chart]
+    charts: Sequence[Chart | Intervals]
 
 
 @dataclass(frozen=True)
@@ -118,7 +144,7 @@ class Image:
         return f"data:image/png;base64,{base64.b64encode(self.content).decode()}"
 
 
-Block = Chart | Row | Table | Facts | Text | Image
+Block = Chart | Intervals | Row | Table | Facts | Text | Image
 
 
 @dataclass(frozen=True)
@@ -142,10 +168,17 @@ def html_page(title: str, lead: list[str], sections: list[Section]) -> str:
         kind = type(block).__name__
         if isinstance(block, Row):
             return {"kind": kind, "charts": [view(chart) for chart in block.charts]}
-        counted = "Chart" if isinstance(block, Image) else kind  # both are figures
+        counted = "Chart" if isinstance(block, Image | Intervals) else kind  # all are figures
         numbers[counted] += 1
-        more = _chart(block) if isinstance(block, Chart) else _table(block) if isinstance(block, Table) else {}
-        more |= {"source": block.source} if isinstance(block, Image) else {}
+        more: dict[str, Any] = {}
+        if isinstance(block, Chart):
+            more = _chart(block)
+        elif isinstance(block, Intervals):
+            more = _intervals(block)
+        elif isinstance(block, Table):
+            more = _table(block)
+        elif isinstance(block, Image):
+            more = {"source": block.source}
         return {**vars(block), **more, "kind": kind, "number": numbers[counted]}
 
     with own_style():  # the ticks of an axis depend on it
@@ -216,6 +249,37 @@ def _series(series: Series, points: list[Point], x: Scale, y: Scale) -> dict[str
     }
 
 
+def _intervals(chart: Intervals) -> dict[str, Any]:
+    """Return the template values of a chart of intervals besides its fields, in SVG units."""
+    ends = [value for row in chart.rows for value in (row.value, row.low, row.high)]
+    low, high, ticks = _axis([value for value in [0.0, *ends, *chart.x_values] if math.isfinite(value)], most=5)
+    names = [textwrap.wrap(row.name, LETTERS) or [""] for row in chart.rows]
+    left, right = 14 + 13 * max((len(line) for name in names for line in name), default=0), WIDTH - RIGHT
+
+    def x(value: float) -> str:
+        return f"{left + (value - low) / (high - low) * (right - left):.2f}"
+
+    top, rows = ROW / 2, []
+    for row, lines in zip(chart.rows, names, strict=True):
+        height = ROW + SPACING * (len(lines) - 1)
+        middle = top + height / 2
+        bar = f"M{x(row.low)} {middle:g}H{x(row.high)}" if math.isfinite(row.low + row.high) else ""
+        text = [(f"{top + ROW / 2 + SPACING * n:g}", line) for n, line in enumerate(lines)]
+        rows.append({"text": text, "bar": bar, "x": x(row.value), "y": f"{middle:g}", **vars(row)})
+        top += height
+    bottom, label = top + ROW / 2, textwrap.wrap(chart.x_label, LABEL)
+    return {
+        "frame": (left, bottom, right),
+        "ticks": [(x(value), text) for value, text in ticks],
+        "zero": x(0.0),
+        "rows": rows,
+        "marker": _marker(MARKERS[0]),
+        "colour": COLOURS[0],
+        "label": [(f"{bottom + 50 + SPACING * n:g}", line) for n, line in enumerate(label)],
+        "height": f"{bottom + BOTTOM + SPACING * (len(label) - 1):g}",
+    }
+
+
 def _table(table: Table) -> dict[str, Any]:
     rows = [[(cell, *_sort_key(cell)) for cell in row] for row in table.rows]
     kinds = [{row[n][1] for row in rows} - {"missing"} for n in range(len(table.heads))]
@@ -230,12 +294,12 @@ def _sort_key(cell: Cell) -> tuple[str, str]:
     return ("text", key) if isinstance(key, str) else ("number", repr(float(key)).replace("inf", "Infinity"))
 
 
-def _axis(values: list[float]) -> tuple[float, float, list[tuple[float, str]]]:
-    """Return both ends of an axis, slightly beyond the values, and its ticks with their labels."""
+def _axis(values: list[float], most: int = 8) -> tuple[float, float, list[tuple[float, str]]]:
+    """Return both ends of an axis, slightly beyond the values, and its ticks, `most` + 1 at most, with their labels."""
     low, high = min(values, default=0.0), max(values, default=1.0)
     pad = 0.04 * (high - low) or 0.05 * abs(low) or 1.0
     low, high = low - pad, high + pad
-    ticks = [float(t) for t in MaxNLocator(8, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high) if low <= t <= high]
+    ticks = [float(t) for t in MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high) if low <= t <= high]
     step = ticks[1] - ticks[0]
     decimals = next((d for d in range(7) if all(abs(round(t, d) - t) < step / 100 for t in ticks)), None)
     plain = decimals is not None and max(map(abs, ticks)) < 1e7

@@ -10,7 +10,21 @@ from html.parser import HTMLParser
 import pytest
 
 from exitkit.benchmarks.report.figures import COLOURS
-from exitkit.benchmarks.report.page import TOP, Cell, Chart, Facts, Point, Row, Section, Series, Table, Text, html_page
+from exitkit.benchmarks.report.page import (
+    TOP,
+    Cell,
+    Chart,
+    Facts,
+    Interval,
+    Intervals,
+    Point,
+    Row,
+    Section,
+    Series,
+    Table,
+    Text,
+    html_page,
+)
 
 EVIL = "<script>alert(1)</script>"
 VOID = {"meta", "link", "path", "circle"}  # what the page leaves open or closes with "/>"
@@ -181,6 +195,53 @@ def test_a_crowded_line_shows_some_markers_and_knows_all_its_points():
     assert shown == [2, 8, 14, 20, 26, 32, 38] and len(places(made)) == 39
 
 
+def intervals(*rows, label="difference (points)", **settings):
+    made = [
+        Interval(name, *ends, filled, [("method", name), ("difference", str(ends[0]))]) for name, ends, filled in rows
+    ]
+    return Intervals("Differences", label, made, **settings)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1, 40])
+def test_intervals_are_drawn_where_the_data_say_and_filled_if_significant(size):
+    values = {
+        "ge": (0.5, -0.25, 1.25),
+        "imta first=joint second=isc": (-2.0, -3.0, -1.0),
+        "kd": (1.0, math.nan, math.nan),
+    }
+    rows = [(name, [size * value for value in ends], name != "ge") for name, ends in values.items()]
+    made = Page(page(intervals(*rows)))
+    x = scale(made, "x")
+    assert [x(at) for at, *_ in places(made)] == pytest.approx(
+        [size * ends[0] for ends in values.values()], abs=0.02 * size
+    )
+    heights = [up for _, up, *_ in places(made)]
+    assert heights == sorted(heights) and len(set(heights)) == 3
+    bars = [re.fullmatch(r"M(\S+) (\S+)H(\S+)", attrs["d"]).groups() for attrs, _ in made.all("path", class_="bars")]
+    ends = [[x(float(low)), x(float(high))] for low, _, high in bars]
+    assert ends == [
+        pytest.approx([size * end for end in values[name][1:]], abs=0.02 * size) for name in list(values)[:2]
+    ]
+    assert [float(up) for _, up, _ in bars] == heights[:2]
+    classes = [attrs["class"] for attrs, _ in made.all("path") if "data-facts" in attrs]
+    assert classes == ["mark hollow", "mark", "mark"]
+    texts = [text for _, text in made.all("text", class_="label")]
+    assert {"ge", "imta first=joint", "second=isc", "kd", "difference (points)"} == set(texts)
+
+
+def test_charts_of_intervals_share_an_axis_and_break_long_labels():
+    one, both = (
+        intervals(("ge", (1.0, 0.5, 1.5), True), x_values=[-4.0, math.nan]),
+        intervals(("kd", (-4.0, -4, 1.5), True)),
+    )
+    first, second = Page(page(one)), Page(page(both))
+    assert scale(first, "x")(500) == pytest.approx(scale(second, "x")(500))
+    long = Page(page(intervals(("ge", (1.0, 0.5, 1.5), True), label="difference to " + "a method of a long name " * 4)))
+    labels = [attrs for attrs, text in long.all("text", class_="label") if "difference" in text or "name" in text]
+    (plot,) = [attrs for attrs, _ in long.all("svg", class_="plot")]
+    assert len(labels) > 1 and max(float(attrs["y"]) for attrs in labels) < float(plot["viewbox"].split()[3])
+
+
 def test_every_series_has_a_button_that_is_pressed():
     made = Page(page(chart(line("ge"), line("kd", 1))))
     assert [text for _, text in made.all("button", aria_pressed="true")] == ["ge", "kd"]
@@ -296,6 +357,18 @@ def test_arrow_keys_read_every_point_and_escape_hides(browse):
     assert (saw["again"], saw["above"], saw["left"]) == (f"{EVIL} 1 M", "kd 1.1 M", "")
 
 
+def test_arrow_keys_read_intervals_row_by_row(browse):
+    rows = [(name, (at, at - 1, at + 1), True) for name, at in (("ge", 1.0), ("kd", -2.0), ("dfs", 0.5))]
+    saw = browse(
+        page(intervals(*rows)),
+        """plot.focus(); plot.dispatchEvent(new FocusEvent("focus")); saw.first = read();
+        press("ArrowDown"); saw.second = read(); press("ArrowDown"); press("ArrowDown"); saw.again = read();
+        move(...centre(marks(2)[0])); saw.pointed = read(); saw.ring = ring.classList.contains("on");""",
+    )
+    assert (saw["first"], saw["second"], saw["again"]) == ("ge 1.0", "kd -2.0", "ge 1.0")
+    assert (saw["pointed"], saw["ring"]) == ("dfs 0.5", "true")
+
+
 def test_a_pointer_finds_the_nearest_point_and_the_tooltip_stays_in_the_window(browse):
     saw = browse(
         page(chart(line("a method of a long name " * 4), line("kd", 1, [(1.1, 40.0)]))),
@@ -349,8 +422,15 @@ def test_nothing_is_cut_off_on_a_phone_or_a_small_screen(browse, width):
     rows = [[Cell("a method with a name")] + [Cell(f"{90 + n}.25 ± 0.55") for n in range(9)]]
     lines = [line(f"method {n}", n) for n in range(3)]
     bound = Series("bound", [Point(x, 90.0, None, None, [("bound", "90")]) for x in (1.0, 4.0)], 0, dotted=True)
+    gains = intervals(*((f"a method with a name {n}", (n, n - 1.0, n + 1.0), True) for n in range(4)))
     facts = Facts([[Cell("command"), Cell("exitkit compare " + "--methods " + "ge," * 80)]])
-    html = page(Table("Budgets", ["method", *budgets], rows), chart(*lines, bound), Row([chart(*lines)] * 4), facts)
+    html = page(
+        Table("Budgets", ["method", *budgets], rows),
+        chart(*lines, bound),
+        Row([chart(*lines)] * 4),
+        Row([gains] * 3),
+        facts,
+    )
     frame = (
         f"<!DOCTYPE html><html><body><iframe id=frame style='border:0;width:{width}px;height:900px'></iframe></body>"
     )
@@ -360,7 +440,7 @@ def test_nothing_is_cut_off_on_a_phone_or_a_small_screen(browse, width):
         f"""const frame = $("#frame");
         frame.onload = () => {{
           const root = frame.contentDocument, wide = root.documentElement.scrollWidth;
-          const boxes = [...root.querySelectorAll("svg.plot, .table, .legend, dl")].map(
+          const boxes = [...root.querySelectorAll("svg.plot, svg.plot text, .table, .legend, dl")].map(
             (e) => e.getBoundingClientRect());
           const scales = [...root.querySelectorAll("svg.plot")].map(
             (e) => parseFloat(getComputedStyle(e).fontSize) * e.getBoundingClientRect().width / 720);

@@ -326,6 +326,7 @@ def test_policies_are_in_every_form_of_a_report(reported, tmp_path):
     assert places == sorted(places) and "\n## " not in text[places[0] + 3 : places[2]]
     assert "mean+agreement" in (tmp_path / "report.md").read_text("utf-8")
     page = (tmp_path / "report.html").read_text("utf-8")
+    assert page.count(">difference to confidence (percentage points)</text>") == 3
     assert "Exit policies, boost_net" in page and page.count("<h3>Exit policies</h3>") <= 1
     console = Console(width=80, record=True, file=StringIO())
     print_report(found, console)

@@ -806,6 +806,7 @@ def test_every_exit_has_learning_curves_in_the_page():
 def test_the_page_begins_with_a_table_of_one_row_per_method():
     found = collect(runs(("joint", "boost_net", "ge")))
     html = html_report(found, pd.DataFrame(columns=learning_columns()), pd.DataFrame())
+    assert re.findall(r"Differences, ([\w ]+)</strong>", html) == ["exit 1", "exit 4", "area"]
     table = html[html.index("<table") : html.index("</table>")]
     texts = [
         [re.sub("<.*?>", "", cell) for cell in re.findall("<t[hd].*?</t[hd]>", row)] for row in table.split("<tr>")

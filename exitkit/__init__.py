@@ -1,4 +1,4 @@
-"""exitkit: train multi-exit networks with every published method, and compare them under one recipe."""
+"""exitkit: train multi-exit networks with the published methods, and compare them under one recipe."""
 
 from __future__ import annotations
 

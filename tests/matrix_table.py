@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
-HEAD = """# Every method on every family of networks
+HEAD = """# Every method on MSDNet, RANet, SDN and a torchvision network
 
 The result of `pytest tests/methods/test_matrix.py -m "full or not full"`, written by `tests/matrix_table.py`. A tick
 means that these tests passed: the method trains for two epochs of three steps in fp32, the losses are finite, the
 parameters that should change have changed and the others have not, and a second run that resumes after the first epoch
-ends in the same bits; and the method trains for two epochs in bf16.
+gives bit-identical results; and the method trains for two epochs in bf16.
 
 """
 

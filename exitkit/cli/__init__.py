@@ -28,7 +28,7 @@ _DISK_ERRORS = ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS", "ESTALE", "ENOLCK",
 _DISK = {getattr(errno, name) for name in _DISK_ERRORS if hasattr(errno, name)}
 """Errors of writing, which the system reports without the name of the file; Windows does not have all of them."""
 
-_FIRST_STEPS = """Train multi-exit networks with every published method, and compare them under one recipe.
+_FIRST_STEPS = """Train multi-exit networks with the published methods, and compare them under one recipe.
 
 \b
 First steps:

@@ -7,7 +7,7 @@ from pathlib import Path
 from exitkit.escaping import counted
 
 _NEW = """\
-exitkit trains multi-exit networks with every published method, and compares
+exitkit trains multi-exit networks with the published methods, and compares
 them.
 
 There are no runs in this folder yet. First steps:

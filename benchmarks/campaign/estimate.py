@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from exitkit.benchmarks.report.labels import name_runs
 from exitkit.errors import NonFiniteError, Note, UserError
 from exitkit.runs.recipe import flat_identity
-from exitkit.runs.table import find_runs
+from exitkit.runs.table import find_runs, intact
 
 if TYPE_CHECKING:
     from exitkit.data.base import Data
@@ -44,7 +44,7 @@ class Estimate:
         self._loaded: dict[tuple[str, ...], Data] = {}
         self._costs: dict[tuple[str, ...], list[ExitCost]] = {}
         try:
-            runs = find_runs(out)
+            runs = intact(find_runs(out), records=True)
         except UserError:
             return
         for run in runs:

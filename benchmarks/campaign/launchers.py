@@ -325,8 +325,11 @@ class Submitit:
     def wait(self) -> Event:
         """See `Launcher`."""
         if self._waiting:
-            with self._executor.batch():
-                jobs = [(index, self._executor.submit(_train_in_job, request)) for index, request in self._waiting]
+            try:
+                with self._executor.batch():
+                    jobs = [(index, self._executor.submit(_train_in_job, request)) for index, request in self._waiting]
+            except RuntimeError as error:  # the cluster refuses the jobs: submitit's FailedJobError
+                raise UserError(f"--launcher slurm: {' '.join(str(error).split())}") from None
             self._jobs |= dict(jobs)
             self._waiting = []
         while True:

@@ -171,14 +171,28 @@ class Plan:
         recipe = _with_fields(named, {_full_key(key, "method"): value for key, value in method.fields.items()})
         settable = recipe.settable() | _VALUES
         known |= settable | {f"{method.name}.{key}" for key in settable}
+        self._check_swept(method.name, settable)
         for point in self._points(method.name, settable):
             chosen = _applicable(self.sets, method.name, settable) | point
             used |= {key for key in (*self.sets, *self.sweep) if _field(key, method.name, settable) in chosen}
             yield _with_fields(recipe, chosen)
 
+    def _check_swept(self, method: str, settable: set[str]) -> None:
+        """Raise UserError if a value of `set` has no effect because its field is swept.
+
+        `boostnet.temperature` names the method and overrides `temperature`, in `set` and in `sweep`.
+        """
+        for key in self.sets:
+            swept = key.removeprefix(f"{method}.")
+            other = key if key in self.sweep else swept if swept in self.sweep else ""
+            if other and _field(key, method, settable):
+                both = key if key == other else f"{key}, or {other},"
+                raise UserError(f"{both} is given by --set and by --sweep; expected one of them")
+
     def _points(self, method: str, settable: set[str]) -> Iterator[dict[str, Any]]:
         """Yield each combination of swept values of this method's fields; one empty combination if none is swept."""
-        fields = {_field(key, method, settable): values for key, values in self.sweep.items()}
+        own = {key: values for key, values in self.sweep.items() if f"{method}.{key}" not in self.sweep}
+        fields = {_field(key, method, settable): values for key, values in own.items()}
         fields.pop("", None)
         for values in itertools.product(*fields.values()):
             yield dict(zip(fields, values, strict=True))

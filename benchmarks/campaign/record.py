@@ -22,7 +22,7 @@ from exitkit.benchmarks.report.comparison import NOT_TRAINED, Context, Missing
 from exitkit.errors import DamagedError, UserError
 from exitkit.files import checked, exists, make_folder, read_json, write_json
 from exitkit.runs.folder import RESULTS
-from exitkit.runs.recipe import flat_identity
+from exitkit.runs.recipe import EXECUTION, flat_identity
 
 if TYPE_CHECKING:
     from exitkit.benchmarks.campaign.plan import Plan, Planned
@@ -64,7 +64,7 @@ def write_plan(out: Path, plan: Plan, runs: Sequence[Planned], line: str) -> Pat
     ]
     about = {"title": plan.title, "note": plan.note, "published": list(plan.published)}
     content = about | {"report": report_options(plan), "runs": planned}
-    path = out / f"comparison-{_digest(content)}.json"
+    path = _same(out, content) or out / f"comparison-{_digest(content)}.json"
     write_json(path, {"command": line} | content)
     _replace_old(out, content)
     return path
@@ -75,9 +75,19 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def _portable(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a plan without the folder of the images, which is one of this machine."""
-    runs = [run | {"recipe": run["recipe"] | {"data_dir": None}} for run in plan["runs"]]
+    """Return a plan without what does not change its results, such as the device and the folder of the images."""
+    runs = [run | {"recipe": run["recipe"] | dict.fromkeys(EXECUTION)} for run in plan["runs"]]
     return {**plan, "runs": runs}
+
+
+def _same(out: Path, content: Mapping[str, Any]) -> Path | None:
+    """Return the file in which another version or machine wrote the same plan; None without one."""
+    for path in out.glob("comparison-*.json"):
+        with contextlib.suppress(DamagedError, KeyError, TypeError):
+            old = read_json(path)
+            if _portable({key: value for key, value in old.items() if key != "command"}) == _portable(content):
+                return path
+    return None
 
 
 def _replace_old(out: Path, content: Mapping[str, Any]) -> None:

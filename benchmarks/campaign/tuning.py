@@ -337,6 +337,8 @@ def search(
 ) -> None:
     """Train trials until a limit is reached, but at least one, and those that a killed process began.
 
+    The search also ends if many trials in a row train nothing, because their runs are finished: the space is small.
+
     Args:
         study, space: what is searched.
         out: the folder of the study.
@@ -351,7 +353,7 @@ def search(
     """
     import optuna  # optional: the extra `tune`
 
-    began, fruitless = time.monotonic(), 0
+    began, idle, fruitless = time.monotonic(), 0, 0
     _check_same(study, space, out)
     _requeue(study, out)
     while not limits.reached(trained_epochs(study), began) or _unfinished(study, not limits.late(began)):
@@ -363,23 +365,32 @@ def search(
                 trial.set_user_attr(key, value)
             run = train(recipe, out / RUNS, report=_pruning(trial, out / RUNS / recipe.id))
             if not policies:
-                study.tell(trial, objective(run, budget))
+                _tell(study, trial, objective(run, budget))
             else:
                 best = max(policy_scores(run, budget, policies), key=lambda scored: scored.validation)
                 trial.set_user_attr("policy", str(best.policy))
-                study.tell(trial, best.validation)
+                _tell(study, trial, best.validation)
         except optuna.TrialPruned:
-            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+            _tell(study, trial, state=optuna.trial.TrialState.PRUNED)
         except UserError as error:  # diverged, or not a valid combination: the search goes on
             trial.set_user_attr("reason", str(error))
-            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            _tell(study, trial, state=optuna.trial.TrialState.FAIL)
+        except optuna.exceptions.UpdateFinishedTrialError:
+            pass  # another process took this one for dead, has ended the trial, and trains its run
         told = study.get_trials(deepcopy=False)[trial.number]
         tell(told)
-        failed = told.state == optuna.trial.TrialState.FAIL and not told.intermediate_values
-        fruitless = fruitless + 1 if failed else 0
+        idle = 0 if told.intermediate_values else idle + 1
+        fruitless = fruitless + 1 if idle and told.state == optuna.trial.TrialState.FAIL else 0
         if fruitless == _FRUITLESS:
-            reason = told.user_attrs["reason"]
+            reason = told.user_attrs.get("reason", "their process ended")
             raise UserError(f"the last {fruitless} runs of the search failed in their first epoch: {reason}")
+        if idle == _FRUITLESS:
+            break
+
+
+def _tell(study: optuna.Study, trial: optuna.Trial | int, value: float | None = None, **state: Any) -> None:
+    """Record the result of a trial, unless another process took this one for dead and has ended it."""
+    study.tell(trial, value, skip_if_finished=True, **state)
 
 
 def _check_same(study: optuna.Study, space: Space, out: Path) -> None:
@@ -425,7 +436,7 @@ def _requeue(study: optuna.Study, out: Path) -> None:
     for trial in study.get_trials(deepcopy=False, states=(states.RUNNING,)):
         if _alive(trial, out):
             continue
-        study.tell(trial.number, state=states.FAIL)
+        _tell(study, trial.number, state=states.FAIL)
         study.enqueue_trial(trial.params)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from exitkit.errors import UserError
+from exitkit.errors import UserError, unknown
 from exitkit.files import exists, write_text
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def claims(folders: tuple[str, ...], out: str) -> None:
     from exitkit.benchmarks.campaign.record import read_plan
     from exitkit.benchmarks.report import ReportOptions
     from exitkit.benchmarks.report.claims import judge, load_claims
+    from exitkit.cli.catalogue import recipe_files
     from exitkit.runs.table import find_runs, intact
 
     target = Path(out)
@@ -71,11 +72,16 @@ def claims(folders: tuple[str, ...], out: str) -> None:
         raise UserError(f"--out {target} is a folder; expected a file")
     if exists(target) and _MARK not in target.read_text(encoding="utf-8", errors="replace"):
         raise UserError(f"{target} was not written by this command; choose another file with --out")
+    shipped = load_claims()
+    known = [name.removeprefix("study-") for name in recipe_files() if name.startswith("study-")]
     studies: dict[str, tuple[list[RunFolder], ReportOptions]] = {}
     for folder in map(Path, folders):
-        runs = intact(find_runs(folder))
-        studies[folder.resolve().name] = runs, ReportOptions.make(read_plan(folder).report)
-    shipped = load_claims()
+        runs, name = intact(find_runs(folder)), folder.resolve().name
+        if name not in known:
+            raise unknown("study", name, known)
+        if name in studies:
+            raise UserError(f"two folders are called {name}; expected one of each study")
+        studies[name] = runs, ReportOptions.make(read_plan(folder).report)
     verdicts = [judge(claim, *studies.get(claim.study, ([], ReportOptions()))) for claim in shipped]
     write_text(target, _document(shipped, verdicts))
     decided = sum(verdict.verdict in ("supported", "contradicted") for verdict in verdicts)

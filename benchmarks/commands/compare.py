@@ -117,6 +117,8 @@ def compare(
     if exists(folder) and not folder.is_dir():
         raise UserError(f"--out {out} is a file; expected a folder, or a new name")
     if "toy" in plan.figures:
+        if as_json:
+            raise UserError("the recipe draws a figure and trains nothing; expected no --json")
         if only_plan:
             click.echo("plan: the toy problem of two exits; takes seconds")
             return
@@ -339,7 +341,7 @@ def _command_line() -> str:
     words = ["exitkit", str(context.info_name)]
     for parameter in context.command.params:
         value = context.params.get(str(parameter.name))
-        if parameter.name in _LOCAL or value in (None, False, ()):
+        if parameter.name in _LOCAL or value is None or value is False or value == ():
             continue
         for item in value if isinstance(value, tuple) else (value,):
             words += [parameter.opts[0]] + ([] if item is True else [str(item)])

@@ -49,6 +49,9 @@ def diagnose(run: str | None, toy: bool, share: float, out: str | None, data_dir
     if not 0 < share < 1:
         raise UserError(f"--share is {share}; expected above 0 and below 1")
     if toy:
+        for name in ("share", "data_dir"):
+            if click.get_current_context().get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+                raise UserError(f"--{name.replace('_', '-')} has no effect on --toy; expected a RUN")
         with messages_to_stderr(as_json):
             drawn = draw_toy(Path(out or "toy"))
         _print_files(drawn, Path(out or "toy"), as_json)

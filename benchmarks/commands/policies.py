@@ -89,7 +89,7 @@ def policies_command(
         rows = {title: json.loads(frame.to_json(orient="records")) for title, (frame, _) in groups.items()}
         click.echo(json.dumps(rows, indent=2))
         return
-    _print(groups, None if everything else SHOWN)
+    _print(groups, None if everything else SHOWN, cost)
     click.echo(f"wrote policies (.csv, .html, .png, .pdf) and curves.csv to {target}")
 
 
@@ -155,7 +155,7 @@ def _report(report: Callable[[float], None], done: int, runs: int, share: float)
     report((done + share) / runs)
 
 
-def _print(groups: Mapping[str, tuple[Any, Any]], most: int | None) -> None:
+def _print(groups: Mapping[str, tuple[Any, Any]], most: int | None, cost: str) -> None:
     from rich.text import Text
 
     from exitkit.benchmarks.report.policy_tables import print_table
@@ -164,7 +164,7 @@ def _print(groups: Mapping[str, tuple[Any, Any]], most: int | None) -> None:
     console = Console(highlight=False)
     for title, (frame, _) in groups.items():
         console.print(Text.assemble("\n ", ("Accuracy within budgets (%)", "bold"), f"  {title}"))
-        print_table(frame, console, most)
+        print_table(frame, console, most, cost)
 
 
 def _write(groups: Groups, folders: Sequence[RunFolder], folder: Path, cost: str) -> None:

@@ -119,7 +119,7 @@ def report(folder: str, out: str | None, formats: str | None, summary: str | Non
     runs = sorted(finished, key=lambda run: (position.get(run.path.name, len(position)), run.path.name))
     if not order:
         runs.sort(key=lambda run: run.recipe.method != (chosen.baseline or "joint"))
-    if given["budgets"] is not None:  # budgets of the plan may be for networks whose runs failed
+    if given["budgets"] is not None and runs:  # budgets of the plan may be for networks whose runs failed
         costs = [exit_costs(run, chosen.cost) for run in runs]
         chosen.check_reach(min(float(cost[0]) for cost in costs), max(float(cost[-1]) for cost in costs))
     target = Path(out) if out else source / "report"

@@ -118,10 +118,12 @@ def _table(comparison: Comparison, runs: Sequence[RunFolder]) -> str:
     import pandas as pd
 
     from exitkit.benchmarks.campaign.estimate import in_words
+    from exitkit.benchmarks.report.comparison import STATIC
 
     groups: dict[Any, list[RunFolder]] = {}
     for run in runs:
-        groups.setdefault(comparison.names[run.path.name], []).append(run)
+        if (names := comparison.names[run.path.name]).method != STATIC:  # of static networks, one exit is trained
+            groups.setdefault(names, []).append(run)
     rows = []
     for names, seeds in groups.items():
         score = _score([run.results()["test"] for run in seeds])

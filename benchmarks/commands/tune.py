@@ -105,6 +105,10 @@ def tune(
     options = {key: value for key, value in given.items() if value is not None}
     values = {**read_recipe(recipe_file), **options, "set": parse_sets(sets)}
     chosen = named_policies(names=policies) if policies else ()
+    if embedded := [str(policy) for policy in chosen if policy.reads_embeddings]:
+        raise UserError(
+            f"--policy {embedded[0]} reads embeddings, which a search does not store; expected another policy"
+        )
     space = Space.make(values, wanted, parse_sets(spaces, "--space"))
     folder = Path(out)
     if folder.exists() and not folder.is_dir():

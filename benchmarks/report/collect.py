@@ -88,11 +88,12 @@ def collect(
         raise UserError("no finished runs to compare; expected at least one")
     missing_identities = [run.identity for run in context.missing]
     identities = [run.identity for run in finished]
-    labels = name_runs([*(_without_weights(identity) for identity in identities), *missing_identities])
-    named = [
-        _Named(run, names._replace(method=STATIC) if _static_exit(run.identity) else names)
-        for run, names in zip(finished, labels, strict=False)
+    every = [*identities, *missing_identities]
+    labels = [
+        names._replace(method=STATIC) if _static_exit(identity) else names
+        for identity, names in zip(every, name_runs([_without_weights(identity) for identity in every]), strict=True)
     ]
+    named = _with_static_rows([_Named(run, names) for run, names in zip(finished, labels, strict=False)])
     parts: dict[str, list[pd.DataFrame]] = {}
     notes: dict[tuple[str, str], Sequence[str]] = {}
     shared: dict[tuple[str, str], str] = {}
@@ -102,7 +103,7 @@ def collect(
         _check_seeds(members)
         notes[group] = unlike([m.run.identity for m in members], [m.names.method for m in members])
         shared[group] = in_common([m.run.identity for m in members])
-        adaptive = [m.run for m in members if m.names.method != STATIC] or [m.run for m in members]
+        adaptive = [m.run for m in members if m.names.method != STATIC]
         grids[group] = common_budgets(adaptive, options, budgets)
         measures |= {m.run.path.name: measured(m.run, options, grids[group]) for m in members}
         for name, rows in _group_tables(members, measures, options).items():
@@ -153,6 +154,17 @@ def _without_weights(identity: Mapping[str, str]) -> Mapping[str, str]:
     return {**identity, "method.weights": "null"} if _static_exit(identity) else identity
 
 
+def _with_static_rows(named: Sequence[_Named]) -> list[_Named]:
+    """Give each static network a row of its own where no other run of the same network and data set is finished."""
+    others = {names[1:] for _, names in named if names.method != STATIC}
+    return [
+        member
+        if member.names[1:] in others
+        else _Named(member.run, member.names._replace(method=f"{STATIC}, exit {_static_exit(member.run.identity)}"))
+        for member in named
+    ]
+
+
 def _check_seeds(members: Sequence[_Named]) -> None:
     """Raise UserError if a method has the same seed twice."""
     first: dict[tuple[str, int, int], FinishedRun] = {}
@@ -197,7 +209,6 @@ def _group_tables(
 ) -> dict[str, pd.DataFrame]:
     parts: dict[str, list[tuple[Mapping[str, Any], pd.DataFrame]]] = {STATIC: []}
     samples = ""
-    only_static = all(names.method == STATIC for _, names in members)
     for run, names in members:
         own = measures[run.path.name]
         labels = {"method": names.method, "seed": run.recipe.seed, **names._asdict()}
@@ -206,7 +217,7 @@ def _group_tables(
         if exit:
             row = own.tables["anytime"].iloc[[exit - 1]]
             parts[STATIC].append((labels, row.assign(cost=row[COST_COLUMNS[options.cost]])))
-            if not only_static:
+            if names.method == STATIC:
                 continue
         if samples and own.samples != samples:
             raise UserError(

@@ -103,7 +103,7 @@ class Comparison:
     risk: pd.DataFrame
     """method, backbone, dataset, found (seeds), cost_mean, accuracy_mean, accuracy_sd, drop_mean, n.
 
-    The lowest-cost operating point that loses at most `options.risk` percentage points of accuracy against the full
+    The lowest-cost operating point that loses less than `options.risk` percentage points of accuracy against the full
     network, with confidence `options.certainty`; the full network is used for seeds without such a point.
     """
     policies: pd.DataFrame
@@ -115,8 +115,11 @@ class Comparison:
     policy_curve: pd.DataFrame
     """method, backbone, dataset, policy, point, cost_mean, accuracy_mean, accuracy_sd, n."""
     policy_differences: pd.DataFrame
-    """method, backbone, dataset, policy, mean, low, high, p, p_holm, n: accuracy within the budgets, on average over
-    them, against plain confidence on the same runs, paired by seed; see `differences`."""
+    """method, backbone, dataset, policy, budgets, mean, low, high, p, p_holm, n: see `differences`.
+
+    Accuracy within the budgets, on average over them, against plain confidence on the same runs, paired by seed. Only
+    budgets at which the policy has an operating point for every seed count; `budgets` is their number.
+    """
     verdicts: pd.DataFrame
     """backbone, dataset, where, budget, best, accuracy, second, lead, low, high, p_holm, verdict: see `verdicts`."""
     differences: pd.DataFrame

@@ -56,17 +56,20 @@ def differences(anytime: pd.DataFrame, curve: pd.DataFrame, wanted: str) -> pd.D
 def policy_differences(rows: pd.DataFrame) -> pd.DataFrame:
     """Compare every policy with plain confidence on the same runs; see `Comparison.policy_differences`.
 
+    A policy is compared at the budgets at which it has an operating point for every seed.
+
     Args:
         rows: method, seed, backbone, dataset, policy, budget, accuracy.
     """
-    names = ["method", *GROUP, "policy", "mean", "low", "high", "p", "n"]
+    names = ["method", *GROUP, "policy", "budgets", "mean", "low", "high", "p", "n"]
     table = []
     for method, group in rows.groupby(["method", *GROUP], sort=False):
         wide = group.pivot(index=["seed", "budget"], columns="policy", values="accuracy")
         for policy in dict.fromkeys(group["policy"]):
-            change = (wide[policy] - wide["confidence"]).groupby(level="seed").mean().dropna()
-            if policy != "confidence" and len(change):
-                table.append((*method, policy, *paired_difference(change, np.zeros(len(change)))))
+            changes = (wide[policy] - wide["confidence"]).unstack("budget").dropna(axis="columns")
+            if policy != "confidence" and changes.size:
+                change = changes.mean(axis="columns")
+                table.append((*method, policy, changes.shape[1], *paired_difference(change, np.zeros(len(change)))))
     frame = pd.DataFrame(table, columns=names)
     frame.insert(len(names) - 1, "p_holm", np.nan)
     for _, places in frame.groupby(GROUP, sort=False).groups.items():
@@ -137,8 +140,8 @@ def stitch(rows: pd.DataFrame) -> pd.DataFrame:
     """Combine the curves of a method's networks of several sizes on one data set into one curve, per seed.
 
     At each of 39 budgets between the lowest and the highest cost on validation, the curve has the operating point with
-    the highest validation accuracy within the budget. Only networks of one family (MSDNets, RANets, ...) are combined;
-    methods with a single network have no rows.
+    the highest validation accuracy within the budget. Only networks of one family (MSDNets, RANets, ...) are combined.
+    Methods with a single network have no rows; neither have methods whose curves share no cost.
 
     Args:
         rows: method, seed, backbone, dataset, validation_cost, validation_accuracy, cost, accuracy of every point.
@@ -150,14 +153,13 @@ def stitch(rows: pd.DataFrame) -> pd.DataFrame:
     curves = [pd.DataFrame(columns=columns)]
     rows = rows.assign(family=rows["backbone"].map(family))
     for (kind, dataset), group in rows.groupby(["family", "dataset"], sort=False):
-        if group["backbone"].nunique() < 2:
-            continue
-        runs = group.groupby(["method", "seed"], sort=False)
+        networks = group.groupby(["method", "seed"])["backbone"].transform("nunique")
+        runs = group[networks > 1].groupby(["method", "seed"], sort=False)
         low, high = runs["validation_cost"].min().max(), runs["validation_cost"].max().min()
+        if not low < high:  # no method has several networks, or their costs do not overlap
+            continue
         budgets = np.geomspace(low, high, BUDGETS)
         for (method, seed), points in runs:
-            if points["backbone"].nunique() < 2:
-                continue
             chosen = points.iloc[stitched(points["validation_cost"], points["validation_accuracy"])]
             index = np.searchsorted(chosen["validation_cost"], budgets * (1 + 1e-12), side="right") - 1
             at = chosen.iloc[index]

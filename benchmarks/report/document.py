@@ -24,8 +24,8 @@ FIGURES = {
     "stitched": "Networks of several sizes combined into one curve; operating points selected on validation.",
     "policies": "Exit policies on the outputs of each method: accuracy against realised mean cost.",
     "policy_differences": (
-        "Differences of exit policies to plain confidence, averaged over the budgets, with 95 % intervals (none for "
-        "one seed); filled: significant after Holm's correction."
+        "Differences of exit policies to plain confidence, averaged over the budgets at which the policy has an "
+        "operating point, with 95 % intervals (none for one seed); filled: significant after Holm's correction."
     ),
     "learning": "Validation accuracy during training.",
     "sweep": "Accuracy for each value of a swept field.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -140,11 +141,14 @@ def _sheet(sheet: Sheet) -> page.Table:
     return page.Table(sheet.title, sheet.heads, rows, sheet.caption)
 
 
+_NUMBER = re.compile(r"([+-]?[\d,]*\.?\d+)\*?(?: ?([KMGT]))?(?: ms)?")
+_SIZES = {None: 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+
+
 def _number(text: str) -> float | None:
-    try:
-        return float(text.rstrip("*"))
-    except ValueError:
-        return None
+    """Return the number of a cell such as "1,000", "+0.42*" or "12.3 M"; None if it is none."""
+    found = _NUMBER.fullmatch(text)
+    return float(found[1].replace(",", "")) * _SIZES[found[2]] if found else None
 
 
 def _anytime(comparison: Comparison, rows: pd.DataFrame, indices: Mapping[str, int]) -> page.Chart:
@@ -178,7 +182,7 @@ def _by_method(
     for method, group in rows.groupby("method", sort=False):
         points = [
             _point(r["cost_mean"] / size, r, [("method", str(method)), *_amounts(comparison, r, r["cost_mean"])])
-            for r in _records(group)
+            for r in _records(group.sort_values("cost_mean", kind="stable"))
         ]
         series.append(page.Series(str(method), points, indices[str(method)]))
     return series
@@ -203,7 +207,7 @@ def _budgeted(comparison: Comparison, rows: pd.DataFrame, indices: Mapping[str, 
     series = []
     for method, group in rows.groupby("method", sort=False):
         points = []
-        for row in _records(group):
+        for row in _records(group.sort_values("cost_mean", kind="stable")):
             if pd.isna(row["point"]):
                 facts = [("method", str(method)), ("budget", cost_text(comparison, row["budget"]))]
                 facts += _amounts(comparison, row, row["cost_mean"])
@@ -256,6 +260,7 @@ def _intervals(rows: pd.DataFrame, column: str) -> list[page.Interval]:
     for row in _records(rows):
         interval = f"{number(row['low'], 2, '+')} to {number(row['high'], 2, '+')}"
         facts = [(column, str(row[column])), ("difference", number(row["mean"], 2, "+")), ("95 % interval", interval)]
+        facts += [(name, str(row[name])) for name in ("budgets",) if name in row]
         facts += [("p (Holm)", number(row["p_holm"], 3)), ("seeds", str(row["n"]))]
         significant = bool(row["p_holm"] < SIGNIFICANCE)
         found.append(page.Interval(str(row[column]), row["mean"], row["low"], row["high"], significant, facts))

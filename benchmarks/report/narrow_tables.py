@@ -236,8 +236,9 @@ def _policies(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
         table.append([plain(method), plain(policy), *cells, change, plain(int(group["n"].max()))])
     caption = (
         "Accuracy of exit policies within average budgets: operating points selected on validation, cross-fitted; "
-        "difference to plain confidence on the same runs, mean over the budgets, paired by seed, with the half width "
-        "of its 95 % interval; *: significant at 0.05 after Holm's correction. `exitkit policies` compares by image"
+        "difference to plain confidence on the same runs, mean over the budgets at which the policy has an operating "
+        "point, paired by seed, with the half width of its 95 % interval; *: significant at 0.05 after Holm's "
+        "correction. `exitkit policies` compares by image"
         f"{_among(rows)}"
     )
     heads = ["method", "policy", *(f"{text}{unit}" for text in written), "difference", "n"]

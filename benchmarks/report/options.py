@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -56,11 +56,10 @@ class ReportOptions:
             raise UserError("calibrated has no effect on the rule patience, which counts predictions; omit calibrated")
         if self.policy:
             self.policies()
-        for target in self.targets:
-            # Imported when used: it imports the module of this class.
-            from exitkit.benchmarks.report.targets import read_target
+        # Imported when used: it imports the module of this class.
+        from exitkit.benchmarks.report.targets import read_target
 
-            read_target(target)
+        _check_different("target", self.targets, read_target)
         for budget in self.budgets:
             in_time = budget.endswith("ms")
             if in_time != (self.cost == "latency"):
@@ -68,6 +67,7 @@ class ReportOptions:
                 raise UserError(f"budget {budget} does not fit cost {self.cost}; expected {unit}")
             if not read_budget(budget) > 0:
                 raise UserError(f"budget {budget} is not above 0")
+        _check_different("budget", self.budgets, read_budget)
 
     def policies(self) -> tuple[PolicyName, ...]:
         """Return the policies to compare, with plain confidence first; none if `policy` is empty.
@@ -116,3 +116,14 @@ class ReportOptions:
         """
         options: ReportOptions = instantiate(cls, "report", values)
         return options
+
+
+def _check_different(kind: str, texts: Sequence[str], read: Callable[[str], Any]) -> None:
+    """Raise UserError if two texts have the same value."""
+    first: dict[Any, str] = {}
+    for text in texts:
+        value = read(text)
+        if value in first:
+            both = text if text == first[value] else f"{first[value]} and {text}"
+            raise UserError(f"{kind} {both} is given twice; expected each {kind} once")
+        first[value] = text

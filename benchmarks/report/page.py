@@ -125,13 +125,6 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Text:
-    """A paragraph of plain text."""
-
-    text: str
-
-
-@dataclass(frozen=True)
 class Image:
     """A figure as the bytes of a PNG file, with its caption."""
 
@@ -144,7 +137,7 @@ class Image:
         return f"data:image/png;base64,{base64.b64encode(self.content).decode()}"
 
 
-Block = Chart | Intervals | Row | Table | Facts | Text | Image
+Block = Chart | Intervals | Row | Table | Facts | Image
 
 
 @dataclass(frozen=True)

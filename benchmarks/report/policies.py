@@ -74,7 +74,8 @@ def policies(
             them.
 
     Raises:
-        UserError: a name is unknown, or no given rule reads a given score.
+        UserError: a name is unknown, a given rule reads none of the given scores, or a given score is read by no given
+            rule.
     """
     given = (tuple(combinations), tuple(scores), tuple(rules))
     for (kind, all_names), chosen in zip(_KNOWN.items(), given, strict=True):
@@ -82,9 +83,14 @@ def policies(
             if name not in all_names:
                 raise unknown(kind, name, all_names)
     known = _KNOWN if embeddings else _KNOWN | {"combination": (PLAIN, *COMBINATIONS)}
-    if rules and scores and not any(_compatible(rule, score) for rule in rules for score in scores):
-        both = " and ".join(rules), " and ".join(scores)
-        raise UserError(f"{both[0]} can't use the score {both[1]}; rules with a score: {', '.join(SCORED)}")
+    for rule in rules:
+        if scores and not any(_compatible(rule, score) for score in scores):
+            both = f"{rule} can't use the score {' or '.join(scores)}"
+            raise UserError(f"{both}; rules with a score: {', '.join(SCORED)}")
+    for score in scores:
+        if rules and not any(_compatible(rule, score) for rule in rules):
+            both = f"{' and '.join(rules)} can't use the score {score}"
+            raise UserError(f"{both}; rules with a score: {', '.join(SCORED)}")
     made: Iterable[tuple[str, ...]] = ()
     if any(given) or full:
         otherwise = tuple(known.values()) if full else tuple((name,) for name in _PARTS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, cast
 
+import numpy as np
 import pandas as pd
 from rich import box
 from rich.table import Table
@@ -28,9 +29,9 @@ CAPTION = (
 )
 
 
-def print_table(frame: pd.DataFrame, console: Console, most: int | None) -> None:
+def print_table(frame: pd.DataFrame, console: Console, most: int | None, cost: str) -> None:
     """Print the policies by mean accuracy over the budgets; at most `most` rows besides the baseline."""
-    unit, size = unit_for(frame["budget"])
+    unit, size = _unit(frame["budget"], cost)
     table = Table(box=box.SIMPLE_HEAVY, padding=(0, 1, 0, 0), header_style="bold cyan")
     table.add_column("policy")
     for budget in frame["budget"].unique():
@@ -56,16 +57,21 @@ def print_table(frame: pd.DataFrame, console: Console, most: int | None) -> None
         console.print(
             Text(f" the best {most} of {len(ranked)} policies and the baseline; --all prints them all", "dim")
         )
-    console.print(Text(f" {preferences(frame)}"))
+    console.print(Text(f" {preferences(frame, cost)}"))
     console.print(Text(f" {CAPTION}", style="dim"))
 
 
 _BASELINE = (BASELINE.combination, BASELINE.score, BASELINE.rule)
 
 
-def preferences(frame: pd.DataFrame) -> str:
+def _unit(budgets: pd.Series, cost: str) -> tuple[str, float]:
+    """Return the unit of the budgets in a table, and its size."""
+    return (" ms", 1.0) if cost == "latency" else unit_for(budgets)
+
+
+def preferences(frame: pd.DataFrame, cost: str) -> str:
     """Return the preferred policy of each budget, as text."""
-    unit, size = unit_for(frame["budget"])
+    unit, size = _unit(frame["budget"], cost)
     chosen = _records(frame[frame["preferred"]].sort_values("budget"))
     names = [f"{label(*(row[name] for name in NAMES))} at {row['budget'] / size:.3g}{unit}" for row in chosen]
     return f"Preferred on validation: {', '.join(names)}."
@@ -73,7 +79,9 @@ def preferences(frame: pd.DataFrame) -> str:
 
 def _ranked(frame: pd.DataFrame) -> list[tuple[tuple[str, ...], pd.DataFrame]]:
     groups = [(tuple(map(str, _tuple(names))), rows) for names, rows in frame.groupby(NAMES, sort=False)]
-    return sorted(groups, key=lambda group: -group[1]["accuracy"].mean())
+    means = {names: rows["accuracy"].mean(skipna=False) for names, rows in groups}
+    # Policies without an operating point at a budget come last: their other budgets alone would rank too high.
+    return sorted(groups, key=lambda group: (np.isnan(means[group[0]]), -means[group[0]]))
 
 
 def _tuple(names: Hashable) -> tuple[Any, ...]:
@@ -146,11 +154,11 @@ def html(groups: Sequence[tuple[str, pd.DataFrame, pd.DataFrame]], lead: Sequenc
     """Return the comparison as one HTML page.
 
     Args:
-        groups: (title, table of `compare.comparison`, table of `compare.curves`) of each group of runs.
+        groups: (title, table of `policies.comparison`, table of `policies.curves`) of each group of runs.
         lead: paragraphs of the introduction.
         cost: macs or latency.
     """
-    sections = [page.Section(title, [*_tables(frame), *_charts(curves, cost)]) for title, frame, curves in groups]
+    sections = [page.Section(title, [*_tables(frame, cost), *_charts(curves, cost)]) for title, frame, curves in groups]
     return page.html_page("Comparison of exit policies", list(lead), sections)
 
 
@@ -186,9 +194,9 @@ def _series(names: tuple[str, ...], rows: pd.DataFrame, size: float, index: int)
     return page.Series(label(*names), points, index)
 
 
-def _tables(frame: pd.DataFrame) -> list[page.Table]:
+def _tables(frame: pd.DataFrame, cost: str) -> list[page.Table]:
     """Return accuracies and differences as two tables: one would be too wide for a page."""
-    unit, size = unit_for(frame["budget"])
+    unit, size = _unit(frame["budget"], cost)
     heads = ["policy", *(f"{budget / size:.3g}{unit}" for budget in frame["budget"].unique())]
     best = frame.groupby("budget")["accuracy"].max()
     accuracies, differences = [], []
@@ -199,7 +207,7 @@ def _tables(frame: pd.DataFrame) -> list[page.Table]:
         accuracies.append([name, *(_accuracy(row, best) for row in _records(group)), *facts])
         if names != _BASELINE:
             differences.append([name, *(page.Cell(_difference(row), row["difference"]) for row in _records(group))])
-    caption = f"{preferences(frame)} {CAPTION}"
+    caption = f"{preferences(frame, cost)} {CAPTION}"
     tables = [page.Table("Accuracy within budgets (%)", [*heads, "falls", "ECE", "s"], accuracies, caption)]
     if differences:
         about = "Percentage points of test accuracy, with the half width of the 95 % interval; * as above."

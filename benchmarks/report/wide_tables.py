@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from exitkit.benchmarks.report.comparison import GROUP, NOT_TRAINED, Comparison
+from exitkit.benchmarks.report.comparison import GROUP, NOT_TRAINED, STATIC, Comparison
 from exitkit.benchmarks.report.comparisons import has_most_seeds, seeds_differ
 
 _NEGATIVE = re.compile(r"-\d[\d.,]*\*?")
@@ -153,7 +153,7 @@ def _gaps(gaps: pd.DataFrame, seeds: Collection[str]) -> tuple[dict[str, int], i
         seeds: the methods with finished runs.
     """
     missing, waiting = {}, 0
-    for method, rows in gaps.groupby("method", sort=False):
+    for method, rows in gaps[gaps["method"] != STATIC].groupby("method", sort=False):
         if method not in seeds and set(rows["reason"]) == {NOT_TRAINED}:
             waiting += 1
         else:

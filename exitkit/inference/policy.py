@@ -114,7 +114,7 @@ def read_policy(text: str) -> PolicyName:
     """Return the policy of a text such as `mie+stopping` or `agreement:weights=linear`.
 
     Raises:
-        UserError: a word is unknown, two words are of the same kind, a field is unknown or its value invalid, or the
+        UserError: a word is unknown, two words are of the same kind, a field is unknown, invalid or given twice, or the
             rule does not read the score.
     """
     kinds = {"combination": KNOWN, "score": SCORES, "rule": RULES}
@@ -134,6 +134,8 @@ def read_policy(text: str) -> PolicyName:
             field, equals, value = (part.strip() for part in pair.partition("="))
             if not equals:
                 raise UserError(f"policy {text!r}: {pair!r} is not a field and its value; expected {name}:FIELD=VALUE")
+            if field in dict(fields):
+                raise UserError(f"policy {text!r} has {field} twice; expected it once")
             fields.append((field, value))
     return PolicyName(**found, fields=tuple(fields))
 

@@ -2,7 +2,7 @@
 
 | words | the chosen point |
 |---|---|
-| budget 40M, 60%, 1.5ms | the most accurate one whose mean cost is at most the budget (60%: of the last exit's cost) |
+| budget 40M, 60%, 1.5ms | the most accurate one planned for at most this mean cost (60%: of the last exit's cost) |
 | latency 5ms | the same, in milliseconds as measured by `exitkit bench` |
 | latency-p95 5ms | the most accurate one of which 95 % of the images take at most this time |
 | lose 1 | the lowest-cost one that loses at most 1 percentage point of accuracy against the full network |
@@ -218,7 +218,7 @@ class Candidates:
         if samples < 2:
             return np.full(len(spent), np.inf)
         quantile = float(stats.t.ppf(level, samples - 1))
-        # The validation images and as many new ones vary: thresholds fix the shares on validation only.
+        # The mean cost of all images, of which the validation images are a sample.
         limit: Floats = spent.mean(axis=1) + quantile * spent.std(axis=1, ddof=1) / np.sqrt(samples)
         return limit
 

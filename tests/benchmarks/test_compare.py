@@ -207,6 +207,10 @@ def test_claims_are_tested_with_the_report_options_of_the_study(finished, cli):
     assert "a summary made with budgets" in cli("report", summary, "--budgets", "0.06M,0.13M").errors
     tested = cli("claims", summary)
     assert tested.code == 0, tested.errors
+    shutil.copytree(summary, Path("elsewhere", "long-tail"))
+    shutil.copytree(summary, "long-tial")
+    cli("claims", summary, "elsewhere/long-tail").refused("two folders are called long-tail")
+    cli("claims", "long-tial").refused("unknown study 'long-tial'; did you mean long-tail?")
 
 
 def test_a_summary_does_not_name_the_folder_of_the_images(finished, cli):

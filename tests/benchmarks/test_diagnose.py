@@ -168,6 +168,12 @@ def test_what_diagnose_can_not_draw_is_said_in_one_line(arguments, cli):
     cli("diagnose", *arguments).refused()
 
 
+@pytest.mark.parametrize("option", [("--share", "0.02"), ("--data-dir", "data")])
+def test_options_of_a_run_are_refused_with_the_toy_problem(option, cli, tmp_path):
+    cli("diagnose", "--toy", *option).refused(f"{option[0]} has no effect on --toy")
+    assert not list(tmp_path.iterdir())
+
+
 def test_on_the_toy_problem_the_exits_conflict_and_every_method_gets_somewhere(tmp_path):
     w = torch.tensor(START, dtype=torch.float64, requires_grad=True)
     one, other = (torch.autograd.grad(loss, w, retain_graph=True)[0] for loss in losses(w))

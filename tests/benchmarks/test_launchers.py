@@ -330,6 +330,19 @@ def test_where_there_is_no_slurm_it_is_said(tmp_path, monkeypatch):
         make_launcher("slurm", 1, resolved(), tmp_path / "out", {})
 
 
+def test_jobs_that_the_cluster_refuses_are_one_line(tmp_path, monkeypatch):
+    submitit = pytest.importorskip("submitit")
+    launcher = make_launcher("submitit-local", 1, resolved(), tmp_path, {})
+
+    def refuse(*_):
+        raise submitit.core.utils.FailedJobError("sbatch: error: invalid partition\nspecified: typo")
+
+    monkeypatch.setattr(launcher._executor, "submit", refuse)
+    launcher.start(0, resolved(), tmp_path)
+    with pytest.raises(UserError, match=r"^--launcher slurm: sbatch: error: invalid partition specified: typo$"):
+        launcher.wait()
+
+
 def test_a_parameter_that_is_no_number_is_refused(tmp_path):
     pytest.importorskip("submitit")
     with pytest.raises(UserError, match="timeout_min"):

@@ -125,6 +125,19 @@ def test_a_sweep_leaves_methods_without_the_field_with_one_run():
     assert have(runs, "method", "method.temperature") == expected
 
 
+def test_a_sweep_of_a_named_method_goes_before():
+    sweep = {"boostnet.temperature": [0.0, 1.0], "temperature": [0.25]}
+    runs = planned(methods="kd,boostnet", sweep=sweep)
+    expected = [("joint", None), ("kd", 0.25), ("boostnet", 0.0), ("boostnet", 1.0)]
+    assert have(runs, "method", "method.temperature") == expected
+
+
+@pytest.mark.parametrize(("key", "swept"), [("temperature", "temperature"), ("boostnet.temperature", "temperature")])
+def test_a_value_that_a_sweep_would_replace_is_refused(key, swept):
+    with pytest.raises(UserError, match=f"^{key}.* is given by --set and by --sweep"):
+        planned(methods="boostnet", sweep={swept: [0.0, 1.0]}, set={key: 0.25})
+
+
 def test_sweeps_over_fields_of_method_run_network_and_data_combine():
     sweep = {"temperature": [0.0, 1.0], "batch_size": ["32", 64], "growth": [2, 4], "imbalance": [1.0, 10.0]}
     runs = planned(methods="boostnet", sweep=sweep, seeds=2)
@@ -439,6 +452,8 @@ def test_a_budget_that_no_exit_meets_is_told_before_anything_is_trained(cli, tmp
 def test_the_plan_of_a_recipe_without_runs_draws_nothing(cli, tmp_path):
     code, printed, _ = cli("compare", "--plan", "--recipe", "metagf-fig1-quick", "--out", "study")
     assert code == 0 and printed.startswith("plan: ") and not list(tmp_path.iterdir())
+    cli("compare", "--json", "--recipe", "metagf-fig1-quick", "--out", "study").refused("expected no --json")
+    assert not list(tmp_path.iterdir())
 
 
 def test_one_name_in_the_place_of_several_stands_for_the_first_of_them():

@@ -16,14 +16,16 @@ from scipy import stats
 import exitkit
 from exitkit.benchmarks.campaign.plan import Plan
 from exitkit.benchmarks.report import ReportOptions, collect, print_report, write_report, write_summary
+from exitkit.benchmarks.report.comparisons import policy_differences
 from exitkit.benchmarks.report.figures import policies_figure, policy_differences_figure
 from exitkit.benchmarks.report.policies import Outputs, comparison, curves, default_budgets, measure, policies
+from exitkit.benchmarks.report.policy_tables import print_table
 from exitkit.benchmarks.report.statistics import holm
 from exitkit.errors import UserError
 from exitkit.inference.choose import outcome
 from exitkit.inference.combinations import COMBINATIONS
 from exitkit.inference.operating_points import most_accurate_within
-from exitkit.inference.policy import BASELINE, PolicyName
+from exitkit.inference.policy import BASELINE, PolicyName, read_policy
 from exitkit.inference.rules import RULES, SCORED
 from exitkit.inference.scores import SCORES, confidence
 from exitkit.inference.thresholds import budgeted, correct, exit_counts, paper_shares
@@ -109,6 +111,43 @@ def test_validation_results_are_of_samples_that_were_not_fitted():
 def test_a_score_that_no_rule_reads_is_refused(names):
     with pytest.raises(UserError, match="can't use the score"):
         policies(*names)
+
+
+def test_every_given_rule_and_score_needs_a_partner():
+    with pytest.raises(UserError, match=r"^jei can't use the score margin; rules with a score: "):
+        policies([], ["margin"], ["jei", "shares"])
+    with pytest.raises(UserError, match=r"^stopping and jei can't use the score patience"):
+        policies([], ["confidence", "patience"], ["stopping", "jei"])
+    assert {str(policy) for policy in policies([], ["margin"], ["shares"])} == {str(BASELINE), "margin"}
+
+
+def test_a_field_of_a_policy_is_given_once():
+    with pytest.raises(UserError, match="has weights twice"):
+        read_policy("agreement:weights=linear,weights=cost")
+
+
+def test_policies_that_miss_a_budget_are_ranked_last_and_times_have_their_unit():
+    rows = [("plain", "confidence", "shares", 70.0), ("plain", "", "eenet", np.nan), ("plain", "", "jei", 60.0)]
+    frame = pd.DataFrame(
+        [
+            {
+                "combination": c,
+                "score": s,
+                "rule": r,
+                "budget": budget,
+                "accuracy": at,
+                "difference": 0.0,
+                "high": np.nan,
+            }
+            for c, s, r, low in rows
+            for budget, at in ((1.5, low), (150.0, 80.0))
+        ]
+    ).assign(p_holm=np.nan, falls=1.0, calibration=1.0, seconds=0.1, preferred=lambda f: f["rule"] == "shares")
+    console = Console(width=80, record=True, file=StringIO())
+    print_table(frame, console, None, "latency")
+    text = console.export_text()
+    places = [text.index(name) for name in ("confidence", "jei", "eenet")]
+    assert places == sorted(places) and "150 ms" in text and "1.5 ms" in text and "K" not in text
 
 
 def test_a_policy_without_a_point_within_the_budget_has_no_result():
@@ -257,6 +296,25 @@ def test_a_report_has_the_policies_of_every_method(reported):
     np.testing.assert_allclose(own.policies["accuracy_mean"], table["accuracy"])
     np.testing.assert_allclose(own.policies["cost_mean"], table["cost"])
     np.testing.assert_allclose(own.policy_curve["accuracy_mean"], curves([expected])["accuracy"])
+
+
+def test_a_policy_is_compared_at_the_budgets_of_its_operating_points():
+    given = {
+        ("confidence", 0): (70.0, 80.0, 90.0),
+        ("eenet", 0): (np.nan, 81.0, 92.0),
+        ("confidence", 1): (71.0, 82.0, 91.0),
+        ("eenet", 1): (np.nan, np.nan, 94.0),
+    }
+    rows = [
+        ("ge", seed, "net", "digits", policy, budget, accuracy)
+        for (policy, seed), accuracies in given.items()
+        for budget, accuracy in zip((1.0, 2.0, 3.0), accuracies, strict=True)
+    ]
+    frame = pd.DataFrame(rows, columns=["method", "seed", "backbone", "dataset", "policy", "budget", "accuracy"])
+    (row,) = policy_differences(frame).to_dict("records")
+    assert (row["policy"], row["budgets"], row["mean"], row["n"]) == ("eenet", 1, 2.5, 2)
+    none = frame[(frame["policy"] != "eenet") | (frame["budget"] == 1.0)]
+    assert policy_differences(none).empty
 
 
 def test_differences_of_policies_are_paired_by_seed(reported):

@@ -45,6 +45,10 @@ def test_each_plan_is_a_file_and_the_same_plan_is_the_same_file(folder, tmp_path
     assert write_plan(tmp_path, again, again.runs(), "another line").name == named(folder, "First").name
     moved = plan(**FIRST, data_dir=str(tmp_path))  # the same images elsewhere, as on another machine
     assert write_plan(tmp_path, moved, moved.runs(), "a line").name == named(folder, "First").name
+    elsewhere = plan(**FIRST, device="cpu", threads=1, tensorboard=True)
+    assert write_plan(tmp_path, elsewhere, elsewhere.runs(), "a line").name == named(folder, "First").name
+    named(tmp_path, "First").rename(tmp_path / "comparison-00000000.json")  # the name in another version
+    assert write_plan(tmp_path, again, again.runs(), "a line").name == "comparison-00000000.json"
     other = plan(**FIRST | {"note": "Another note."})
     write_plan(tmp_path, other, other.runs(), "a line")
     assert len(plans(tmp_path)) == 2

@@ -19,6 +19,7 @@ from scipy import stats
 from sklearn.metrics import balanced_accuracy_score, recall_score
 
 from exitkit import ExitPolicy, ExitRule
+from exitkit.benchmarks.commands.reproducibility import _table as table_of_runs
 from exitkit.benchmarks.report import (
     Context,
     ReportOptions,
@@ -31,6 +32,7 @@ from exitkit.benchmarks.report import (
 )
 from exitkit.benchmarks.report.comparison import NOT_TRAINED, Missing
 from exitkit.benchmarks.report.figures import differences_figure, learning_figure, oracle_figure
+from exitkit.benchmarks.report.html import _number as sort_key
 from exitkit.benchmarks.report.html import html_report
 from exitkit.benchmarks.report.narrow_tables import number, sheets
 from exitkit.benchmarks.report.provenance import commands, provenance
@@ -530,6 +532,49 @@ def test_static_networks_stand_beside_the_best_method_at_their_exit(tmp_path):
     assert "trained with this exit only" in (tmp_path / "report.md").read_text() and (tmp_path / "static.csv").exists()
 
 
+def test_static_networks_alone_have_a_row_each(tmp_path):
+    alone = {k: json.dumps([float(k == one) for one in range(4)]) for k in (0, 2)}
+    given = [FakeRun(f"alone{k}", seed, **{"method.weights": alone[k]}) for seed in (0, 1) for k in alone]
+    for run in given:
+        run.identity["method"] = json.dumps("joint")
+    found = collect(given)
+    assert list(dict.fromkeys(found.anytime["method"])) == ["static, exit 1", "static, exit 3"]
+    assert set(found.anytime["n"]) == {2} and len(found.static) == 2
+    write_report(found, tmp_path, formats=["md", "html"])
+
+
+def test_static_networks_have_no_row_in_the_document_of_all_runs():
+    one = json.dumps([1.0, 0.0, 0.0, 0.0])
+    members = [*runs(("joint", "ge")), *(FakeRun("alone", seed, **{"method.weights": one}) for seed in (0, 1))]
+    text = table_of_runs(collect(members), members)
+    assert "| joint" in text and "| ge" in text and "static" not in text and "alone" not in text
+
+
+def test_an_unfinished_static_network_changes_no_name_and_has_no_row():
+    one = json.dumps([1.0, 0.0, 0.0, 0.0])
+    members = [*runs(("joint",), **{"method.weights": "null"}), *runs(("ge",))]
+    identity = {**members[0].identity, "method.weights": one, "seed": "7"}
+    missing = [Missing(identity, "failed: the disk is full"), Missing(identity | {"seed": "8"}, NOT_TRAINED)]
+    found = collect(members, context=Context(missing=missing))
+    (table,) = wide_tables(found, "anytime")
+    assert list(table.cells) == ["joint", "ge"] and table.missing == {} and "Missing" not in table.caption
+    assert set(found.missing["method"]) == {"static"}
+
+
+def test_networks_that_are_not_combined_do_not_shorten_the_curves_of_others():
+    small, large = (1_000, 2_000, 3_000, 4_000), (2_000, 4_000, 6_000, 8_000)
+    both = [FakeRun("ge", 0, backbone=f"msdnet-{size}", macs=m) for size, m in (("a", small), ("b", large))]
+    alone = FakeRun("joint", 0, backbone="msdnet-b", macs=large)
+    found, other = collect([*both, alone]).stitched, collect(both).stitched
+    assert set(found["method"]) == {"ge"} and len(other) > 0
+    pd.testing.assert_frame_equal(found.reset_index(drop=True), other.reset_index(drop=True))
+
+
+def test_cells_with_units_are_sorted_as_numbers():
+    texts = {"1,000": 1000, "200": 200, "12.3 M": 12.3e6, "1.2 G": 1.2e9, "+0.42*": 0.42, "1.52 ms": 1.52, "–": None}
+    assert {text: sort_key(text) for text in texts} == pytest.approx(texts)
+
+
 def test_a_budget_below_a_first_exit_is_missing_there(tmp_path):
     small = [FakeRun("ge", seed, backbone="small_net", macs=(1_000, 2_000, 3_000, 4_000)) for seed in (0, 1)]
     nowhere = collect(runs(), options=ReportOptions(budgets=("1K",)))
@@ -866,6 +911,19 @@ def test_targets_follow_the_exit_rule_of_the_report():
         assert found.targets["cost"].tolist() == pytest.approx([np.array(MACS)[exits.numpy()].mean()])
         words = f"{'calibrated ' * chosen['calibrated']}{chosen['score']}"
         assert f"on validation, by {words}: planned" in " ".join(printed(found, 100).split())
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"budgets": ("2K", "3K", "2K")}, "budget 2K is given twice"),
+        ({"budgets": ("2K", "2000")}, "budget 2K and 2000 is given twice"),
+        ({"targets": ("lose 1", "budget 60%", "lose 1.0")}, "target lose 1 and lose 1.0 is given twice"),
+    ],
+)
+def test_a_budget_or_target_is_given_once(given, says):
+    with pytest.raises(UserError, match=says):
+        ReportOptions(**given)
 
 
 @pytest.mark.parametrize("text", ["", "budget", "lose much", "cost 5", "budget 60% maybe", "lose 1 certainty 2"])

@@ -230,6 +230,36 @@ def test_a_search_whose_runs_all_fail_at_once_ends(tmp_path):
     assert len(failed) == 20 and not (tmp_path / "search").exists()
 
 
+def test_a_search_of_a_small_space_ends_when_its_runs_are_finished(tmp_path):
+    study, _ = study_of(tmp_path)
+    values = {"dataset": "digits", "epochs": 1, "set": {"per_class": 8}, "batch_size": 32}
+    space, told = Space.make(values, ["joint"], {"lr": "0.05,0.1"}), []
+    search(study, space, tmp_path, seed=0, limits=Limits(epochs=9), budget=None, tell=told.append)
+    assert len(find_runs(tmp_path / "search")) == 2 and told[-1].state == STATES.COMPLETE
+    assert [bool(trial.intermediate_values) for trial in told].count(True) == 2
+
+
+def test_a_trial_that_another_process_has_ended_is_left_as_it_is(tmp_path):
+    study, space = study_of(tmp_path)
+
+    def tell(trial):
+        told.append(trial)
+        raise KeyboardInterrupt
+
+    told = []
+    ask = study.ask
+
+    def asked():
+        trial = ask()
+        open_study(tmp_path, 0, 1).tell(trial.number, state=STATES.FAIL)  # taken for dead
+        return trial
+
+    study.ask = asked
+    with pytest.raises(KeyboardInterrupt):
+        search(study, space, tmp_path, seed=0, limits=Limits(epochs=2), budget=None, tell=tell)
+    assert told[0].state == STATES.FAIL
+
+
 def test_a_damaged_journal_is_named(tmp_path):
     (tmp_path / "study.log").write_text('{"op_code": 0}\nnot json\n{}\n')
     with pytest.raises(UserError, match=r"study\.log is damaged"):
@@ -246,6 +276,7 @@ def test_mistakes_are_refused_before_anything_is_written(cli, tmp_path):
     cli("tune", "--methods", "boostnett").refused("boostnett", "boostnet")
     cli("tune", "--budget", "20").refused("--budget 20", "60%")
     cli("tune", "--space", "lr=3").refused("--space lr=3")
+    cli("tune", "--policy", "mie-laplace").refused("--policy mie-laplace reads embeddings")
     cli("tune", "--budget", "1%").refused("--budget 1% is below the first exit's cost; expected at least 24%")
     cli("tune", "--dataset", "folder", "--data-dir", "nowhere").refused("nowhere")
     assert not list(tmp_path.iterdir())

@@ -304,3 +304,18 @@ def test_a_bundle_works_in_a_fresh_environment_of_numpy_onnxruntime_and_pillow(d
     assert answer("-c", absent) == "[]\n"
     assert answer(moved / "run.py", "--check") == "8 files and 8 example images are as exported\n"
     assert len(answer(moved / "run.py", *photographs[:3]).splitlines()) == 3
+
+
+def test_a_reader_that_ends_early_and_ctrl_c_give_no_traceback(deployed, photographs, monkeypatch, capsys):
+    command = f"{sys.executable} {deployed / 'run.py'} {photographs[0].parent} 2>&1 >&3 | cat"
+    done = subprocess.run(
+        ["bash", "-c", f"exec 3> >(true); sleep 1; {command}"], capture_output=True, text=True, timeout=120
+    )
+    assert "Traceback" not in done.stdout and "Broken" not in done.stdout
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "predict", stop)
+    assert runner.main([str(photographs[0])], deployed) == 130
+    assert capsys.readouterr().err == "run.py: stopped\n"

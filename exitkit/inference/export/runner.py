@@ -13,6 +13,7 @@ import importlib
 import io
 import json
 import math
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -743,6 +744,13 @@ def main(arguments: list[str], folder: Path) -> int:
             serve(open_runner(folder, **(options | {"point": None})), given)
         else:
             predict(open_runner(folder, **options), given.images)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has all that it wants
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python flushes again at its end
+        return 1
+    except KeyboardInterrupt:
+        print("run.py: stopped", file=sys.stderr)
+        return 130
     except (ValueError, RuntimeError) as error:
         print(f"run.py: {_printable(str(error))}", file=sys.stderr)
         return 2

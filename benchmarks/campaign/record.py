@@ -71,12 +71,18 @@ def write_plan(out: Path, plan: Plan, runs: Sequence[Planned], line: str) -> Pat
 
 
 def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(_portable(content), sort_keys=True).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps(_comparable(content), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _comparable(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a plan without the command, and without keys such as the device, which do not change its results."""
+    runs = [run | {"recipe": run["recipe"] | dict.fromkeys(EXECUTION)} for run in plan["runs"]]
+    return {key: value for key, value in plan.items() if key != "command"} | {"runs": runs}
 
 
 def _portable(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a plan without what does not change its results, such as the device and the folder of the images."""
-    runs = [run | {"recipe": run["recipe"] | dict.fromkeys(EXECUTION)} for run in plan["runs"]]
+    """Return a plan without the folder of the images, which is one of this machine."""
+    runs = [run | {"recipe": run["recipe"] | {"data_dir": None}} for run in plan["runs"]]
     return {**plan, "runs": runs}
 
 
@@ -84,8 +90,7 @@ def _same(out: Path, content: Mapping[str, Any]) -> Path | None:
     """Return the file in which another version or machine wrote the same plan; None without one."""
     for path in out.glob("comparison-*.json"):
         with contextlib.suppress(DamagedError, KeyError, TypeError):
-            old = read_json(path)
-            if _portable({key: value for key, value in old.items() if key != "command"}) == _portable(content):
+            if _comparable(read_json(path)) == _comparable(content):
                 return path
     return None
 

@@ -88,11 +88,7 @@ def collect(
         raise UserError("no finished runs to compare; expected at least one")
     missing_identities = [run.identity for run in context.missing]
     identities = [run.identity for run in finished]
-    every = [*identities, *missing_identities]
-    labels = [
-        names._replace(method=STATIC) if _static_exit(identity) else names
-        for identity, names in zip(every, name_runs([_without_weights(identity) for identity in every]), strict=True)
-    ]
+    labels = _labels([*identities, *missing_identities])
     named = _with_static_rows([_Named(run, names) for run, names in zip(finished, labels, strict=False)])
     parts: dict[str, list[pd.DataFrame]] = {}
     notes: dict[tuple[str, str], Sequence[str]] = {}
@@ -140,6 +136,13 @@ def collect(
         budgets=grids,
         measured=measures,
     )
+
+
+def _labels(identities: Sequence[Mapping[str, str]]) -> list[Names]:
+    """Return the names of runs in tables; static networks are called `STATIC`."""
+    names = name_runs([_without_weights(identity) for identity in identities])
+    pairs = zip(identities, names, strict=True)
+    return [name._replace(method=STATIC) if _static_exit(identity) else name for identity, name in pairs]
 
 
 def _static_exit(identity: Mapping[str, str]) -> int:

@@ -88,9 +88,10 @@ def _portable(plan: Mapping[str, Any]) -> dict[str, Any]:
 
 def _same(out: Path, content: Mapping[str, Any]) -> Path | None:
     """Return the file in which another version or machine wrote the same plan; None without one."""
+    wanted = _comparable(content)
     for path in out.glob("comparison-*.json"):
         with contextlib.suppress(DamagedError, KeyError, TypeError):
-            if _comparable(read_json(path)) == _comparable(content):
+            if _comparable(read_json(path)) == wanted:
                 return path
     return None
 

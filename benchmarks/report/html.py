@@ -260,7 +260,8 @@ def _intervals(rows: pd.DataFrame, column: str) -> list[page.Interval]:
     for row in _records(rows):
         interval = f"{number(row['low'], 2, '+')} to {number(row['high'], 2, '+')}"
         facts = [(column, str(row[column])), ("difference", number(row["mean"], 2, "+")), ("95 % interval", interval)]
-        facts += [(name, str(row[name])) for name in ("budgets",) if name in row]
+        if "budgets" in row:
+            facts.append(("budgets", str(row["budgets"])))
         facts += [("p (Holm)", number(row["p_holm"], 3)), ("seeds", str(row["n"]))]
         significant = bool(row["p_holm"] < SIGNIFICANCE)
         found.append(page.Interval(str(row[column]), row["mean"], row["low"], row["high"], significant, facts))

@@ -83,14 +83,13 @@ def policies(
             if name not in all_names:
                 raise unknown(kind, name, all_names)
     known = _KNOWN if embeddings else _KNOWN | {"combination": (PLAIN, *COMBINATIONS)}
-    for rule in rules:
-        if scores and not any(_compatible(rule, score) for score in scores):
-            both = f"{rule} can't use the score {' or '.join(scores)}"
-            raise UserError(f"{both}; rules with a score: {', '.join(SCORED)}")
-    for score in scores:
-        if rules and not any(_compatible(rule, score) for rule in rules):
-            both = f"{' and '.join(rules)} can't use the score {score}"
-            raise UserError(f"{both}; rules with a score: {', '.join(SCORED)}")
+    if rules and scores:
+        pairs: list[tuple[Sequence[str], Sequence[str]]] = [((rule,), scores) for rule in rules]
+        pairs += [(rules, (score,)) for score in scores]
+        for some, read in pairs:
+            if not any(_compatible(rule, score) for rule, score in product(some, read)):
+                both = f"{' and '.join(some)} can't use the score {' or '.join(read)}"
+                raise UserError(f"{both}; rules with a score: {', '.join(SCORED)}")
     made: Iterable[tuple[str, ...]] = ()
     if any(given) or full:
         otherwise = tuple(known.values()) if full else tuple((name,) for name in _PARTS)

@@ -63,13 +63,13 @@ def tree(folder):
         "report runs --out report",
         "report runs --out report --summary few",
         "reproducibility runs",
-        "claims runs",
+        "claims families",
         "recipes copy imta-table2 mine.toml",
         "train --resume --out runs --recipe runs/RUN/recipe.json --tensorboard",
     ],
 )
 def test_a_full_disk_is_one_line_and_nothing_is_left_half_written(cli, trained, tmp_path, words, room):
-    shutil.copytree(trained, tmp_path / "runs" / trained.name)
+    shutil.copytree(trained, tmp_path / ("families" if "families" in words else "runs") / trained.name)
     if words.startswith("train"):
         (tmp_path / "runs" / trained.name / "results.json").unlink()
         (tmp_path / "runs" / trained.name / "checkpoint.pt").unlink()

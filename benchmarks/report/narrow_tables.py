@@ -139,8 +139,8 @@ def _recall(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
 
 def _verdicts(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
     budgets = rows["budget"].dropna().unique().tolist()
-    written = [f"{b:.3g}" for b in budgets] if comparison.options.cost == "latency" else write_costs(budgets)
-    unit = "ms" if comparison.options.cost == "latency" else unit_for(budgets)[0] if budgets else ""
+    in_time = comparison.options.cost == "latency"
+    unit, written = unit_for(budgets, in_time=in_time)[0], write_costs(budgets, in_time=in_time)
     names = {budget: f"budget {text} {unit}".rstrip() for budget, text in zip(budgets, written, strict=True)}
     anytime = comparison.anytime.merge(rows[GROUP].drop_duplicates(), on=GROUP)
     seeds = anytime.groupby("method")["n"].max().tolist()
@@ -214,8 +214,7 @@ def _differences(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
 def _policies(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
     budgets = rows["budget"].unique().tolist()
     in_time = comparison.options.cost == "latency"
-    unit = " ms" if in_time else f" {unit_for(budgets)[0]}".rstrip()
-    written = [f"{budget:.3g}" for budget in budgets] if in_time else write_costs(budgets)
+    unit, written = unit_for(budgets, in_time=in_time)[0], write_costs(budgets, in_time=in_time)
     keys = ["method", *GROUP, "policy"]
     changes = {tuple(row[key] for key in keys): row for row in comparison.policy_differences.to_dict("records")}
     rows = rows.assign(complete=has_most_seeds(rows, "budget"))
@@ -241,15 +240,15 @@ def _policies(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
         "correction. `exitkit policies` compares by image"
         f"{_among(rows)}"
     )
-    heads = ["method", "policy", *(f"{text}{unit}" for text in written), "difference", "n"]
+    heads = ["method", "policy", *(f"{text} {unit}".rstrip() for text in written), "difference", "n"]
     return Sheet("policies", group_name(rows), caption, heads, table, left=2)
 
 
 def _spent(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
     budgets = rows["budget"].unique().tolist()
     in_time = comparison.options.cost == "latency"
-    written = [f"{budget:.3g}" for budget in budgets] if in_time else write_costs(budgets)
-    unit, size = ("ms", 1.0) if in_time else unit_for(budgets)
+    written = write_costs(budgets, in_time=in_time)
+    unit, size = unit_for(budgets, in_time=in_time)
     table = []
     for method, group in rows.groupby("method", sort=False):
         by_budget = group.set_index("budget").reindex(budgets)
@@ -268,10 +267,9 @@ def _targets(comparison: Comparison, rows: pd.DataFrame) -> Sheet:
     table = []
     shares = [name for name in rows if str(name).startswith("share_")]
     for row in rows.to_dict("records"):
-        in_time = row["unit"] == "latency"
-
         costs = [row[name] for name in ("planned", "validation_cost", "cost")]
-        unit, size = ("ms", 1.0) if in_time else unit_for([cost for cost in costs if not pd.isna(cost)])
+        known = [cost for cost in costs if not pd.isna(cost)]
+        unit, size = unit_for(known, in_time=row["unit"] == "latency")
         amounts = [MISSING if pd.isna(cost) else f"{cost / size:.3g} {unit}".strip() for cost in costs]
 
         leaving = " ".join(f"{100 * row[name]:.0f}" for name in shares if not pd.isna(row[name]))

@@ -65,8 +65,10 @@ class Wide:
         return f"{self.seeds[name]}/{self.seeds[name] + gaps}" if gaps else str(self.seeds[name])
 
 
-def unit_for(costs: Iterable[float]) -> tuple[str, float]:
-    """Return the unit ("K", "M", "G") for these multiply-adds, and its size."""
+def unit_for(costs: Iterable[float], *, in_time: bool = False) -> tuple[str, float]:
+    """Return the unit ("K", "M", "G") for these multiply-adds, and its size; in time, the unit is "ms"."""
+    if in_time:
+        return "ms", 1.0
     amounts = list(costs)
     least, most = min(amounts, default=0.0), max(amounts, default=0.0)
     # The smallest determines the unit, unless the largest would have five digits before its point.
@@ -74,8 +76,10 @@ def unit_for(costs: Iterable[float]) -> tuple[str, float]:
     return next(fit, ("", 1.0))
 
 
-def write_costs(costs: Sequence[float]) -> list[str]:
-    """Return multiply-adds as text in one common unit, without the unit, with enough decimals to distinguish them."""
+def write_costs(costs: Sequence[float], *, in_time: bool = False) -> list[str]:
+    """Return costs as text in one common unit, without the unit, multiply-adds with enough decimals to differ."""
+    if in_time:
+        return [f"{cost:.3g}" for cost in costs]
     _, size = unit_for(costs)
     scaled = [cost / size for cost in costs]
     least = min(scaled, default=0.0)
@@ -184,10 +188,8 @@ def _heads(rows: pd.DataFrame, across: str, comparison: Comparison) -> tuple[lis
     cost = comparison.cost_column if across == "exit" else "budget"
     span = rows.groupby(across)[cost].agg(["min", "max"])
     values = sorted({*span["min"], *span["max"]})
-    if comparison.options.cost == "latency":
-        unit, written = "ms", [f"{value:.3g}" for value in values]
-    else:
-        unit, written = unit_for(values)[0], write_costs(values)
+    in_time = comparison.options.cost == "latency"
+    unit, written = unit_for(values, in_time=in_time)[0], write_costs(values, in_time=in_time)
     texts = dict(zip(values, written, strict=True))
     heads = []
     for k, low, high in span.itertuples():

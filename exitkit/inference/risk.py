@@ -245,20 +245,26 @@ def p_values(
     return betting_p_values((values - epsilon) / (1 + epsilon) * np.asarray(counted, dtype=bool), 0.0, delta)
 
 
-def samples_needed(test: str, epsilon: float, delta: float) -> int:
+def samples_needed(test: str, epsilon: float, delta: float, *, per_exit: bool = False) -> int:
     """Return the smallest number of samples with which a test can pass at all if no loss is negative.
 
-    With all losses 0, the p-value of n samples is (1 - epsilon)^n, and at the largest bet 1 / (1 + c epsilon /
-    (1 + epsilon))^n for a mean over some of the samples.
+    With all losses 0, the p-value of n samples is (1 - epsilon)^n. That of betting is 1 / (1 + c epsilon /
+    (1 - epsilon))^n at the largest bet, and 1 / (1 + c epsilon / (1 + epsilon))^n per exit, where n samples count.
 
     Args:
         test: one of `TESTS`.
         epsilon, delta: see `controlled_point`.
+        per_exit: whether the risk is controlled per exit.
     """
     _check_levels(epsilon, delta)
     if test not in TESTS:
         raise unknown("test", test, TESTS)
-    rate = log1p(BOLDEST * epsilon / (1 + epsilon)) if test == "betting" else inf if epsilon == 1 else -log1p(-epsilon)
+    if test == "betting" and per_exit:
+        rate = log1p(BOLDEST * epsilon / (1 + epsilon))
+    elif epsilon == 1:
+        rate = inf
+    else:
+        rate = log1p(BOLDEST * epsilon / (1 - epsilon)) if test == "betting" else -log1p(-epsilon)
     return max(1, ceil(log(1 / delta) / rate))
 
 
@@ -275,7 +281,7 @@ def exits_to_control(test: str, rates: ArrayLike, samples: int, epsilon: float, 
         samples: number of samples of the losses, N.
         epsilon, delta: see `controlled_point`.
     """
-    needed = samples_needed(test, epsilon, delta)
+    needed = samples_needed(test, epsilon, delta, per_exit=True)
     # Rounding must not lose a sample of a count that is whole.
     left = np.cumsum(np.asarray(rates, dtype=np.float64), axis=1) * samples + 1e-6
     enough: Booleans = left >= needed

@@ -197,8 +197,11 @@ def test_few_samples_prove_nothing_about_a_small_risk(control, samples):
 @pytest.mark.parametrize("delta", [0.05, 0.3])
 def test_fewer_samples_than_needed_cannot_pass_and_the_full_network_passes_with_some_more(test, epsilon, delta):
     needed = samples_needed(test, epsilon, delta)
-    counted = np.arange(5000) < needed - 1
+    per_exit = samples_needed(test, epsilon, delta, per_exit=True)
+    assert needed <= per_exit
+    counted = np.arange(5000) < per_exit - 1
     assert p_values(test, np.zeros((1, 5000)), epsilon, delta, counted[None])[0] > delta
+    assert p_values(test, np.zeros((1, needed - 1)), epsilon, delta)[0] > delta
     if test != "betting":
         assert p_values(test, np.zeros((1, needed)), epsilon, delta)[0] <= delta * (1 + 1e-12)
     assert controlled_point(np.zeros((1, 12 * needed)), [1.0], epsilon, delta, test) == 0
@@ -339,7 +342,7 @@ def test_the_full_network_does_not_end_the_tests_per_exit(test):
 
 
 def test_the_exits_to_control_are_those_at_which_enough_samples_have_left():
-    needed = samples_needed("binomial", 0.1, 0.1)
+    needed = samples_needed("binomial", 0.1, 0.1, per_exit=True)
     assert needed == math.ceil(math.log(0.1) / math.log(0.9)) == 22
     rates = np.array([[0.21, 0.0, 0.79], [0.22, 0.0, 0.78], [0.0, 0.0, 1.0]])
     found = exits_to_control("binomial", rates, 100, 0.1, 0.1)

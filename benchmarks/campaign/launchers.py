@@ -78,7 +78,7 @@ def make_launcher(name: str, jobs: int, recipe: ResolvedRecipe, out: Path, slurm
         return Here()
     if name == "processes":
         return Processes(jobs, recipe.threads)
-    return Submitit("slurm" if name == "slurm" else "local", jobs, out, slurm)
+    return Submitit(name, jobs, out, slurm)
 
 
 def check_importable(recipes: Iterable[ResolvedRecipe]) -> None:
@@ -282,10 +282,10 @@ def gpu_of(number: int) -> str | None:
 
 
 class Submitit:
-    """Submits runs with submitit: to Slurm as job arrays, or to local processes (`cluster="local"`).
+    """Submits runs with submitit: to Slurm as job arrays, or to local processes.
 
     Args:
-        cluster: "slurm" or "local".
+        name: "slurm" or "submitit-local".
         slots: maximum number of parallel jobs.
         out: folder for the run folders; the logs of the jobs are written to its subfolder `slurm`.
         parameters: parameters of submitit's executor.
@@ -296,13 +296,14 @@ class Submitit:
 
     _POLL = 0.5
 
-    def __init__(self, cluster: str, slots: int, out: Path, parameters: Mapping[str, str]) -> None:
+    def __init__(self, name: str, slots: int, out: Path, parameters: Mapping[str, str]) -> None:
         try:
             # Imported on use: submitit is optional.
             import submitit
         except ImportError:
-            raise UserError("--launcher slurm needs submitit; install it with: pip install 'exitkit[slurm]'") from None
-        self.slots = slots
+            raise UserError(f"--launcher {name} needs submitit; install it with: pip install 'exitkit[slurm]'") from None
+        self._name, self.slots = name, slots
+        cluster = "slurm" if name == "slurm" else "local"
         known = {"timeout_min": 240, "slurm_array_parallelism": slots, "cpus_per_task": 1}
         values = known | {key: _number(text) for key, text in parameters.items()}
         try:
@@ -312,7 +313,7 @@ class Submitit:
             logs = out / "slurm" / "%j" if cluster == "slurm" else out / "slurm"
             self._executor = submitit.AutoExecutor(folder=logs, cluster=cluster)
         except (NameError, TypeError, ValueError, AssertionError, RuntimeError) as error:
-            raise UserError(f"--launcher {cluster}: {' '.join(str(error).split())}") from None
+            raise UserError(f"--launcher {name}: {' '.join(str(error).split())}") from None
         self._executor.update_parameters(**values)
         self._waiting: list[tuple[int, dict[str, Any]]] = []
         self._jobs: dict[int, Any] = {}
@@ -329,7 +330,7 @@ class Submitit:
                 with self._executor.batch():
                     jobs = [(index, self._executor.submit(_train_in_job, request)) for index, request in self._waiting]
             except RuntimeError as error:  # the cluster refuses the jobs: submitit's FailedJobError
-                raise UserError(f"--launcher slurm: {' '.join(str(error).split())}") from None
+                raise UserError(f"--launcher {self._name}: {' '.join(str(error).split())}") from None
             self._jobs |= dict(jobs)
             self._waiting = []
         while True:

@@ -127,7 +127,7 @@ class LearnedWeights(TrainingStrategy):
             self._real_step(run, batch, losses, outputs)
             return
         for number, (training, meta) in enumerate((halves, halves[::-1])):
-            if self.weights == "predicted" and self._batch_number(run) % self.interval == 0:
+            if self.weights == "predicted" and run.position.batch % self.interval == 0:
                 self._meta_step(run, training, meta, number)
             with run.seeded(f"half {number}", alike=False):
                 losses, outputs = run.losses_and_outputs(training)
@@ -210,10 +210,6 @@ class LearnedWeights(TrainingStrategy):
         if self.normalise == "exits":
             return values.mean(1, keepdim=True)
         return run.mean(values.mean(0, keepdim=True) if self.normalise == "samples" else values.mean(), batch)
-
-    @staticmethod
-    def _batch_number(run: Run) -> int:
-        return run.position.epoch * run.position.steps + run.position.step
 
 
 def weighted_losses(run: Run, losses: Sequence[Tensor], weights: Tensor | None) -> Tensor:

@@ -150,6 +150,14 @@ class Composition(TrainingStrategy):
             part.load_state_dict(state[name])
 
 
+def trains_whole_epochs(strategy: TrainingStrategy) -> bool:
+    """Whether a method can't make single steps: it, or its part that claims the update, overrides `train_epoch` alone."""
+    if isinstance(strategy, Composition):
+        strategy = strategy._part(UPDATE)
+    kind, base = type(strategy), TrainingStrategy
+    return kind.train_epoch is not base.train_epoch and kind.train_step is base.train_step
+
+
 def build_strategy(name: str, **settings: Any) -> TrainingStrategy:
     """Build a training strategy by name, or several as one: `build_strategy("ge+kd")`.
 

@@ -113,7 +113,13 @@ class Run:
 
     @torch.no_grad()
     def teacher(self, name: str, images: Tensor) -> Outputs:
-        """Return the outputs of a teacher, one of the strategy's `teacher_runs()`, for images [B, C, H, W]."""
+        """Return the outputs of a teacher, one of the strategy's `teacher_runs()`, for images [B, C, H, W].
+
+        Raises:
+            UserError: the run has no such teacher; a custom loop sets `run.teachers` itself.
+        """
+        if name not in self.teachers:
+            raise UserError(f"the run has no teacher {name!r}; set run.teachers = {{{name!r}: network}} before training")
         with self._engine.arithmetic.autocast():
             outputs: Outputs = self.teachers[name](images)
         return outputs
@@ -332,7 +338,7 @@ class Run:
     def rng(self, tag: str) -> torch.Generator:
         """Return a CPU generator for this point of the schedule, the same on all ranks."""
         at = self.position
-        return generator(self._seed, tag, at.phase, at.epoch, at.passes, at.step)
+        return generator(self._seed, tag, at.phase, at.epoch, at.passes, at.step + at.single)
 
     def checkpoint(self) -> None:
         """Save the run between two passes of an epoch; the strategy's `state_dict` must contain where to resume.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import get_args
@@ -15,14 +15,14 @@ from exitkit.engine.devices import Layout
 from exitkit.engine.engine import Engine
 from exitkit.engine.precision import Precision
 from exitkit.engine.randomness import derive
-from exitkit.errors import UserError, unknown
+from exitkit.errors import Note, UserError, unknown
 from exitkit.escaping import counted
 from exitkit.networks.cascade import MultiExitNetwork
 from exitkit.networks.ownership import frozen
 from exitkit.runs.job import make_phases
 from exitkit.strategy.base import Phase, TrainingStrategy
 from exitkit.strategy.batch import LocalBatch
-from exitkit.strategy.composition import build_strategy
+from exitkit.strategy.composition import Composition, build_strategy, trains_whole_epochs
 from exitkit.strategy.position import Position
 from exitkit.strategy.run import Run
 from exitkit.training.local_checks import (
@@ -35,6 +35,8 @@ from exitkit.training.local_checks import (
     set_mode,
 )
 from exitkit.training.phase import check_trains, trains
+
+_ENOUGH_EPOCHS = 100  # to ask a strategy for its phases; a custom loop may have fewer epochs than there are phases
 
 
 class LocalRun(Run):
@@ -50,23 +52,28 @@ class LocalRun(Run):
         position: Position,
         phase: Phase,
         added: Collection[str],
+        label: str,
     ) -> None:
         super().__init__(network, strategy, optimizer, engine, seed, position)
-        self._method, self._phase, self._added = strategy, phase, added
+        self._method, self._phase, self._added, self._label = strategy, phase, added, label
 
     def train_step(self, batch: tuple[Tensor, Tensor]) -> None:
-        """Make one step of the strategy on images [B, *input_shape] and labels [B]; the position does not change.
+        """Make one step of the strategy on images [B, *input_shape] and labels [B]; it does not move the schedule.
 
         The network must be in training mode; a trunk that the method does not train, and batch norm of frozen parts,
         are put into evaluation mode.
 
         Raises:
-            UserError: the network is in evaluation mode, or the batch is not such a pair (see `check_batch`).
+            UserError: the network is in evaluation mode, the batch is not such a pair (see `check_batch`), or the method
+                trains whole epochs.
         """
+        if trains_whole_epochs(self._method):
+            raise UserError(f"{self._label} trains whole epochs; use run.train_epoch(batches) in place of run.train_step")
         set_mode(self.network, self._phase, self._added)
         self.batch = self.placed(batch)
         with errors_explained(self):
             self._method.train_step(self, self.batch)
+        self.position.single += 1
 
     def losses(self, batch: Batch, parameters: Mapping[str, Tensor] | None = None) -> list[Tensor]:
         """See `Run.losses`; in a loop of one's own, the batch may be a mistake."""
@@ -123,8 +130,9 @@ def local_run(
     The preparation does not change the caller's random state.
 
     Of a method with one phase, the parameters that the phase does not train are frozen, as `exitkit.train` does it:
-    `heads` trains the heads on a fixed trunk. Methods with several phases are one phase here, which trains all
-    parameters. Temperatures are not fitted.
+    `heads` trains the heads on a fixed trunk. They stay frozen: before another run of the same network, thaw them by
+    `network.requires_grad_(True)`. Methods with several phases are one phase here, which trains all parameters; if the
+    phases have other strategies than the method itself (`imta`), a note says so. Temperatures are not fitted.
 
     Args:
         network: the network; it is adapted in place. Frozen parameters (`requires_grad=False`) stay as they are.
@@ -152,7 +160,8 @@ def local_run(
     if not isinstance(strategy, TrainingStrategy):
         raise UserError(f"strategy is {strategy!r}; expected the name of a method, or what build_strategy returns")
     check_network(network)
-    phase = _phase(strategy, epochs, network.num_exits)
+    phase = _phase(strategy, label, epochs, network.num_exits)
+    strategy = phase.strategy
     check_optimizer(optimizer, network, phase)
     optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     before = {name for name, _ in network.named_parameters()}
@@ -169,20 +178,33 @@ def local_run(
     if new:
         optimizer.add_param_group({"params": new})
     added = {name for name, _ in network.named_modules()} - modules
-    run = LocalRun(network, strategy, optimizer, engine, seed, Position(epochs=epochs), phase, added)
+    run = LocalRun(network, strategy, optimizer, engine, seed, Position(epochs=epochs), phase, added, label)
     with engine.placement.forked_randomness():
         torch.manual_seed(derive(seed, "prepare", 0))
         strategy.prepare(run)
     return run
 
 
-def _phase(strategy: TrainingStrategy, epochs: int, exits: int) -> Phase:
+def _phase(strategy: TrainingStrategy, label: str, epochs: int, exits: int) -> Phase:
     """Return the only phase of a strategy, or a phase that trains all parameters in place of several."""
-    with contextlib.suppress(UserError):  # too few epochs for several phases
-        phases = make_phases(strategy, epochs, exits)
-        if len(phases) == 1:
-            return phases[0]
+    phases = make_phases(strategy, max(epochs, _ENOUGH_EPOCHS), exits)
+    if len(phases) == 1:
+        return phases[0]
+    if all(_parts(phase.strategy) != _parts(strategy) for phase in phases):
+        names = ", ".join(phase.name for phase in phases)
+        warnings.warn(
+            Note(
+                f"{label} has phases with strategies of their own ({names}), and a custom loop is one phase of joint "
+                "training; the strategy of a phase is that of strategy.phases(epochs, exits)"
+            ),
+            stacklevel=3,
+        )
     return Phase("train", strategy, epochs)
+
+
+def _parts(strategy: TrainingStrategy) -> set[int]:
+    parts = strategy.parts.values() if isinstance(strategy, Composition) else [strategy]
+    return {id(part) for part in parts}
 
 
 class _Passes:

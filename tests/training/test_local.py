@@ -1,6 +1,7 @@
 """Runs in a loop of one's own: what they leave as it is, and what is said of mistakes."""
 
 import copy
+import re
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import exitkit
-from exitkit.errors import NonFiniteError, UserError
+from exitkit.errors import NonFiniteError, Note, UserError
 
 from toy import batches, chain, sgd
 
@@ -268,3 +269,52 @@ def test_weights_that_are_not_finite_are_named():
         network.stages[1][1].weight[0] = np.nan
     with pytest.raises(NonFiniteError, match=r"stages\.1\.1\.weight of the network is not finite; try a lower"):
         local(network).train_step((IMAGES, LABELS))
+
+
+# --- what a custom loop can't do, and what differs from step to step
+
+
+def test_a_method_of_whole_epochs_makes_no_single_step():
+    for method in ("metagf", "ge+metagf"):
+        run = local(method=method)
+        with pytest.raises(UserError, match=rf"^{re.escape(method)} trains whole epochs; use run\.train_epoch"):
+            run.train_step(batches()[0])
+
+
+@pytest.mark.parametrize("method", ["imta", "separate", "mixed", "ge+separate"])
+def test_phases_with_strategies_of_their_own_are_named_in_a_note(method):
+    with pytest.warns(Note, match=rf"^{re.escape(method)} has phases with strategies of their own \("):
+        local(method=method)
+
+
+def test_a_method_whose_only_phase_has_another_strategy_trains_by_it():
+    strategy = exitkit.build_strategy("imta", second="none")
+    network = chain()
+    local(network, strategy)
+    assert [type(tap).__name__ for tap in network.taps] == ["EquilibriumTap"]
+
+
+def test_each_single_step_has_its_own_random_numbers_and_the_schedule_stays():
+    drawn = []
+
+    class Draws(exitkit.TrainingStrategy):
+        slots = frozenset({"update"})
+
+        def train_step(self, run, batch):
+            with run.seeded("numbers"):
+                drawn.append(torch.rand(3))
+
+    for _ in range(2):
+        run = local(method=Draws(), epochs=3)
+        for batch in batches()[:2]:
+            run.train_step(batch)
+        assert run.position.fraction == 0 and run.position.batch == 2
+    first, second, *again = drawn
+    assert not torch.equal(first, second)
+    assert torch.equal(first, again[0]) and torch.equal(second, again[1])
+
+
+def test_a_missing_teacher_is_named():
+    run = local(method=exitkit.build_strategy("kd", teacher="joint"))
+    with pytest.raises(UserError, match=r"no teacher '.*'; set run\.teachers = "):
+        run.train_step(batches()[0])

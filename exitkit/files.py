@@ -173,8 +173,10 @@ def acquire(lock: BaseFileLock) -> None:
     except (Timeout, FileNotFoundError):
         raise
     except (OSError, NotImplementedError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else "") or str(error)
-        raise UserError(f"{lock.lock_file} can't be locked: {reason}; expected a file system with locks") from None
+        known = {errno.EACCES: "a folder that can be written", errno.EROFS: "a folder that can be written"}
+        code, reason = (error.errno, error.strerror) if isinstance(error, OSError) else (None, "")
+        expected = known.get(code or 0, "a file system with locks")
+        raise UserError(f"{lock.lock_file} can't be locked: {reason or error}; expected {expected}") from None
 
 
 def make_folder(path: Path) -> None:
@@ -213,19 +215,6 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file atomically (UTF-8)."""
     with written_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def append_line(path: Path, line: str) -> None:
-    """Append a line to a text file.
-
-    Raises:
-        UserError: the file can't be written.
-    """
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-    except OSError as error:
-        raise disk_error(path, error) from None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -11,8 +11,9 @@ aggregator. For K equal gradients g the direction is, as measured by the tests,
     g            pcgrad, mgda, imtlg, aligned, upgrad, dualproj     (a mean)
     (1 + c) g    cagrad
     K g          graddrop, config, and joint training               (a sum)
+    K g, shortened to the length `max_norm` if it is longer        nashmtl
 
-and the length of nashmtl's is `max_norm`. `size = "sum"` multiplies the means by K.
+`size = "sum"` multiplies the means by K; of pcgrad, by the number of exits that read the parameter.
 
 What differs from the published code: PCGrad takes the mean over the exits that read a parameter; all other differences
 are documented by torchjd. `variant = "released"` of PCGrad and CAGrad is Meta-GF's implementation of them
@@ -104,8 +105,8 @@ class PCGrad(Aggregated):
 
     Yu et al., Gradient Surgery for Multi-Task Learning, NeurIPS 2020, https://arxiv.org/abs/2001.06782
 
-    d [D] = 1/K sum_k h_k, where h_k [D] starts as g_k, and for the other exits j in random order
-    h_k <- h_k - min(<h_k, g_j>, 0) / <g_j, g_j> g_j.
+    d_p = 1/K_p sum_k h_kp for each parameter p, which K_p exits read; h_k [D] starts as g_k, and for the other exits j
+    in random order  h_k <- h_k - min(<h_k, g_j>, 0) / <g_j, g_j> g_j.
 
     Example:
         >>> exitkit.build_strategy("pcgrad", size="sum").scale(readers=4, exits=4)

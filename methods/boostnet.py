@@ -108,4 +108,9 @@ class BoostNet(TrainingStrategy):
         network.set_link(BoostedLink(temperatures, self.stop_gradient, shifted=self.variant == "released"))
         if self.rescale:
             assert self.ge_scope is not None  # set by the variant
+            if self.variant == "released" and network.family == "ranet":
+                raise UserError(
+                    "the released code of BoostNet does not rescale gradients on ranet networks; expected "
+                    "rescale=false, or variant=paper"
+                )
             add_equilibrium(network, self.ge_scope, self.variant)

@@ -8,8 +8,9 @@ With the features f_k(x) of a fixed trunk at exits k = 1..K, and heads h_k with 
     L(theta) = sum_k w_k mean_i CE(h_k(f_k(x_i); theta_k), y_i)
 
 The trunk is in evaluation mode: without dropout, and with batch normalisation's running statistics, which do not
-change. Every objective, link and update that composes with joint training composes with it (`heads+ofa`, `heads+isc`);
-`heads+ztw` is the second phase of Zero Time Waste.
+change. Every objective, link and update that composes with joint training composes with it (`heads+ofa`, `heads+isc`).
+`heads+ztw` trains the cascade of Zero Time Waste by the recipe's optimiser, rate and epochs; with `last = false` the
+last head is kept, as in its second phase.
 
 With `views = 0` images are read without augmentation, and with `views = V` as V augmented views: epoch e sees view
 e mod V. Their features are then computed once, and an epoch runs the heads only. With `views = none` images are
@@ -28,8 +29,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from exitkit.networks import MultiExitNetwork
-from exitkit.strategy import PHASES, FrozenTrunk, Phase, TrainingStrategy, UserError, setting
+from exitkit.networks import MultiExitNetwork, owners
+from exitkit.strategy import PHASES, FrozenTrunk, Phase, Run, TrainingStrategy, UserError, setting
 
 
 @dataclass(eq=False)
@@ -66,6 +67,14 @@ class Heads(TrainingStrategy):
         """Add the temperatures, which are 1 until the phase ends."""
         if self.calibrate:
             network.add_temperatures()
+
+    def prepare(self, run: Run) -> None:
+        """Check that `last=false` keeps the last exit: the link of another method may replace its head."""
+        last = run.network.num_exits - 1
+        if not self.last and any(name.startswith("link.") and last in by for name, by in owners(run.network).items()):
+            raise UserError(
+                "last=false keeps the last head, and a link of another method replaces it; expected last=true"
+            )
 
     def phases(self, epochs: int, exits: int) -> list[Phase]:
         """Return the training of the heads; with `last=false` those of all exits but the last."""

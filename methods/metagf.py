@@ -121,7 +121,11 @@ class MetaGF(TrainingStrategy):
         self._branches = Branches(self.branches == "side-by-side", bool(self.clean))
 
     def adapt(self, network: MultiExitNetwork) -> None:
-        """Check that the released drivers support the number of exits; the network does not change."""
+        """Check that the released drivers support the network, which does not change."""
+        if self.variant != "paper" and network.family == "ranet":
+            raise UserError(
+                f"there is no released Meta-GF code for ranet networks, got variant={self.variant}; use paper"
+            )
         if self.variant != "paper" and network.num_exits > len(SDN_SHARES) + 1:
             raise UserError(f"variant={self.variant} is for up to 7 exits; the network has {network.num_exits}")
 

@@ -9,19 +9,18 @@ Paper: none of its own; Scardapane et al., Why Should We Add Early Exits to Neur
 
 There is no published code, so that nothing is known to differ. The sources do not specify the following: here the
 epochs are split equally among the phases (or by `shares`), every phase has a new optimiser and its own schedule, and
-the batch-norm statistics of frozen parts are frozen.
+frozen parts are in evaluation mode.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from exitkit.escaping import counted
 from exitkit.methods.phases import Chosen, split_epochs
-from exitkit.strategy import EXIT_WEIGHTS, PHASES, Phase, Run, TrainingStrategy, UserError, setting
+from exitkit.strategy import EXIT_WEIGHTS, PHASES, Phase, TrainingStrategy, UserError, setting
 
 
 @dataclass(eq=False)
@@ -67,10 +66,6 @@ class Separate(TrainingStrategy):
             Phase(name, self._only(chosen), length, train=trained, batchnorm="frozen")
             for (name, chosen, trained), length in zip(plans, lengths, strict=True)
         ]
-
-    def exit_weights(self, run: Run) -> Sequence[float]:
-        """Return 1 for all exits: outside its phases (in a custom loop), the method is joint training."""
-        return [1.0] * run.network.num_exits
 
     def _only(self, exits: tuple[int, ...]) -> Chosen:
         """Return joint training of these exits, with this method's label smoothing."""

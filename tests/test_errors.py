@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import exitkit
+from exitkit.errors import UserError
 from exitkit.training.checkpoint import Checkpoints
 
 from toy import FEW, FEW_OPTIONS
@@ -279,3 +280,39 @@ def test_damaged_results_are_named(cli, tmp_path):
         (run.path / name).write_text(content)
         cli(*command).refused(name)
         (run.path / name).write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "cost --set num_classes=3",
+        "cost --set name=foo",
+        "cost --input-shape ²,1,1",
+        "cost --backbone msdnet --set blocks=1 --set base=1 --set prune=min",
+        "train --backbone sdn-tiny --set exits=none",
+        "train --method separate+isc",
+        "train --method isc+separate --set order=branch",
+    ],
+)
+def test_values_that_once_were_tracebacks_or_no_error_are_one_line(cli, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = cli(*words.split())
+    assert result.code == 2 and result.errors.startswith("exitkit: ") and len(result.errors.splitlines()) == 1
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"]
+
+
+def test_a_field_given_twice_with_blanks_is_refused(cli):
+    result = cli("cost", "--set", "blocks=4", "--set", " blocks=2")
+    assert result.code == 2 and "gives 'blocks' twice" in result.errors
+
+
+def test_names_of_arguments_as_settings_of_a_recipe_are_unknown_fields():
+    with pytest.raises(UserError, match="unknown field of method kd 'name'"):
+        exitkit.Recipe.make(method="kd", method_settings={"name": "x"}).resolve()
+
+
+def test_a_run_given_by_its_own_folder_has_its_name(cli, tmp_path, monkeypatch):
+    run = exitkit.train({"method": "joint", "epochs": 1, **FEW}, tmp_path)
+    monkeypatch.chdir(run.path)
+    shown = cli("show", ".")
+    assert shown.code == 0 and run.path.name in shown.out

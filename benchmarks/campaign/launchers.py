@@ -301,7 +301,9 @@ class Submitit:
             # Imported on use: submitit is optional.
             import submitit
         except ImportError:
-            raise UserError(f"--launcher {name} needs submitit; install it with: pip install 'exitkit[slurm]'") from None
+            raise UserError(
+                f"--launcher {name} needs submitit; install it with: pip install 'exitkit[slurm]'"
+            ) from None
         self._name, self.slots = name, slots
         cluster = "slurm" if name == "slurm" else "local"
         known = {"timeout_min": 240, "slurm_array_parallelism": slots, "cpus_per_task": 1}

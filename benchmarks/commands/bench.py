@@ -142,12 +142,12 @@ def bench(
             measured = _measure(folders, _targets(budgets, target), policy, engines, device, data_dir, settings)
     except KeyboardInterrupt:
         raise Interrupted("stopped; nothing was written") from None
-    for folder, facts in measured.items():
-        _write(folder, facts)
     if as_json:
         click.echo(json.dumps({folder.path.name: facts for folder, facts in measured.items()}, indent=2))
     else:
         _print(measured, batch_size, boundary)
+    for folder, facts in measured.items():  # after the table, which a folder that can't be written does not cost
+        _write(folder, facts)
 
 
 def _check(mode: str, boundary: str, engines: Sequence[str], batch_size: int | None) -> int:

@@ -50,12 +50,13 @@ def cost(
       exitkit cost --backbone msdnet-tiny
       exitkit cost --backbone msdnet --set blocks=5 --set growth=8 --json
     """
-    from exitkit.networks.build import build_network
+    from exitkit.networks.build import build_backbone, make_backbone
     from exitkit.networks.costs import cost as count
     from exitkit.runs.job import adapt
     from exitkit.strategy.composition import build_strategy
 
-    network = build_network(backbone, num_classes=num_classes, input_shape=_shape(input_shape), **parse_sets(sets))
+    made = make_backbone(backbone, parse_sets(sets))
+    network = build_backbone(made, backbone, num_classes, _shape(input_shape))
     if method:
         adapt(network, build_strategy(method))
     rows = [row._asdict() for row in count(network)]
@@ -81,7 +82,7 @@ def _shape(text: str | None) -> tuple[int, int, int] | None:
     if text is None:
         return None
     parts = text.replace("x", ",").split(",")
-    if len(parts) != 3 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+    if len(parts) != 3 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise UserError(
             f"--input-shape {text!r} is not an image shape; expected channels,height,width, such as 3,32,32"
         )

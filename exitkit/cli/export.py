@@ -147,7 +147,7 @@ def _write(
     torch.set_num_threads(run.recipe.threads)
     data = load_run_data(run, data_dir)
     network = load_network(run, data)
-    images = _images(data, "test", min(_CHECKED, len(data.labels("test"))))
+    images = _Images(data, "test", len(data.labels("test")))[:_CHECKED]
     facts = about(run, data) | {"target": wanted.words if wanted else None, "expected": expected, "points": points}
     with working("exporting"), TemporaryDirectory() as scratch:
         first = Path(scratch, "fp32") if int8 else out
@@ -199,7 +199,7 @@ def _quantised(
 
     parts: dict[str, Any] = {"validation": data.labels("validation").numpy()}
     parts["test"] = data.labels("test")[:_COMPARED].numpy()
-    images = {part: _images(data, part, len(labels)) for part, labels in parts.items()}
+    images = {part: _Images(data, part, len(labels)) for part, labels in parts.items()}
     costs = [row["macs"] for row in run.costs()]
 
     def choose(logits: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -212,15 +212,24 @@ def _quantised(
         return rule, {**facts, "expected": None, "points": points}
 
     written = quantise(source, out, images, choose)
-    return written, compare({"fp32": source, "int8": out}, images["test"], parts["test"], costs)
+    return written, compare({"fp32": source, "int8": out}, images["test"][:], parts["test"], costs)
 
 
-def _images(data: Data, part: Any, count: int) -> Any:
-    """Return the first images of a part as one array, float32 [count, C, H, W]."""
-    import torch
+class _Images:
+    """The first images of a part, read when they are sliced: float32 [n, C, H, W]."""
 
-    (batch,) = data.batches(part, [torch.arange(count)], augment=False, seed=0)
-    return batch.images.float().numpy()
+    def __init__(self, data: Data, part: Any, count: int) -> None:
+        self._data, self._part, self._count = data, part, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, rows: slice) -> Any:
+        import torch
+
+        chosen = torch.arange(self._count)[rows]
+        (batch,) = self._data.batches(self._part, [chosen], augment=False, seed=0)
+        return batch.images.float().numpy()
 
 
 def _print_comparison(found: dict[str, Any]) -> None:

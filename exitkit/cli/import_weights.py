@@ -79,10 +79,10 @@ def _network(
     backbone: str, settings: Mapping[str, Any], strategy: TrainingStrategy | None, classes: int | None
 ) -> MultiExitNetwork:
     """Build the network, with the layers that the phases of the method add."""
-    from exitkit.networks.build import build_network
+    from exitkit.networks.build import build_backbone, make_backbone
     from exitkit.runs.job import adapt
 
-    network = build_network(backbone, num_classes=classes, **settings)
+    network = build_backbone(make_backbone(backbone, settings), backbone, classes, None)
     if strategy:
         adapt(network, strategy)
     return network

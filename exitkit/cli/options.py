@@ -231,10 +231,10 @@ def parse_sets(sets: tuple[str, ...], option: str = "--set") -> dict[str, str]:
     """
     pairs: dict[str, str] = {}
     for item in sets:
-        field, equals, value = item.partition("=")
+        field, equals, value = (part.strip() for part in item.partition("="))
         if not equals or not field:
             raise UserError(f"{option} {item!r} is not of the form field=value, such as {option} temperature=0.5")
         if field in pairs:
             raise UserError(f"{option} gives {field!r} twice; expected each field once")
-        pairs[field.strip()] = value.strip()
+        pairs[field] = value
     return pairs

@@ -109,9 +109,10 @@ class ImageTable(ImageDataSet):
                 "expected path, label and, if the parts are given, split"
             )
         _check_cells(path, table)
+        table["label"] = table["label"].str.strip()
         if "split" not in table:
             table["split"] = "train"
-        table["split"] = [_part(path, number, name) for number, name in enumerate(table["split"], start=2)]
+        table["split"] = [_part(path, row, name) for row, name in enumerate(table["split"])]
         if "train" not in set(table["split"]):
             raise UserError(f"{path} lists no training images; expected rows whose split is train")
         table["path"] = [str(path.parent / name) for name in table["path"]]
@@ -140,10 +141,18 @@ def _cells(path: Path) -> pd.DataFrame:
     return whole
 
 
-def _part(path: Path, line: int, name: Any) -> str:
+def _line(path: Path, row: int) -> int:
+    """Return the number of the line of a row, from 0; blank lines are no rows."""
+    text = path.read_text(encoding="utf-8-sig")
+    lines = [number for number, line in enumerate(text.splitlines(), start=1) if line.strip()][1:]
+    return lines[row] if row < len(lines) else row + 2
+
+
+def _part(path: Path, row: int, name: Any) -> str:
     known = str(name).strip().lower()
     if known not in PARTS:
-        raise UserError(f"{path}, line {line}: {unknown('split', str(name), ('train', 'validation', 'test'))}")
+        fault = unknown("split", str(name), ("train", "validation", "test"))
+        raise UserError(f"{path}, line {_line(path, row)}: {fault}")
     return PARTS[known]
 
 
@@ -152,12 +161,13 @@ def _check_cells(path: Path, table: pd.DataFrame) -> None:
     for column in ("path", "label"):
         empty = table.index[table[column].str.strip() == ""]
         if len(empty):
-            raise UserError(f"{path}, line {empty[0] + 2}: {column} is empty")
+            raise UserError(f"{path}, line {_line(path, empty[0])}: {column} is empty")
     twice = table.index[table["path"].duplicated()]
     if len(twice):
         name = table["path"][twice[0]]
         first = table.index[table["path"] == name][0]
-        raise UserError(f"{path} lists {name} twice, in lines {first + 2} and {twice[0] + 2}; expected each image once")
+        lines = f"{_line(path, first)} and {_line(path, twice[0])}"
+        raise UserError(f"{path} lists {name} twice, in lines {lines}; expected each image once")
 
 
 def _check_files(path: Path, table: pd.DataFrame) -> None:
@@ -184,4 +194,4 @@ def _class_names(path: Path, table: pd.DataFrame) -> list[str]:
     if len(names) < 2:
         raise UserError(f"{path} has {len(names)} class; expected at least 2 labels")
     numbers = all(name.removeprefix("-").isdecimal() for name in names)
-    return sorted(names, key=int) if numbers else sorted(names)
+    return sorted(names, key=lambda name: (int(name), name)) if numbers else sorted(names)  # 1 and 01 are two classes

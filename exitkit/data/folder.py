@@ -57,7 +57,10 @@ class ImageFolder(ImageDataSet):
         if parts:
             has = next(iter(parts.values())).name
             lacks = " or ".join(self.testing) if train else "train"
-            raise UserError(f"{folder} has the subfolder {has} but not {lacks}; expected both")
+            raise UserError(
+                f"{folder} has the subfolder {has} but not {lacks}; expected both (if {has} is a class: the folders of "
+                "all classes in the subfolders train and test)"
+            )
         return [folder]
 
 

@@ -100,18 +100,23 @@ class Inventory:
         yield from zip(self.test_files, self.test_labels.tolist(), strict=True)
 
     def check_listing(self, now: Inventory, label: str) -> None:
-        """Check that a folder has the same files as when a run began.
+        """Check that a folder has the same files, with the same classes, as when a run began.
 
         Args:
             now: the table of the files that are in the folder now.
             label: name of the run in messages.
 
         Raises:
-            UserError: files were added or removed.
+            UserError: files were added or removed, or have other classes.
         """
-        known, found = {*self.train_files, *self.test_files}, {*now.train_files, *now.test_files}
+        known, found = dict(self.labelled()), dict(now.labelled())
+        moved = {name for name in known.keys() & found.keys() if known[name] != found[name]}
         texts = []
-        for verb, names in (("gone", known - found), ("new", found - known)):
+        for verb, names in (
+            ("gone", known.keys() - found.keys()),
+            ("new", found.keys() - known.keys()),
+            ("of another class", moved),
+        ):
             if names:
                 more = ", ..." if len(names) > 3 else ""
                 texts.append(f"{len(names)} {verb} ({', '.join(sorted(names)[:3])}{more})")

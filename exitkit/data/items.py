@@ -83,7 +83,14 @@ class Items:
                 raise self._fault(index, f"has an image that {error}") from None
             except Exception as error:  # Pillow decodes when it converts, and raises many types of error
                 raise self._unreadable(index, error) from error
-        tensor = torch.from_numpy(image).movedim(-1, 0) if isinstance(image, np.ndarray) and image.ndim == 3 else image
+        tensor = image
+        if isinstance(image, np.ndarray) and image.ndim == 3:
+            try:
+                tensor = torch.from_numpy(np.array(image)).movedim(-1, 0)  # a copy: arrays may be reversed or read-only
+            except TypeError:  # torch has no such type
+                raise self._fault(
+                    index, f"has an image of {image.dtype}; expected uint8 with 1 or 3 channels, or float32"
+                ) from None
         if not isinstance(tensor, Tensor) or tensor.dim() != 3:
             shape = f" of shape {tuple(image.shape)}" if hasattr(image, "shape") else ""
             raise self._fault(

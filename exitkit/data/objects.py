@@ -155,6 +155,10 @@ def _kind(final_shape: tuple[int, ...] | None) -> str:
 def _check_labels(parts: Mapping[str, Items], names: Sequence[str]) -> None:
     for name, part in parts.items():
         highest = int(part.labels.max())
+        negative = (part.labels < 0).nonzero().flatten().tolist()
+        if negative:
+            label = int(part.labels[negative[0]])
+            raise UserError(f"item {negative[0]} of the {name} data has the label {label}; expected an integer, from 0")
         if highest >= len(names):
             raise UserError(
                 f"the {name} data has the label {highest}, and there are {len(names)} class names; expected labels "

@@ -99,6 +99,11 @@ def hold_out(
     from sklearn.model_selection import train_test_split
 
     classes, sizes = labels[pool].unique(return_counts=True)
+    if len(pool) < 2 * len(classes):
+        raise UserError(
+            f"{what} can't be drawn from {counted(len(pool), 'image')} in {counted(len(classes), 'class', 'classes')}; "
+            f"expected at least {2 * len(classes)}, two per class"
+        )
     if not len(classes) <= count <= len(pool) - len(classes):
         raise UserError(
             f"{what} of {counted(count, 'image')} can't be drawn from {counted(len(pool), 'image')} "

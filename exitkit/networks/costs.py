@@ -90,7 +90,7 @@ def cost(network: MultiExitNetwork, input_shape: tuple[int, int, int] | None = N
         one `ExitCost` per exit, first to last.
 
     Raises:
-        UserError: the network is no `MultiExitNetwork`, or the shape is none of images.
+        UserError: the network is no `MultiExitNetwork`, or the shape is none of images, or none that it takes.
     """
     check_cascade(network)
     shape = network.input_shape if input_shape is None else input_shape
@@ -102,7 +102,15 @@ def cost(network: MultiExitNetwork, input_shape: tuple[int, int, int] | None = N
     except Exception:  # parts that need values, or that can't be moved, raise errors of many types
         if any(parameter.is_meta for parameter in network.parameters()):
             raise
+    try:
         return _counted(copied(network), shape)
+    except Exception as error:
+        if tuple(shape) == tuple(network.input_shape):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"the network takes no images of {list(shape)} ({reason}); it was made for {list(network.input_shape)}"
+        ) from error
 
 
 def _counted(network: MultiExitNetwork, shape: tuple[int, int, int]) -> list[ExitCost]:

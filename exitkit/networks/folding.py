@@ -8,7 +8,6 @@ before it can do its work with other weights. The outputs differ from the networ
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from exitkit.engine.fused import is_hooked
 from exitkit.networks.cascade import MultiExitNetwork, Units
+from exitkit.networks.copying import copied
 
 _NORMS = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d, nn.Linear: nn.BatchNorm1d}
 _NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
@@ -58,7 +58,7 @@ def fold(network: MultiExitNetwork) -> MultiExitNetwork:
         the copy, in evaluation mode, without gradient taps, gradients and kept features; the names of its parameters
         differ from the network's.
     """
-    folded = copy.deepcopy(network).eval().requires_grad_(False)
+    folded = copied(network).eval().requires_grad_(False)
     folded.taps, folded.keep_features = [], False
     for parent in list(folded.modules()):
         for name, child in parent.named_children():

@@ -92,6 +92,8 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = given_path("run", path)
+        if self.path.name in ("", ".."):  # the run has the name of its folder
+            self.path = self.path.resolve()
         if not (self.path / "recipe.json").is_file():
             what = "holds no run (no recipe.json)" if self.path.is_dir() else absence(self.path)
             inside, beside = (

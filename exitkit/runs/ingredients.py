@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from exitkit.data.base import Data
+from exitkit.data.inventory import Inventory
 from exitkit.data.split import Split
 from exitkit.errors import UserError
+from exitkit.files import exists
 from exitkit.networks.cascade import MultiExitNetwork
 from exitkit.networks.released.weights import check_finite, own_tensors, read_released_file
 from exitkit.plugins import method_parts
-from exitkit.runs.folder import SPLIT, RunFolder
-from exitkit.runs.job import is_folder, load_network, make_strategy, resolve
+from exitkit.runs.folder import IMAGES, SPLIT, RunFolder
+from exitkit.runs.job import image_root, images_digest, is_folder, load_network, make_strategy, resolve
 from exitkit.runs.recipe import ResolvedRecipe
 from exitkit.runs.weights import (
     check_unchanged,
@@ -67,13 +69,30 @@ def check_unseen(folder: Path, recipe: ResolvedRecipe, data: Data) -> None:
     run = RunFolder(folder)
     if run.recipe.dataset != recipe.dataset:
         return
-    trained = Split.load(run.path / SPLIT).train
-    overlap = int(torch.isin(data.split.validation, trained).sum())
+    trained, validation = Split.load(run.path / SPLIT).train, data.split.validation
+    now, then = images_digest(recipe), run.environment().get("images")
+    if None in (now, then) or now == then:
+        overlap = int(torch.isin(validation, trained).sum())
+    else:
+        overlap = _files_in_common(run, trained, recipe, data)
     if overlap:
         raise UserError(
             f"{folder} was trained on {overlap} of the {len(data.split.validation)} validation images of this run; "
             "expected a run with the same validation images"
         )
+
+
+def _files_in_common(run: RunFolder, trained: Tensor, recipe: ResolvedRecipe, data: Data) -> int:
+    """Return how many validation files a run was trained on; 0 if it has other images, from another folder."""
+    root, before = image_root(recipe), image_root(run.recipe)
+    if root is None or before is None or root.resolve() != before.resolve() or not exists(run.path / IMAGES):
+        return 0
+    now = data.inventory(root)
+    if now is None:
+        return 0
+    known = Inventory.read(run.path / IMAGES).train_files
+    seen = {known[index] for index in trained.tolist()}
+    return sum(now.train_files[index] in seen for index in data.split.validation.tolist())
 
 
 def teacher_recipes(recipe: ResolvedRecipe) -> dict[str, ResolvedRecipe]:
@@ -106,7 +125,8 @@ def load_teachers(recipe: ResolvedRecipe, out: Path, data: Data) -> dict[str, Mu
         data: images of the run that is trained.
 
     Raises:
-        UserError: a teacher is unfinished, has changed, has other classes, or was trained on validation images.
+        UserError: a teacher is unfinished, has changed, has other classes or images of another size, or was trained on
+            validation images.
     """
     by_method = teacher_recipes(recipe)
     networks = {}
@@ -116,10 +136,20 @@ def load_teachers(recipe: ResolvedRecipe, out: Path, data: Data) -> dict[str, Mu
         if name not in by_method:
             check_unchanged(name, run_weights_digest(name), recipe.ingredients.get(name))
         check_unseen(folder.path, recipe, data)
-        networks[name] = load_network(folder, data).requires_grad_(False)
-        if networks[name].num_classes != data.num_classes:
-            raise UserError(f"teacher {name} has {networks[name].num_classes} classes; expected {data.num_classes}")
+        teacher = load_network(folder).requires_grad_(False)
+        if teacher.num_classes != data.num_classes:
+            raise UserError(f"teacher {name} has {teacher.num_classes} classes; expected {data.num_classes}")
+        if teacher.input_shape != data.input_shape:
+            raise UserError(
+                f"teacher {name} reads images of {_shape(teacher.input_shape)}; expected those of this run, "
+                f"{_shape(data.input_shape)}"
+            )
+        networks[name] = teacher
     return networks
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
 
 
 def load_side_network(recipe: ResolvedRecipe, source: str, name: str) -> Mapping[str, Tensor]:

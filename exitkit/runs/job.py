@@ -36,7 +36,7 @@ from exitkit.runs.weights import (
     weights_digest,
 )
 from exitkit.strategy.base import Phase, TrainingStrategy
-from exitkit.strategy.composition import build_strategy
+from exitkit.strategy.composition import configure_strategy
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def resolve(recipe: Recipe) -> ResolvedRecipe:
         UserError: a name or field is unknown, a value is impossible, or an ingredient does not exist.
     """
     dataset = make_dataset(recipe)
-    house = {key: value for key, value in dataset.house.items() if getattr(recipe, key) is None}
+    house = {key: value for key, value in (DataSet.house | dataset.house).items() if getattr(recipe, key) is None}
     filled = recipe.with_values(**house)
     backbone = make_backbone(str(filled.backbone), recipe.backbone_settings)
     dataset = dataset.suited(backbone.preprocessing())
@@ -102,10 +102,24 @@ def resolve(recipe: Recipe) -> ResolvedRecipe:
     if filled.precision == AUTO:
         values["precision"] = choose_precision(AUTO, choose_device(filled.device))
     if filled.schedule != "step":
+        _check_steps(recipe, str(filled.schedule))
         values["milestones"] = ()
+    elif not filled.milestones:
+        raise UserError("schedule=step has no milestones; expected shares of the epochs, such as milestones=0.5,0.75")
     if recipe.init_from and not recipe.init_weights:
         values["init_weights"] = weights_digest(recipe.init_from)
     return ResolvedRecipe.make(**values)
+
+
+def _check_steps(recipe: Recipe, schedule: str) -> None:
+    """Check that a recipe without a schedule of its own has no values of `step` that the data set's ignores."""
+    given = [
+        key for key in ("milestones", "decay") if getattr(recipe, key) not in (None, Recipe.model_fields[key].default)
+    ]
+    if recipe.schedule is None and given:
+        raise UserError(
+            f"{given[0]} is for schedule=step, and that of {recipe.dataset} is {schedule}; expected schedule=step, too"
+        )
 
 
 def _digests(recipe: Recipe, strategy: TrainingStrategy, backbone: Backbone) -> dict[str, str]:
@@ -141,7 +155,7 @@ def make_dataset(recipe: Recipe) -> DataSet:
 
 def make_strategy(recipe: Recipe) -> TrainingStrategy:
     """Return a recipe's method."""
-    return build_strategy(recipe.method, **recipe.method_settings)
+    return configure_strategy(recipe.method, recipe.method_settings)
 
 
 def make_phases(strategy: TrainingStrategy, epochs: int, exits: int) -> list[Phase]:

@@ -68,7 +68,8 @@ class Phase:
         train: the parameters that are trained: `all`, `heads`, `new` (those that this phase's `adapt` adds), or those
             whose names begin with one of several prefixes (`("stages.0.", "heads.0.")`).
         batchnorm: `train` (batch statistics; running statistics are updated) or `frozen` (fixed running statistics,
-            except in modules that are new or trained by their prefix).
+            except in modules that are new or trained by their prefix; stages and heads without a trained parameter are
+            in evaluation mode, without dropout).
         lr: initial learning rate; None: the recipe's. It follows the recipe's schedule.
         optimizer: `sgd` (with the recipe's momentum) or `adam`; None: the recipe's. All have the recipe's weight decay.
         trunk: how the phase reads a fixed trunk, for phases that train no stage; None: stages are in training mode.

@@ -41,6 +41,7 @@ class Branches:
         Raises:
             UserError: the network, the strategy or the optimiser does not support training side by side.
         """
+        run.check_network_alone("training in branches")
         if self._side_by_side:
             Replicas(run, emphasis).rehearse()
 

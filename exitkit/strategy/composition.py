@@ -151,7 +151,7 @@ class Composition(TrainingStrategy):
 
 
 def trains_whole_epochs(strategy: TrainingStrategy) -> bool:
-    """Whether a method can't make single steps: it, or its part that claims the update, overrides `train_epoch` alone."""
+    """Whether a method makes no single steps: it, or the part that claims the update, overrides `train_epoch` only."""
     if isinstance(strategy, Composition):
         strategy = strategy._part(UPDATE)
     kind, base = type(strategy), TrainingStrategy
@@ -169,6 +169,11 @@ def build_strategy(name: str, **settings: Any) -> TrainingStrategy:
     Raises:
         UserError: a name or field is unknown, a value is impossible, or two parts claim the same slot.
     """
+    return configure_strategy(name, settings)
+
+
+def configure_strategy(name: str, settings: Mapping[str, Any]) -> TrainingStrategy:
+    """Build a training strategy as `build_strategy` does, from settings of any names."""
     names = method_parts(name)
     chosen = assign_settings(name, settings)
     parts: dict[str, TrainingStrategy] = {part: plugins.configure("method", part, chosen[part]) for part in names}

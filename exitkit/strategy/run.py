@@ -94,6 +94,7 @@ class Run:
         self._engine = engine
         self._seed = seed
         self._load_auxiliary = load_auxiliary
+        self._alone: str | None = None  # what supports no side network in the network's optimiser
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -119,7 +120,9 @@ class Run:
             UserError: the run has no such teacher; a custom loop sets `run.teachers` itself.
         """
         if name not in self.teachers:
-            raise UserError(f"the run has no teacher {name!r}; set run.teachers = {{{name!r}: network}} before training")
+            raise UserError(
+                f"the run has no teacher {name!r}; set run.teachers = {{{name!r}: network}} before training"
+            )
         with self._engine.arithmetic.autocast():
             outputs: Outputs = self.teachers[name](images)
         return outputs
@@ -291,10 +294,12 @@ class Run:
             self.optimizer.add_param_group({"params": parameters})
         separate = optimizer(parameters) if optimizer is not None else None
         self.auxiliaries[name] = Auxiliary(self, self._engine, module, separate)
+        if self._alone is not None:
+            self.check_network_alone(self._alone)
         return self.auxiliaries[name]
 
     def check_network_alone(self, what: str) -> None:
-        """Check that the network's optimiser trains no side network.
+        """Check that the network's optimiser trains no side network, now and when later ones are registered.
 
         Args:
             what: the operation that does not support this, for the message.
@@ -302,6 +307,7 @@ class Run:
         Raises:
             UserError: it trains a side network.
         """
+        self._alone = what
         joined = [name for name, side in self.auxiliaries.items() if side.joined and list(side.module.parameters())]
         if joined:
             raise UserError(f"{what} can't be combined with side networks in the network's optimiser ({joined[0]})")
@@ -349,13 +355,14 @@ class Run:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that the phase needs to resume bit for bit."""
+        at = self.position
         return {
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self._engine.arithmetic.state_dict(),
             "strategy": self.strategy.state_dict(),
             "auxiliaries": {name: side.state_dict() for name, side in self.auxiliaries.items()},
-            "position": [self.position.phase, self.position.epoch, self.position.passes],
+            "position": [at.phase, at.epoch, at.passes, at.single],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -367,7 +374,9 @@ class Run:
         self.strategy.load_state_dict(map_tensors(lambda tensor: tensor.to(device), state["strategy"]))
         for name, side in self.auxiliaries.items():
             side.load_state_dict(state["auxiliaries"][name])
-        self.position.phase, self.position.epoch, self.position.passes = state["position"]
+        at = self.position
+        at.phase, at.epoch, at.passes, *single = state["position"]  # checkpoints of earlier releases have three
+        at.single = single[0] if single else 0
 
     def _rank_weight(self, batch: Batch | None) -> float:
         chosen = self.batch if batch is None else batch

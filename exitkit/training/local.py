@@ -64,11 +64,13 @@ class LocalRun(Run):
         are put into evaluation mode.
 
         Raises:
-            UserError: the network is in evaluation mode, the batch is not such a pair (see `check_batch`), or the method
-                trains whole epochs.
+            UserError: the network is in evaluation mode, the batch is not such a pair (see `check_batch`), or the
+                method trains whole epochs.
         """
         if trains_whole_epochs(self._method):
-            raise UserError(f"{self._label} trains whole epochs; use run.train_epoch(batches) in place of run.train_step")
+            raise UserError(
+                f"{self._label} trains whole epochs; use run.train_epoch(batches) in place of run.train_step"
+            )
         set_mode(self.network, self._phase, self._added)
         self.batch = self.placed(batch)
         with errors_explained(self):

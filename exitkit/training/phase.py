@@ -121,7 +121,7 @@ class BegunPhase:
 
 
 def hold_fixed(network: MultiExitNetwork, phase: Phase, added: Collection[str], fixed: Collection[str]) -> None:
-    """Put what a phase does not train into evaluation mode: a frozen trunk, and frozen batch norm.
+    """Put what a phase does not train into evaluation mode: a frozen trunk, frozen stages and heads, and batch norm.
 
     Args:
         network: the network, in training mode.
@@ -133,6 +133,10 @@ def hold_fixed(network: MultiExitNetwork, phase: Phase, added: Collection[str], 
         network.stages.eval()
     trained = phase.train if isinstance(phase.train, tuple) else ()
     if phase.batchnorm == "frozen":
+        parts = {f"{kind}.{k}.": part for kind in ("stages", "heads") for k, part in enumerate(getattr(network, kind))}
+        for prefix, part in parts.items():
+            if not prefix.startswith(trained) and not any(parameter.requires_grad for parameter in part.parameters()):
+                part.eval()
         for name, module in network.named_modules():
             if isinstance(module, _BatchNorm) and name not in added and not f"{name}.".startswith(trained):
                 module.eval()

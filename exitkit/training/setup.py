@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -13,8 +14,9 @@ from exitkit.data.base import Data
 from exitkit.data.describe import describe
 from exitkit.data.inventory import Inventory
 from exitkit.engine.engine import Engine
-from exitkit.errors import UserError
+from exitkit.errors import Note, UserError
 from exitkit.files import exists, write_json, write_text, written_whole
+from exitkit.networks.build import make_backbone
 from exitkit.networks.ownership import frozen
 from exitkit.runs.fingerprints import job_facts
 from exitkit.runs.folder import IMAGES, SPLIT, RunFolder
@@ -28,7 +30,7 @@ from exitkit.training.features import phase_data
 from exitkit.training.finetuning import check_options
 from exitkit.training.history import TIMING_COLUMNS, History, csv_text
 from exitkit.training.observers import LearnedTables, MetricsFiles, Observer, Reporting
-from exitkit.training.phase import BegunPhase, PhaseSetup, check_trains
+from exitkit.training.phase import BegunPhase, PhaseSetup, check_trains, trains
 from exitkit.training.probe import Probing
 from exitkit.training.progress import Progress, ProgressFile
 from exitkit.training.tensorboard import TensorBoardLog
@@ -112,6 +114,8 @@ def set_up(
         engine.place(teacher)
     phases = PhaseSetup(job, engine, teachers, partial(load_side_network, recipe))
     begun = phases.begin(0) if new and job.first == 0 else None
+    if begun and engine.ranks.is_main:
+        _note_random_trunk(job)
     folder = _open_folder(job, engine, path)
     checkpoints = Checkpoints(folder, recipe.id, len(job.phases), engine.ranks.is_main)
     observers: list[Observer] = [Probing(recipe.probe_every, job.data, engine)] if recipe.probe_every else []
@@ -133,8 +137,10 @@ def _make_job(recipe: ResolvedRecipe, path: Path, engine: Engine, new: bool, ann
     checked = job.data.check()
     if engine.ranks.is_main and checked:
         announce([checked])
-    if new and recipe.init_from and Path(recipe.init_from).is_dir():
-        check_unseen(Path(recipe.init_from), recipe, job.data)
+    if new and recipe.init_from:
+        source = Path(recipe.init_from) if Path(recipe.init_from).is_dir() else Path(recipe.init_from).parent
+        if all((source / name).is_file() for name in ("recipe.json", SPLIT)):  # a run, or its file of weights
+            check_unseen(source, recipe, job.data)
     _rehearse(job, new)
     return job
 
@@ -143,15 +149,34 @@ def _rehearse(job: Job, new: bool) -> None:
     """Apply all adaptations, and the initial weights, to a copy of the network.
 
     Raises:
-        UserError: an adaptation is not possible, a phase has nothing to train, or the weights do not fit.
+        UserError: an adaptation is not possible, a phase has nothing to train, no phase trains parameters that a method
+            adds, or the weights do not fit.
     """
-    copied = copy.deepcopy(job.network)
+    copied, idle = copy.deepcopy(job.network), dict[str, str]()
     for number, phase in enumerate(job.phases):
         if new and number == job.first:
             load_initial(job.recipe, copied)
         before = {name for name, _ in copied.named_parameters()}
         phase.strategy.adapt(copied)
         check_trains(phase, job.recipe.method, copied, before, frozen(copied))
+        idle |= {name: phase.name for name, _ in copied.named_parameters() if name not in before}
+        idle = {name: where for name, where in idle.items() if not trains(phase, name, new=name not in before)}
+    if idle:
+        name, where = next(iter(idle.items()))
+        raise UserError(
+            f"no phase of method {job.recipe.method} trains {name}, which the network gets in phase {where}; expected "
+            "methods that do not replace what other phases train"
+        )
+
+
+def _note_random_trunk(job: Job) -> None:
+    recipe, phase = job.recipe, job.phases[0]
+    own = make_backbone(recipe.backbone, recipe.backbone_settings).preprocessing()
+    if phase.trunk and own is None and recipe.init_from is None:
+        text = (
+            f"{recipe.method} does not train the trunk of {recipe.backbone}, whose weights are random without init_from"
+        )
+        warnings.warn(Note(text), stacklevel=3)
 
 
 def _open_folder(job: Job, engine: Engine, path: Path) -> RunFolder:

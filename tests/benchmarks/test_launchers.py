@@ -339,7 +339,9 @@ def test_jobs_that_the_cluster_refuses_are_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(launcher._executor, "submit", refuse)
     launcher.start(0, resolved(), tmp_path)
-    with pytest.raises(UserError, match=r"^--launcher submitit-local: sbatch: error: invalid partition specified: typo$"):
+    with pytest.raises(
+        UserError, match=r"^--launcher submitit-local: sbatch: error: invalid partition specified: typo$"
+    ):
         launcher.wait()
 
 

@@ -64,6 +64,16 @@ def test_labels_that_are_numbers_are_ordered_as_numbers(table):
     assert torch.bincount(data.labels("test")).tolist() == [4, 4, 4]
 
 
+def test_labels_of_one_number_are_classes_in_one_order_and_blanks_around_labels_do_not_count(table):
+    text = table.read_text()
+    for name, label in (("ant", "01"), ("bee", "1"), ("cow", " 1.0 ")):
+        text = text.replace(f",{name},", f",{label},")
+    table.write_text(text)
+    assert named(table).load(None).class_names == ["01", "1", "1.0"]
+    table.write_text(text.replace(", 1.0 ,", ",-0,").replace(",1,", ",0,"))
+    assert named(table).load(None).class_names == ["-0", "0", "01"]
+
+
 def test_a_table_is_known_by_its_rows_and_images_wherever_it_is(table, tmp_path):
     known = named(table).digest(None)
     moved = shutil.copytree(tmp_path, tmp_path.parent / f"{tmp_path.name}-moved")
@@ -85,6 +95,7 @@ def test_a_table_is_known_by_its_rows_and_images_wherever_it_is(table, tmp_path)
         (lambda text: text.replace(",ant,", ",ant, red,"), "rows have more cells than the header; expected quotes"),
         (lambda text: text.replace(",ant,", ",,", 1), "line 2: label is empty"),
         (lambda text: text.replace("ant/00.png", "ant/01.png", 1), "lists train/ant/01.png twice, in lines 2 and 3"),
+        (lambda text: text.replace("\n", "\n\n\n", 1).replace(",ant,", ",,", 1), "line 4: label is empty"),
         (lambda text: text.replace(",train,", ",trian,", 1), "line 2: unknown split 'trian'; did you mean train"),
         (lambda text: text.replace(",train,", ",test,"), "lists no training images"),
         (lambda text: text.replace(",cow,test,", ",cat,test,", 1), "cat is a label of test images, and of no training"),

@@ -210,6 +210,22 @@ def test_a_test_label_beyond_the_class_names_is_refused():
         load(Mine(), Mine(9, classes=5), class_names=["a", "b", "c"])
 
 
+def test_a_negative_label_in_a_list_of_labels_is_refused_by_its_item():
+    data = Mine()
+    data.targets = list(data.labels_of)
+    data.labels_of[41] = data.targets[41] = -1
+    with pytest.raises(UserError, match="item 41 of the train data has the label -1; expected an integer, from 0"):
+        load(data, Mine(9, 1))
+
+
+def test_arrays_in_reverse_or_for_reading_only_are_images_and_arrays_of_objects_are_refused():
+    plain = load(Mine(change=np.asarray), Mine(9, 1, change=np.asarray))
+    turned = load(Mine(change=lambda image: np.asarray(image)[..., ::-1][..., ::-1]), Mine(9, 1, change=np.asarray))
+    assert torch.equal(read(plain, "train")[0].images, read(turned, "train")[0].images)
+    with pytest.raises(UserError, match="has an image of object; expected uint8 with 1 or 3 channels"):
+        load(Mine(change=lambda image: np.asarray(image).astype(object)))
+
+
 def test_an_item_that_fails_in_a_worker_is_named_on_one_line():
     data = load(Mine(), Mine(9, 1), settings={"workers": 2})
     data.test_source._parts[0].items.images[7] = None

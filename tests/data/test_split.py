@@ -162,3 +162,10 @@ def test_a_part_without_images_is_checked_like_any_other():
     split.check(split, 6, 0)
     with pytest.raises(UserError, match="0 test images, but the data has 1"):
         split.check(Split(split.train, split.validation, torch.arange(1)), 6, 1)
+
+
+def test_fewer_than_two_images_per_class_are_named():
+    with pytest.raises(
+        UserError, match="can't be drawn from 3 images in 2 classes; expected at least 4, two per class"
+    ):
+        hold_out(torch.tensor([0, 0, 1]), torch.arange(3), 2, 0, "a validation set")

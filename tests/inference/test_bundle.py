@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import venv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from torch import nn
 from exitkit import ExitRule
 from exitkit.data.base import TensorData
 from exitkit.data.decoding import read_image
+from exitkit.data.listing import SUFFIXES
 from exitkit.data.preprocessing import Preprocessing
 from exitkit.data.split import Split
 from exitkit.inference.export import bundle, runner
@@ -142,10 +144,39 @@ def test_images_of_one_size_are_read_from_files_as_they_are(channels, tmp_path):
     data = TensorData(["a"], (channels, 10, 12), labels, labels, split, pixels, pixels, (0.3,), (0.2,))
     how = bundle.preprocessing(data)
     bundle._write_picture(tmp_path / "image.png", pixels[0].numpy())
-    square = how | {"resize": 10}  # the shorter side; the height here
+    assert bundle.preprocessing(replace(data, input_shape=(channels, 12, 12)))["resize"] == 12
     np.testing.assert_array_equal(
-        runner.preprocessed(runner.read_picture(tmp_path / "image.png"), square), pixels[0].numpy()
+        runner.preprocessed(runner.read_picture(tmp_path / "image.png"), how), pixels[0].numpy()
     )
+    for size in ((40, 20), (20, 40), (13, 9), (12, 10)):  # scaled so that it covers the crop
+        scaled = runner.preprocessed(Image.new("RGB", size, "white"), how)
+        assert scaled.shape == (channels, 10, 12) and (scaled == 255).all()
+
+
+def test_an_image_that_resizing_makes_too_large_is_refused(deployed, tmp_path):
+    Image.new("L", (400_000, 1)).save(tmp_path / "long.png")
+    exported = runner.open_runner(deployed)
+    with pytest.raises(ValueError, match="400000 x 1 pixels, and 12800000 x 32 when resized; expected fewer"):
+        exported.picture(tmp_path / "long.png", 50_000_000)
+
+
+def test_files_that_training_reads_are_those_of_the_runner(deployed, tmp_path):
+    assert runner.IMAGE_ENDINGS == SUFFIXES
+    photograph(tmp_path / "a.ppm")
+    photograph(tmp_path / "b.unknown", format="PNG")
+    exported = runner.open_runner(deployed)
+    (named,) = runner.inputs(exported, str(tmp_path / "b.unknown"))
+    (inside,) = runner.inputs(exported, str(tmp_path))
+    np.testing.assert_array_equal(named[1], inside[1])
+
+
+def test_a_check_reads_the_example_picture():
+    """The picture of an export is that of its first example; see `runner._check_picture`."""
+    shown = type("Shown", (), {"policy": {"preprocessing": {"crop": [2, 2], "resize": 2}}})()
+    shown.picture = lambda path: np.ones((1, 1, 2, 2))
+    runner._check_picture(shown, None, np.ones((1, 2, 2)))
+    with pytest.raises(ValueError, match="is read as another image"):
+        runner._check_picture(shown, None, np.zeros((1, 2, 2)))
 
 
 def test_a_check_passes_and_finds_each_damage(copy, capsys):

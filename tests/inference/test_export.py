@@ -206,6 +206,13 @@ def test_what_does_not_answer_as_the_network_is_not_left_behind(tmp_path, monkey
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("form", ["onnx", "torch-export"])
+def test_one_image_to_check_with_is_enough(form, tmp_path):
+    exporting.export(small(), HALF, tmp_path / "out", images(1), ABOUT, form)
+    logits, exits = exporting.runner.Runner(tmp_path / "out")(images(5).numpy())
+    assert logits.shape == (5, 3) and exits.shape == (5,)
+
+
 def test_mistakes_are_one_line_and_leave_nothing(tmp_path, monkeypatch):
     def refused(match, rule=HALF, out="out", form="onnx"):
         before = list(tmp_path.iterdir())

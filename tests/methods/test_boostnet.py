@@ -87,6 +87,13 @@ def test_a_temperature_an_exit_follows_equation_8_and_the_released_training_is_s
     assert torch.allclose(inference.logits[1], inference.raw[1] + 0.1 * inference.raw[0], atol=1e-14)
 
 
+def test_the_released_variant_does_not_rescale_ranet():
+    network = exitkit.build_network("ranet-tiny")
+    with pytest.raises(UserError, match="does not rescale gradients on ranet networks; expected rescale=false, or var"):
+        exitkit.build_strategy("boostnet", variant="released").adapt(network)
+    exitkit.build_strategy("boostnet", variant="released", rescale=False).adapt(network)
+
+
 def test_wrong_temperatures_are_refused():
     with pytest.raises(UserError, match="expected one, or 4"):
         adapted(temperature=(0.1, 0.2))

@@ -196,11 +196,14 @@ def test_the_norm_is_the_same_in_forward_mode_and_backward():
         assert tangent.mean().item() == pytest.approx(product.item(), rel=1e-10)
 
 
-def test_impossible_values_and_maps_beside_a_pseudo_step_are_refused():
+def test_impossible_values_are_refused():
     for settings in ({"alpha": 1.5}, {"temperature": 0.0}, {"hint_weight": -0.1}):
         with pytest.raises(UserError, match=next(iter(settings))):
             exitkit.build_strategy("byot", **settings)
-    run = run_of("l2w+byot", uneven())
-    with pytest.raises(UserError, match=r"pseudo step can't be combined .*\(hints\)"):
-        run.train_step(batches(1)[0])
+
+
+@pytest.mark.parametrize("method", ["l2w+byot", "byot+l2w", "metagf+byot", "byot+metagf"])
+def test_maps_beside_an_update_of_the_network_alone_are_refused_before_training(method):
+    with pytest.raises(UserError, match=r"can't be combined .*\(hints\)"):
+        run_of(method, uneven())
     run_of("l2w+byot").train_step(batches(1)[0])  # features of one width need no maps

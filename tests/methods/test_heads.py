@@ -112,6 +112,27 @@ def test_two_methods_of_phases_are_refused_and_a_method_of_one_is_a_phase():
         exitkit.build_strategy("heads", views=-1)
 
 
+def test_the_last_head_is_kept_unless_a_link_replaces_it():
+    for method, link in (("heads+ztw", "link."), ("heads", "heads.")):
+        network = chain()
+        exitkit.Run.local(network, exitkit.build_strategy(method, last=False), sgd(network))
+        trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+        assert any(name.startswith(link) for name in trained)
+        assert not any(name.startswith("heads.2.") for name in trained)
+    network = chain()
+    with pytest.raises(UserError, match="last=false keeps the last head"):
+        exitkit.Run.local(network, exitkit.build_strategy("heads+isc", last=False), sgd(network))
+
+
+def test_a_trunk_of_random_weights_is_noted(pretrained, tmp_path):
+    with pytest.warns(Note, match="heads does not train the trunk of msdnet-tiny, whose weights are random"):
+        exitkit.train(RECIPE | {"epochs": 1}, tmp_path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        exitkit.train(RECIPE | {"epochs": 1, "init_from": str(pretrained.path)}, tmp_path)
+    assert not [each for each in caught if "whose weights are random" in str(each.message)]
+
+
 def test_it_exports_and_exits_early_with_its_temperatures(pretrained, tmp_path):
     run = train(tmp_path, init_from=str(pretrained.path))
     data, network = exitkit.load_data(run), exitkit.load_network(run)

@@ -146,6 +146,8 @@ def test_impossible_values_are_refused(settings):
 def test_the_released_lists_are_for_seven_exits_at_most():
     with pytest.raises(UserError, match="variant=released is for up to 7 exits; the network has 8"):
         exitkit.build_strategy("metagf", variant="released").adapt(chain(8))
+    with pytest.raises(UserError, match="no released Meta-GF code for ranet networks"):
+        exitkit.build_strategy("metagf", variant="released").adapt(exitkit.build_network("ranet-tiny"))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import copy
 import pickle
 from urllib.error import URLError
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -408,6 +409,7 @@ def test_exactly_one_way_to_say_where_and_images_that_fit():
     [
         ({"fractions": 0.5}, r"fractions is 0\.5; expected a list of shares, such as \[0\.25, 0\.5\]"),
         ({"fractions": "0.5"}, r"fractions is '0\.5'; expected a list of shares"),
+        ({"at": 1}, r"at is 1; expected a list of points, such as \['layer1', 'layer2'\]"),
         ({"fractions": ["half"]}, r"fractions is \['half'\]; expected shares between 0 and 1"),
         ({"at": ["a"], "head": nn.Linear(8, 5)}, "head is a Linear, of one point; expected a name, or a function"),
         ({"at": ["a"], "head": 5}, "head is 5; expected a name, or a function"),
@@ -499,3 +501,14 @@ def test_a_cut_of_a_network_in_training_keeps_both_modes():
     assert cut.training and network.training
     with torch.no_grad():
         torch.testing.assert_close(cut.eval()(x).logits[0], network.eval()(x).logits[1])
+
+
+def test_shares_may_be_an_array():
+    network = attach_exits(ResNetLike(), fractions=np.array([0.3, 0.6]), input_shape=SMALL)
+    assert network.num_exits == attach_exits(ResNetLike(), fractions=[0.3, 0.6], input_shape=SMALL).num_exits
+
+
+def test_images_that_are_no_whole_patches_of_timm_are_refused():
+    pytest.importorskip("timm")
+    with pytest.raises(UserError, match="cuts images into patches of 16x16 pixels, got 40x32; expected multiples"):
+        exitkit.build_network("timm:vit_tiny_patch16_224", input_shape=(3, 40, 32))

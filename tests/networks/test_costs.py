@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import exitkit
+from exitkit.errors import UserError
 
 from toy import chain
 
@@ -194,3 +195,8 @@ def test_an_exit_costs_differently_in_networks_of_different_depth():
     # Scales are dropped by the total depth, so that the third exit of the lin_grow family is not one network.
     third = [rows_of(f"msdnet-cifar-lg{exits}")[2].papers for exits in (4, 5, 6, 8)]
     assert [f"{papers / 1e6:.2f}" for papers in third] == ["26.13", "27.54", "27.29", "27.29"]
+
+
+def test_images_that_the_network_does_not_take_are_one_line():
+    with pytest.raises(UserError, match=r"takes no images of \[3, 16, 16\] .*; it was made for \[1, 16, 16\]"):
+        exitkit.cost(exitkit.build_network("sdn-tiny", input_shape=(1, 16, 16)), (3, 16, 16))

@@ -154,3 +154,13 @@ def test_layers_of_a_kind_of_their_own_are_left_alone():
     folded = fold(network.eval())
     assert norms(network) == 4 and norms(folded) == 3
     same(folded, network, (1, 6, 6))
+
+
+def test_parametrised_layers_are_folded_after_a_forward_pass():
+    torch.manual_seed(0)
+    layers = [nn.utils.spectral_norm(nn.Conv2d(1, 3, 3)), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    network = MultiExitNetwork([nn.Sequential(*layers)], [Head(nn.Identity(), nn.Linear(3, 2))], (1, 8, 8), 2)
+    x = torch.randn(2, 1, 8, 8)
+    network(x)  # the weight is then a tensor with a graph, which deepcopy refuses
+    network.eval()
+    torch.testing.assert_close(fold(network)(x).logits, network(x).logits)

@@ -3,9 +3,11 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 
 import exitkit
 from exitkit import Recipe
@@ -152,3 +154,36 @@ def test_compare_trains_a_teacher_first_and_leaves_it_out_of_the_table(tmp_path)
     assert methods == {"joint", "kd", "ge"}
     table = (out / "report" / "anytime.csv").read_text()
     assert "kd," in table and "ge," not in table
+
+
+def images_in(folder, seed, size=20):
+    """Four images of each of two classes, for training, and two for the test."""
+    generator = np.random.default_rng(seed)
+    for part, count in (("train", 8), ("test", 2)):
+        for name in "ab":
+            place = folder / part / name
+            place.mkdir(parents=True)
+            for number in range(count):
+                pixels = generator.integers(0, 256, (size, size, 3), np.uint8)
+                Image.fromarray(pixels).save(place / f"{number}.png")
+    return folder
+
+
+def on(folder, size=16, validation=4, **values):
+    settings = {"image_size": size, "validation": validation, "workers": 0}
+    recipe = {"dataset": "folder", "data_dir": str(folder), "dataset_settings": settings, "backbone": "msdnet-tiny"}
+    return {**recipe, "epochs": 1, "batch_size": 8, "lr": 0.05, **values}
+
+
+def test_a_teacher_for_images_of_another_size_is_refused_and_one_of_other_images_is_taken(tmp_path):
+    ours, others = images_in(tmp_path / "ours", 0), images_in(tmp_path / "others", 1)
+    large, alike = (exitkit.train(on(others, size), tmp_path / "runs") for size in (32, 16))
+    with pytest.raises(UserError, match="reads images of 3x32x32; expected those of this run, 3x16x16"):
+        exitkit.train(on(ours, method="kd", method_settings={"teacher": str(large.path)}), tmp_path / "out")
+    for change in ({"method": "kd", "method_settings": {"teacher": str(alike.path)}}, {"init_from": str(alike.path)}):
+        assert exitkit.train(on(ours, **change), tmp_path / "out").finished
+    # The same folder, with one image more: the images that it was trained on have their names.
+    Image.new("RGB", (20, 20)).save(others / "train" / "a" / "9.png")
+    for start in (alike.path, alike.path / "weights.safetensors"):
+        with pytest.raises(UserError, match=r"was trained on \d+ of the 12 validation images of this run"):
+            exitkit.train(on(others, validation=12, batch_size=4, init_from=str(start)), tmp_path / "out")

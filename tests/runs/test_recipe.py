@@ -41,18 +41,24 @@ def test_the_id_changes_with_everything_that_changes_the_run_and_with_nothing_el
         "lr": 0.2,
         "momentum": 0.8,
         "weight_decay": 0.0,
-        "decay": 0.2,
         "precision": "bf16",
         "layout": "channels-last",
         "schedule": "constant",
         "method": "ge",
         "backbone": "msdnet-cifar-lg4",
     }
-    ids = [base.id, *(Recipe.make(**{key: value}).resolve().id for key, value in changes.items())]
+    steps = {"schedule": "step", "milestones": (0.5,)}
+    ids = [Recipe.make(**steps, **more).resolve().id for more in ({}, {"decay": 0.2})]
+    ids += [base.id, *(Recipe.make(**{key: value}).resolve().id for key, value in changes.items())]
     ids += [
         Recipe.make().with_settings({name: value}).resolve().id for name, value in (("growth", 6), ("validation", 100))
     ]
     assert len(set(ids)) == len(ids)
+    for alone in ({"decay": 0.2}, {"milestones": (0.5,)}):
+        with pytest.raises(UserError, match=rf"{next(iter(alone))} is for schedule=step, and that of digits is cosine"):
+            Recipe.make(**alone).resolve()
+    with pytest.raises(UserError, match="schedule=step has no milestones; expected shares of the epochs"):
+        Recipe.make(schedule="step").resolve()
     assert "layout" not in base.identity()  # ids of earlier releases
     folder = Recipe.make(dataset="folder")
     assert folder.with_settings({"workers": 9}).resolve().id == folder.resolve().id

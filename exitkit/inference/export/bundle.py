@@ -64,7 +64,7 @@ def about(run: RunFolder, data: Data) -> dict[str, Any]:
 def preprocessing(data: Data) -> dict[str, Any] | None:
     """Return how an image file becomes an input of the network, as the runner reads it; see `runner.preprocessed`.
 
-    Images of a data set of one size are not resized in training; a file of another size is, to that size.
+    Images of a data set of one size are not resized in training; a file of another size is, so that it covers theirs.
 
     Returns:
         None if the data set transforms its images itself, so that the runner can't.
@@ -78,7 +78,7 @@ def preprocessing(data: Data) -> dict[str, Any] | None:
             return None
         resize, interpolation = round(chosen.size / chosen.crop), chosen.interpolation
     elif isinstance(data, TensorData):
-        resize, interpolation = max(height, width), "bilinear"
+        resize, interpolation = height if height == width else 0, "bilinear"
     else:
         return None
     return {

@@ -86,11 +86,11 @@ def _write(
     form: Format,
 ) -> dict[str, Any]:
     ending = ENDINGS[form]
-    programs = []
-    for number, piece in enumerate(pieces(network, images[:2]), start=1):
+    programs, two = [], images[:2] if len(images) > 1 else images.repeat(2, 1, 1, 1)  # one would fix the batch size
+    for number, piece in enumerate(pieces(network, two), start=1):
         programs.append(f"stage-{number}{ending}")
         write_program(piece, folder / programs[-1], form)
-    write_program(all_exits(network, images[:2]), folder / f"all-exits{ending}", form)
+    write_program(all_exits(network, two), folder / f"all-exits{ending}", form)
     facts = {"format": form, "programs": programs, "all_exits": f"all-exits{ending}"}
     policy: dict[str, Any] = (
         json.loads(rule.to_json()) | facts | {"input_shape": list(network.input_shape)} | dict(about)

@@ -29,13 +29,14 @@ from exitkit.inference.rule import PointRule
 _BATCH = 64
 _CANDIDATES = 256  # images that the examples are taken from
 _ROUNDS = 5
+_CALIBRATION = 1000  # images of validation, about, that the ranges of int8 are measured on
 _FACTS = ("format", "programs", "all_exits", "input_shape")
 
 
 def quantise(
     source: Path,
     out: Path,
-    images: Mapping[str, np.ndarray],
+    images: Mapping[str, Any],
     choose: Callable[[dict[str, np.ndarray]], tuple[PointRule | ExitPolicy, Mapping[str, Any]]],
 ) -> dict[str, Any]:
     """Write an int8 copy of an ONNX export; the folder is complete or does not appear.
@@ -43,7 +44,8 @@ def quantise(
     Args:
         source: the folder of the fp32 export.
         out: the folder to write, which must not exist.
-        images: normalised images, float32 [N, *input_shape], of the parts validation (for calibration) and test.
+        images: normalised images, float32 [N, *input_shape], of the parts validation (for calibration) and test; read
+            by slices, in batches.
         choose: logits of the quantised exits for each part [N, K, C] -> the exit rule or policy, and further entries of
             `policy.json`, as in `export`.
 
@@ -58,11 +60,12 @@ def quantise(
     facts = json.loads((source / "policy.json").read_text(encoding="utf-8"))
     try:
         with drafted(out) as draft:
-            state = [images["validation"]]
+            spread = slice(None, None, max(1, len(images["validation"]) // _CALIBRATION))
+            state = [calibration := images["validation"][spread]]
             for name in facts["programs"]:
                 _quantise(source / name, draft / name, state)
                 _, *state = _in_batches(runner.load(source / name), state)
-            _quantise(source / facts["all_exits"], draft / facts["all_exits"], [images["validation"]])
+            _quantise(source / facts["all_exits"], draft / facts["all_exits"], [calibration])
             rule, about = choose({part: _logits(draft, facts["programs"], array) for part, array in images.items()})
             kept = {key: facts[key] for key in _FACTS}
             policy: dict[str, Any] = json.loads(rule.to_json()) | kept | {"precision": "int8"} | dict(about)
@@ -120,13 +123,16 @@ def _in_batches(program: runner.Program, inputs: Sequence[np.ndarray]) -> list[n
     return [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
 
 
-def _logits(folder: Path, programs: Sequence[str], images: np.ndarray) -> np.ndarray:
+def _logits(folder: Path, programs: Sequence[str], images: Any) -> np.ndarray:
     """Return the logits of all exits [N, K, C], stage by stage, as the runner computes them."""
-    outputs, state = [], [images]
-    for name in programs:
-        logits, *state = _in_batches(runner.load(folder / name), state)
-        outputs.append(logits)
-    return np.stack(outputs, 1)
+    loaded, rows = [runner.load(folder / name) for name in programs], []
+    for start in range(0, len(images), _BATCH):
+        state, outputs = [images[start : start + _BATCH]], []
+        for program in loaded:
+            logits, *state = program(state)
+            outputs.append(logits)
+        rows.append(np.stack(outputs, 1))
+    return np.concatenate(rows)
 
 
 def compare(

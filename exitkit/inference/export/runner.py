@@ -31,7 +31,10 @@ class OptionError(ValueError):
 
 POLICY_KEYS = ("score", "thresholds", "temperatures", "rule", "combination")
 """The keys of policy.json that an operating point replaces."""
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+IMAGE_ENDINGS = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".ppm", ".pgm", ".pbm", ".pnm", ".bmp", ".dib", ".tif", ".tiff",
+    ".webp", ".gif", ".avif", ".jp2", ".j2k", ".tga",
+)  # fmt: skip
 _BATCH = 64
 
 
@@ -335,24 +338,35 @@ def read_picture(source: Any, most_pixels: float = math.inf) -> Any:
         raise ValueError(f"can't be read: {named}") from None
 
 
-def preprocessed(image: Any, how: Any) -> Any:
+def preprocessed(image: Any, how: Any, most_pixels: float = math.inf) -> Any:
     """Return a PIL image (RGB) resized and cropped, as uint8 [C, H, W].
 
     Args:
         image: the image.
         how: `preprocessing` of policy.json: the shorter side becomes `resize` pixels long by `interpolation`, and the
-            centre of `crop` (height, width) pixels is kept; `colour` is RGB or L (grey).
+            centre of `crop` (height, width) pixels is kept; with `resize` 0, the image just covers `crop`. `colour` is
+            RGB or L (grey).
+        most_pixels: largest number of pixels after resizing.
+
+    Raises:
+        ValueError: it would have more pixels.
     """
     # Imported when used: arrays do not need Pillow.
     from PIL import Image
 
     width, height = image.size
+    rows, columns = how["crop"]
     short = how["resize"]
-    if min(width, height) != short:
+    if short:
         wide = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
+    else:
+        scale = max(columns / width, rows / height)
+        wide = (max(round(scale * width), columns), max(round(scale * height), rows))
+    if wide[0] * wide[1] > most_pixels:
+        raise ValueError(f"has {width} x {height} pixels, and {wide[0]} x {wide[1]} when resized; expected fewer")
+    if wide != image.size:
         image = image.resize(wide, Image.Resampling[how["interpolation"].upper()])
         width, height = image.size
-    rows, columns = how["crop"]
     left, top = round((width - columns) / 2), round((height - rows) / 2)
     pixels = np.asarray(image.crop((left, top, left + columns, top + rows)).convert(how["colour"]))
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
@@ -372,7 +386,7 @@ def check_preprocessing(how: Any, shape: Sequence[int]) -> None:
         and how.get("crop") == list(shape[1:])
         and how.get("interpolation") in ("nearest", "bilinear", "bicubic")
         and type(how.get("resize")) is int
-        and 0 < how["resize"] <= 100 * max(shape[1:])
+        and 0 <= how["resize"] <= 100 * max(shape[1:])
     )
     if not fits:
         raise ValueError(f"preprocessing is {how!r:.80}, which does not fit the input {list(shape)}")
@@ -450,7 +464,7 @@ class Runner:
         how = self.policy.get("preprocessing")
         if how is None:
             raise ValueError("is an image file; expected an array: the data set of this network transforms its images")
-        return self.normalised(preprocessed(read_picture(source, most_pixels), how)[None])
+        return self.normalised(preprocessed(read_picture(source, most_pixels), how, most_pixels)[None])
 
     def decide(self, index: int, logits: Any, memory: Any, point: str) -> tuple[Any, Any, Any]:
         """Decide at exit `index` by the policy of an operating point; see the function `decide`."""
@@ -534,7 +548,7 @@ def inputs(runner: Runner, name: str) -> Iterator[tuple[str, Any]]:
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_ENDINGS and file.is_file())
         if not files:
             raise ValueError(f"{name} has no image files; expected names that end in {', '.join(IMAGE_ENDINGS)}")
-    elif path.suffix.lower() not in IMAGE_ENDINGS:
+    elif path.suffix.lower() in (".npy", ".npz", ""):
         with _named(name):
             images = read(name)
             runner.check_kind(images)
@@ -635,6 +649,9 @@ def check(folder: Path, **options: Any) -> str:
         return f"{len(files)} files are as exported; the export has no example images"
     try:
         images = runner.checked(read(str(folder / "examples.npy")))
+        if runner.policy.get("preprocessing") and (folder / "example.png").exists():
+            with contextlib.suppress(RuntimeError):  # without Pillow no image file can be read
+                _check_picture(runner, folder / "example.png", images[0])
         wanted = list(zip(expected["classes"], expected["exits"], strict=True))
     except (ValueError, KeyError, TypeError) as error:
         raise RuntimeError(f"the examples are damaged ({error}); export the run again") from None
@@ -648,6 +665,19 @@ def check(folder: Path, **options: Any) -> str:
                     f"{theirs[1]}: this machine computes something else than the one that exported"
                 )
     return f"{len(files)} files and {len(wanted)} example images are as exported"
+
+
+def _check_picture(runner: Runner, path: Path, expected: Any) -> None:
+    """Check that example.png is read as the first example; files of data sets of one size have that size.
+
+    Raises:
+        ValueError: it is not.
+        RuntimeError: Pillow is not installed.
+    """
+    how = runner.policy["preprocessing"]
+    rows, columns = how["crop"]
+    if how["resize"] in (0, min(rows, columns)) and np.abs(runner.picture(path)[0] - expected).max() > 1e-6:
+        raise ValueError("example.png is read as another image than the first of examples.npy")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -115,6 +115,7 @@ def attach_exits(
         raise UserError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
     if (at is None) == (fractions is None):
         raise UserError("exits are placed at named points or at shares of the cost; give one of at and fractions")
+    at, fractions = _as_list("at", at), _as_list("fractions", fractions)
     check_shape(input_shape)
     check_supported(model)
     other_inputs(model)
@@ -138,6 +139,19 @@ def attach_exits(
     if trial is not None:
         trial.compare(network, training=not traced.left_out)
     return network
+
+
+def _as_list(name: str, values: Any) -> Any:
+    """Return the values of `at` or `fractions`; an array as a list.
+
+    Raises:
+        UserError: they are no sequence.
+    """
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if values is not None and not isinstance(values, Sequence):
+        example = {"at": "points, such as ['layer1', 'layer2']", "fractions": "shares, such as [0.25, 0.5]"}[name]
+        raise UserError(f"{name} is {values!r}; expected a list of {example}")
+    return values
 
 
 def _chosen_head(head: MakeHead | HeadChoice | HeadForm | None) -> MakeHead | HeadChoice:

@@ -139,10 +139,23 @@ class TimmModel(Backbone):
             overlay = {"state_dict": tensors, "num_classes": arguments["num_classes"]}
             arguments["pretrained_cfg_overlay"] = overlay
         made = self._create(arguments)
+        self._check_patches(made, height, width)
         classifier: Any = made
         if classifier.num_classes != num_classes:  # the weights have fitted as they are; the classifier is made anew
             classifier.reset_classifier(num_classes)
         return made
+
+    def _check_patches(self, model: nn.Module, height: int, width: int) -> None:
+        """Check that images are whole patches: timm's patch embedding drops the pixels of others."""
+        embed: Any = getattr(model, "patch_embed", None)
+        if not isinstance(embed, library("timm", "layers").PatchEmbed) or embed.dynamic_img_pad:
+            return
+        rows, columns = embed.patch_size
+        if height % rows or width % columns:
+            raise UserError(
+                f"{self.model} cuts images into patches of {rows}x{columns} pixels, got {height}x{width}; expected "
+                "multiples of them"
+            )
 
     def _classes(self, tensors: dict[str, Tensor]) -> int:
         """Return the number of classes of a file of weights."""

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from exitkit.errors import UserError
+from exitkit.escaping import counted
 from exitkit.networks.cascade import Head, MultiExitNetwork
 from exitkit.networks.families.base import IMAGENET, Backbone, preset
 from exitkit.networks.families.layers import (
@@ -144,6 +145,12 @@ class MSDNet(Backbone):
             raise UserError("growth_factors or bottleneck_factors has a value below 1; expected at least 1")
         if not 0 <= self.reduction <= 1:
             raise UserError(f"reduction is {self.reduction}; expected a share between 0 and 1 (the paper's is 0.5)")
+        layers, scales = sum(self.stage_lengths), len(self.growth_factors)
+        if self.prune == "min" and layers < scales - 1:
+            raise UserError(
+                f"prune=min drops one of {scales} scales per layer, and there {'is' if layers == 1 else 'are'} "
+                f"{counted(layers, 'layer')}; expected at least {scales - 1}, or prune=max"
+            )
         odd = [factor for factor in self.growth_factors[1:] if self.growth * factor % 2]
         if odd:
             raise UserError(

@@ -137,6 +137,8 @@ class ShallowDeep(Backbone, ABC):
         if self.fractions is not None:
             return place(costs, self.fractions)
         places = list(self.usual if self.exits is None else self.exits)
+        if self.exits is None and places and places[-1] >= units - 1:
+            raise UserError(f"the paper's exits do not fit a trunk of {units} units; expected exits or fractions")
         if not places or places != sorted(set(places)) or not 0 <= places[0] <= places[-1] < units - 1:
             raise UserError(
                 f"exits is {','.join(map(str, places)) or 'empty'}; expected ascending units from 0 to {units - 2} "

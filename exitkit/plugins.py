@@ -16,7 +16,7 @@ import sys
 import types
 import typing
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ def setting(
     earlier: Any = None,
     kw_only: bool = False,
     search: tuple[float, float] | tuple[float, float, str] | None = None,
+    needs: Mapping[str, tuple[Any, ...]] | None = None,
 ) -> Any:
     """Declare a field of a plugin.
 
@@ -58,16 +59,27 @@ def setting(
             of earlier releases, which list all other fields, get this value; it is not part of a run's identity.
         kw_only: the field is common to a whole kind of plugin, and is listed after the plugin's own fields.
         search: the range that `exitkit tune` searches by default, (low, high) or (low, high, "log").
+        needs: {another field: its values with which this field has an effect}, which the meaning then names; with
+            others, a recipe that changes this field is refused.
     """
+    for other, values in (needs or {}).items():
+        meaning += f" (with {other}={written(values)})"
     metadata = {
         "meaning": meaning,
         "variant": dict(variant or {}),
         "execution": execution,
         "added": added,
         "search": search,
+        "needs": dict(needs or {}),
     }
     metadata |= {} if earlier is None else {"earlier": earlier}
     return dataclasses.field(default=default, metadata=metadata, kw_only=kw_only)
+
+
+def written(values: Iterable[Any]) -> str:
+    """Return values as text: predicted or frozen, true, none."""
+    plain = (str(value).lower() if value is None or isinstance(value, bool) else str(value) for value in values)
+    return " or ".join(plain)
 
 
 def resolve_variant(plugin: Any) -> None:

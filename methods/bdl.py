@@ -54,7 +54,9 @@ class BlockDependentLosses(TrainingStrategy):
         "TNNLS 2023"
     )
 
-    window: int = setting(3, "stages that an exit trains, its own and those before it", search=(1, 5))
+    window: int = setting(
+        3, "stages that an exit trains, its own and those before it", search=(1, 5), needs={"groups": (None,)}
+    )
     final: bool = setting(True, "let the last exit train all stages")
     groups: tuple[int, ...] | None = setting(
         None, "numbers of stages per group, first to last: exits train the stages of their group, instead of a window"

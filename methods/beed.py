@@ -53,7 +53,7 @@ class ExitEnsembleDistillation(TrainingStrategy):
     paper: ClassVar[str] = "Lee and Lee, Students are the Best Teacher: Exit-Ensemble Distillation, arXiv 2021"
 
     mode: Literal["beed", "eed"] = setting("beed", "coefficients a_k that decrease from exit to exit, or all 1")
-    alpha: float = setting(1.15, "a, the base of the coefficients (with mode=beed)", search=(1.0, 1.5))
+    alpha: float = setting(1.15, "a, the base of the coefficients", search=(1.0, 1.5), needs={"mode": ("beed",)})
     beta: float = setting(1.6, "b, ratio of the weights of neighbouring exits in the ensemble; 1: equal weights")
     temperature: float = setting(3.0, "T, temperature of both softmaxes", search=(1.0, 5.0))
     hint_weight: float = setting(0.1, "h, weight of the distance to the ensemble's feature; 0: no hints")

@@ -85,7 +85,10 @@ class BoostNet(TrainingStrategy):
     stop_gradient: bool = setting(True, "stop the gradient of the output of the exit before")
     rescale: bool = setting(True, "rescale gradients as Gradient Equilibrium does")
     ge_scope: Scope | None = setting(
-        None, "scales of MSDNet that are rescaled", variant={"paper": "all", "released": "coarsest"}
+        None,
+        "scales of MSDNet that are rescaled",
+        variant={"paper": "all", "released": "coarsest"},
+        needs={"rescale": (True,)},
     )
 
     def __post_init__(self) -> None:

@@ -71,7 +71,9 @@ class ConfidenceGated(TrainingStrategy):
     variant: Variant = setting("paper", "follow the paper's equations or the released code")
     gate: Literal["hard", "soft"] = setting("hard", "an image passes an exit or not, or by a sigmoid of p(label)")
     threshold: float | None = setting(None, "tau, the confidence that closes a gate; none: 0.5 (hard), 0.9 (soft)")
-    sharpness: float = setting(1.0, "s, the slope of the soft gate", search=(0.5, 20.0, "log"))
+    sharpness: float = setting(
+        1.0, "s, the slope of the soft gate", search=(0.5, 20.0, "log"), needs={"gate": ("soft",)}
+    )
     epsilon: float = setting(1e-3, "weight that is added for every image at every exit")
     exit_share: Literal["constant", "moving"] | None = setting(
         None,

@@ -91,7 +91,7 @@ class HarmonisedDistillation(TrainingStrategy):
 
     temperature: float = setting(1.0, "T, temperature of both softmaxes", search=(1.0, 5.0))
     learn: bool = setting(True, "learn the weights of the terms; false: all 1")
-    meta_lr: float = setting(1e-3, "learning rate of the weights (Adam)")
+    meta_lr: float = setting(1e-3, "learning rate of the weights (Adam)", needs={"learn": (True,)})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -184,6 +184,10 @@ class OneForAll(TrainingStrategy):
         ]
 
 
+SOURCES = {"ge": GradientEquilibrium, "isc": InlineCollaboration, "ofa": OneForAll}
+"""The methods whose settings `imta` forwards."""
+
+
 @dataclass(eq=False)
 @forwards(GradientEquilibrium, InlineCollaboration, OneForAll, without=("teacher",))
 class IMTA(TrainingStrategy):
@@ -217,6 +221,19 @@ class IMTA(TrainingStrategy):
             raise UserError(f"ratio is {self.ratio}; expected above 0 (the paper's is 0.6 on CIFAR)")
         self.phases(1, 1)  # checks the settings of the phases
 
+    def unused_settings(self, yielded: frozenset[str] = frozenset()) -> dict[str, str]:
+        """Return the settings of methods that are in no phase, and those of a second phase that there is not."""
+        parts = method_parts("+".join(name for name in (self.first, self.second) if name != "none"))
+        used = {name for part in parts if part in SOURCES for name in forwarded(self, SOURCES[part])}
+        unused = {
+            name: f"{method} in first or second"
+            for method, source in SOURCES.items()
+            for name in forwarded(self, source)
+            if name not in used | {"variant", "label_smoothing"}
+        }
+        second = {"ratio": "a second phase", "batchnorm": "a second phase"} if self.second == "none" else {}
+        return super().unused_settings(yielded) | unused | second
+
     def claims(self) -> frozenset[str]:
         """Return the slots that the methods of the two phases claim, and the phases."""
         return frozenset({PHASES}).union(*(phase.strategy.claims() for phase in self.phases(1, 1)))
@@ -240,11 +257,10 @@ class IMTA(TrainingStrategy):
     def _strategy(self, phase: str, method: str, changed: dict[str, object] | None = None) -> TrainingStrategy:
         """Return the strategy of a phase, with the settings that are forwarded to its methods."""
         settings: dict[str, object] = {"label_smoothing": self.label_smoothing}
-        sources = {"ge": GradientEquilibrium, "isc": InlineCollaboration, "ofa": OneForAll}
         try:
             parts = method_parts(method)
             for part in parts:
-                values = forwarded(self, sources[part]) if part in sources else {}
+                values = forwarded(self, SOURCES[part]) if part in SOURCES else {}
                 values |= {"teacher": "head"} if part == "ofa" and phase == "second" else {}
                 used = {name: value for name, value in (values | (changed or {})).items() if name in values}
                 prefix = f"{part}." if len(parts) > 1 else ""

@@ -41,6 +41,10 @@ from exitkit.methods.allocation import allocate, confidences
 from exitkit.networks import Outputs
 from exitkit.strategy import UPDATE, Batch, Run, TrainingStrategy, UserError, setting, weighted_sum
 
+NETWORK = {"weights": ("predicted", "frozen")}
+LEARNING = {"weights": ("predicted",)}
+ALLOCATING = {"weights": ("predicted", "allocated")}
+
 
 @dataclass(eq=False)
 class LearnedWeights(TrainingStrategy):
@@ -67,19 +71,25 @@ class LearnedWeights(TrainingStrategy):
     frozen_from: str | None = setting(
         None, "folder of a finished l2w run whose network predicts the weights (with weights=frozen)"
     )
-    inputs: Literal["loss", "confidence", "both"] = setting("loss", "inputs of the network, for each exit")
+    inputs: Literal["loss", "confidence", "both"] = setting("loss", "inputs of the network", needs=NETWORK)
     normalise: Literal["exits", "samples", "all"] = setting(
-        "exits", "the weights average 1 over an image's exits (CIFAR), an exit's batch, or both (ImageNet)"
+        "exits",
+        "the weights average 1 over an image's exits (CIFAR), an exit's batch, or both (ImageNet)",
+        needs=NETWORK,
     )
-    epsilon: float = setting(0.8, "range of the weights around 1 (CIFAR 0.8, ImageNet 0.3)", search=(0.2, 1.0))
-    q: float = setting(0.75, "ratio of the shares of neighbouring exits in the meta half", search=(0.5, 1.5))
+    epsilon: float = setting(
+        0.8, "range of the weights around 1 (CIFAR 0.8, ImageNet 0.3)", search=(0.2, 1.0), needs=NETWORK
+    )
+    q: float = setting(0.75, "ratio of the shares of neighbouring exits", search=(0.5, 1.5), needs=ALLOCATING)
     objective: Literal["allocated", "vanilla"] = setting(
-        "allocated", "meta loss of each exit: on the images that would leave there, or on all images"
+        "allocated",
+        "meta loss of each exit: on the images that would leave there, or on all images",
+        needs=LEARNING,
     )
-    interval: int = setting(1, "batches between two updates of the network (CIFAR 1, ImageNet 100)")
-    hidden: int = setting(500, "width of the network's hidden layer")
-    meta_lr: float = setting(1e-4, "learning rate of the network (Adam, cosine)")
-    meta_weight_decay: float = setting(1e-4, "weight decay of the network")
+    interval: int = setting(1, "batches between two updates of the network (CIFAR 1, ImageNet 100)", needs=LEARNING)
+    hidden: int = setting(500, "width of the network's hidden layer", needs=NETWORK)
+    meta_lr: float = setting(1e-4, "learning rate of the network (Adam, cosine)", needs=LEARNING)
+    meta_weight_decay: float = setting(1e-4, "weight decay of the network", needs=LEARNING)
 
     def __post_init__(self) -> None:
         super().__post_init__()

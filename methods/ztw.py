@@ -97,6 +97,11 @@ class ZeroTimeWaste(TrainingStrategy):
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
                 raise UserError(f"{name} is {getattr(self, name)}; expected above 0")
 
+    def unused_settings(self, yielded: frozenset[str] = frozenset()) -> dict[str, str]:
+        """Return the settings of the phases, if another method has them."""
+        own = dict.fromkeys(("ratio", "heads_lr"), "phases of its own") if PHASES in yielded else {}
+        return super().unused_settings(yielded) | own
+
     def adapt(self, network: MultiExitNetwork) -> None:
         """Set the link, with the new classifiers."""
         many = network.num_classes > MANY_CLASSES

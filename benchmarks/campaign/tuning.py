@@ -27,6 +27,7 @@ from exitkit.inference.budgets import exit_costs
 from exitkit.inference.operating_points import most_accurate_within
 from exitkit.inference.policy import PolicyName
 from exitkit.runs.folder import RunFolder
+from exitkit.strategy.composition import configure_strategy
 from exitkit.training.loop import train
 from exitkit.training.progress import Progress
 
@@ -151,7 +152,17 @@ class Space:
         entry: dict[str, Any] = {"name": method}
         for field, searched in self.ranges[method].items():
             entry[field] = searched.suggest(trial, f"{method}.{field}", _is_whole(method, field))
-        return entry
+        return {name: value for name, value in entry.items() if name not in self._unused(method, entry)}
+
+    def _unused(self, method: str, entry: Mapping[str, Any]) -> set[str]:
+        """Return the fields that have no effect with the others' values; none if a value is refused, run by run."""
+        given = {key.rpartition(".")[2]: value for key, value in self.values.get("set", {}).items()} | dict(entry)
+        settings = {name: value for name, value in given.items() if name in _fields(method)}
+        try:
+            unused = configure_strategy(method, settings).unused_settings()
+        except UserError:
+            return set()
+        return {name.rpartition(".")[2] for name in unused}
 
     def choices(self) -> dict[str, tuple[Any, ...]]:
         """Return {name in Optuna: choices} of what `propose` asks for; () for a range of numbers."""

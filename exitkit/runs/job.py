@@ -36,7 +36,7 @@ from exitkit.runs.weights import (
     weights_digest,
 )
 from exitkit.strategy.base import Phase, TrainingStrategy
-from exitkit.strategy.composition import configure_strategy
+from exitkit.strategy.composition import Composition, configure_strategy
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ def resolve(recipe: Recipe) -> ResolvedRecipe:
     backbone = make_backbone(str(filled.backbone), recipe.backbone_settings)
     dataset = dataset.suited(backbone.preprocessing())
     strategy = make_strategy(recipe)
+    _check_used(recipe.method, strategy)
     values = filled.model_dump() | {
         "method_settings": _plain(strategy.settings()),
         "backbone_settings": _plain({name: getattr(backbone, name) for name in plugins.fields(type(backbone))}),
@@ -109,6 +110,19 @@ def resolve(recipe: Recipe) -> ResolvedRecipe:
     if recipe.init_from and not recipe.init_weights:
         values["init_weights"] = weights_digest(recipe.init_from)
     return ResolvedRecipe.make(**values)
+
+
+def _check_used(method: str, strategy: TrainingStrategy) -> None:
+    """Check that settings that differ from their defaults have an effect."""
+    parts = strategy.parts if isinstance(strategy, Composition) else {method: strategy}
+    for key, needed in strategy.unused_settings().items():
+        name, _, field = key.rpartition(".")
+        part = parts[name or method]
+        about = plugins.fields(type(part))[field]
+        choices = about.metadata.get("variant")
+        default = choices[part.settings()["variant"]] if choices else about.default
+        if getattr(part, field) != default:
+            raise UserError(f"{field} of method {name or method} has no effect without {needed}; leave it out")
 
 
 def _check_steps(recipe: Recipe, schedule: str) -> None:

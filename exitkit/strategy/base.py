@@ -19,7 +19,7 @@ from torch import Tensor
 from exitkit.data.base import Batch
 from exitkit.errors import UserError, unknown
 from exitkit.networks.cascade import MultiExitNetwork, Outputs
-from exitkit.plugins import setting
+from exitkit.plugins import fields, setting, written
 from exitkit.strategy.run import Run
 
 GRADIENT_TAP = "gradient tap"
@@ -147,6 +147,19 @@ class TrainingStrategy:
     def settings(self) -> dict[str, Any]:
         """Return all fields and their values."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
+
+    def unused_settings(self, yielded: frozenset[str] = frozenset()) -> dict[str, str]:
+        """Return {field: what it needs} of the fields that have no effect with the values of the others.
+
+        Args:
+            yielded: the slots that the method leaves to another part of its composition.
+        """
+        unused = {}
+        for name, field in fields(type(self)).items():
+            for other, values in field.metadata.get("needs", {}).items():
+                if getattr(self, other) not in values:
+                    unused[name] = f"{other}={written(values)}"
+        return unused
 
     def adapt(self, network: MultiExitNetwork) -> None:
         """Add gradient taps or a logit link to the network; a second call must change nothing (as of `add_tap`)."""

@@ -70,6 +70,14 @@ class Composition(TrainingStrategy):
         """Return every part's fields, named `part.field`."""
         return {f"{name}.{key}": value for name, part in self.parts.items() for key, value in part.settings().items()}
 
+    def unused_settings(self, yielded: frozenset[str] = frozenset()) -> dict[str, str]:
+        """Return every part's fields without effect, named `part.field`."""
+        unused = {}
+        for name, part in self.parts.items():
+            left = yielded | {slot for slot in part.claims() & part.yields if self._claimed[slot] != name}
+            unused |= {f"{name}.{key}": needed for key, needed in part.unused_settings(left).items()}
+        return unused
+
     def adapt(self, network: MultiExitNetwork) -> None:
         """Apply every part's adaptation."""
         for part in self.parts.values():

@@ -280,3 +280,16 @@ def test_mistakes_are_refused_before_anything_is_written(cli, tmp_path):
     cli("tune", "--budget", "1%").refused("--budget 1% is below the first exit's cost; expected at least 24%")
     cli("tune", "--dataset", "folder", "--data-dir", "nowhere").refused("nowhere")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_field_without_effect_is_not_a_part_of_the_trial():
+    class Asked:
+        def suggest_float(self, name, low, high, log=False):
+            return high
+
+        def suggest_categorical(self, name, choices):
+            return choices[-1]
+
+    for gate, expected in (("hard", {"name", "lr", "gate"}), ("soft", {"name", "lr", "gate", "sharpness"})):
+        space = Space.make({"dataset": "digits"}, ["cgt"], {"gate": f"soft,{gate}"})
+        assert space.propose(Asked()).keys() == expected

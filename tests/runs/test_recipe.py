@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 import exitkit
-from exitkit import Recipe
+from exitkit import Recipe, plugins
 from exitkit.cli.catalogue import entries, recipe_files
 from exitkit.errors import UserError
 from exitkit.files import load_tensors, save_tensors
@@ -186,3 +186,43 @@ def test_a_recipe_that_is_nested_too_deeply_is_refused_by_its_key(name, tmp_path
     )
     with pytest.raises(UserError, match="method_settings is nested more than 20 levels deep"):
         Recipe.read(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "says"),
+    [
+        (
+            "l2w",
+            {"weights": "fixed", "epsilon": 0.1},
+            "epsilon of method l2w has no effect without weights=predicted or f",
+        ),
+        (
+            "l2w",
+            {"weights": "frozen", "interval": 2},
+            "interval of method l2w has no effect without weights=predicted;",
+        ),
+        ("boostnet", {"rescale": False, "ge_scope": "coarsest"}, "ge_scope .* without rescale=true; leave it out"),
+        ("cgt", {"sharpness": 10}, "sharpness of method cgt has no effect without gate=soft"),
+        ("bdl", {"groups": (1, 2), "window": 1}, "window of method bdl has no effect without groups=none"),
+        (
+            "ge+hdkd",
+            {"hdkd.learn": False, "hdkd.meta_lr": 1.0},
+            "meta_lr of method hdkd has no effect without learn=true",
+        ),
+        ("heads+ztw", {"heads_lr": 0.5}, "heads_lr of method ztw has no effect without phases of its own"),
+        ("imta", {"second": "isc", "gamma": 0.9}, "gamma of method imta has no effect without ofa in first or second"),
+        ("imta", {"second": "none", "ratio": 0.3}, "ratio of method imta has no effect without a second phase"),
+    ],
+)
+def test_a_setting_without_effect_is_refused_and_at_its_default_it_is_none(method, settings, says):
+    with pytest.raises(UserError, match=says):
+        Recipe.make(method=method, method_settings=settings).resolve()
+    changed = list(settings)[-1]
+    kept = {key: value for key, value in settings.items() if key != changed}
+    resolved = Recipe.make(method=method, method_settings=kept).resolve()
+    again = Recipe.make(**resolved.model_dump()).resolve()  # with every default written down
+    assert again.id == resolved.id
+
+
+def test_a_setting_that_needs_another_says_so_in_its_meaning():
+    assert plugins.fields(plugins.load("method", "cgt"))["sharpness"].metadata["meaning"].endswith(" (with gate=soft)")

@@ -65,8 +65,8 @@ class ImageDataSet(DataSet):
             values = getattr(self, name)
             if values is not None and (len(values) != 3 or not all(low < value < math.inf for value in values)):
                 raise UserError(f"{name} is {values}; expected three numbers{' above 0' if low == 0 else ''}")
-        if self.crop is not None and not 0 < self.crop <= 1:
-            raise UserError(f"crop is {self.crop}; expected a share above 0 and at most 1")
+        if self.crop is not None and not 0.01 <= self.crop <= 1:
+            raise UserError(f"crop is {self.crop}; expected a share between 0.01 and 1")
 
     def suited(self, network: Preprocessing | None) -> Self:
         """See `DataSet.suited`; only values that differ from the data set's own are set."""

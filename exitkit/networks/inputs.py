@@ -7,7 +7,7 @@ from numbers import Integral
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from exitkit.errors import UserError
 from exitkit.networks.cascade import MultiExitNetwork
@@ -36,7 +36,7 @@ def check_shape(shape: Any) -> None:
         raise UserError(f"input_shape is {shape!r}; expected (channels, height, width) of the images")
 
 
-def reference_tensor(network: MultiExitNetwork) -> Tensor:
+def reference_tensor(network: nn.Module) -> Tensor:
     """Return a tensor with the type and device of the network: its first parameter of floating point."""
     return next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0))
 

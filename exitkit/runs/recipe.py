@@ -237,8 +237,9 @@ class Recipe(BaseModel):
     def id(self) -> str:
         """Name of the run's folder; it is readable, and contains a digest of `identity`."""
         digest = hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:8]
-        name = "-".join([self.method, self.backbone or "", self.dataset, f"s{self.seed}", digest])
-        return re.sub(r"[^A-Za-z0-9.+_-]", "-", name)
+        # A data set may be named with a path; file systems allow 255 characters.
+        name = "-".join([self.method, self.backbone or "", self.dataset])[:180]
+        return re.sub(r"[^A-Za-z0-9.+_-]", "-", f"{name}-s{self.seed}-{digest}")
 
 
 class ResolvedRecipe(Recipe):

@@ -69,7 +69,7 @@ def test_the_plain_transform_is_resize_crop_and_normalisation(own):
     [
         ({"mean": (0.5,)}, "expected three numbers"),
         ({"std": (1.0, 0.0, 1.0)}, "expected three numbers above 0"),
-        ({"crop": 1.5}, "crop is 1.5; expected a share above 0 and at most 1"),
+        ({"crop": 1.5}, "crop is 1.5; expected a share between 0.01 and 1"),
         ({"crop": 0.0}, "crop is 0.0; expected a share"),
     ],
 )

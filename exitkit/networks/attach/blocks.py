@@ -26,6 +26,7 @@ from exitkit.networks.attach.recording import Reason, as_one_node, choose, line_
 from exitkit.networks.attach.split import Plan
 from exitkit.networks.attach.trace import Traced, add_parts, check_supported, meta_copy, other_inputs
 from exitkit.networks.copying import copied
+from exitkit.networks.inputs import reference_tensor
 
 
 def block_paths(model: nn.Module, blocks: str) -> list[str]:
@@ -319,7 +320,7 @@ def _run(
     """Record a run of a copy of the network."""
     copy = copied(model).train(training)
     recording = _Recording(copy, inside)
-    reference = next((p for p in copy.parameters() if p.is_floating_point()), torch.empty(0))
+    reference = reference_tensor(copy)
     size = "x".join(map(str, input_shape))
     with seeded_everywhere(reference.device, images):
         batch = torch.rand(images, *input_shape).to(reference)

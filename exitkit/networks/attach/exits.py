@@ -23,7 +23,7 @@ from exitkit.networks.attach.trial import Trial
 from exitkit.networks.attach.values import Value
 from exitkit.networks.cascade import Head, MultiExitNetwork
 from exitkit.networks.copying import copied
-from exitkit.networks.inputs import check_shape
+from exitkit.networks.inputs import check_shape, reference_tensor
 from exitkit.networks.placement import place as place_by_cost
 
 MakeHead = Callable[[tuple[int, ...], int], Head]
@@ -129,7 +129,7 @@ def attach_exits(
         cuts = _named(plan, at) if at is not None else _by_cost(plan, fractions or ())
     classes = plan.values[plan.answer].shape[1]
     stages = plan.split(cuts)
-    heads = [_head(plan.value(cut), classes, head, plan.name(cut), _reference(model)) for cut in cuts]
+    heads = [_head(plan.value(cut), classes, head, plan.name(cut), reference_tensor(model)) for cut in cuts]
     last = nn.Identity() if plan.tail is None else traced.parts[str(plan.tail.target)]
     network = AttachedNetwork(stages, [*heads, Head(nn.Identity(), last)], input_shape, classes)
     known = set(model.modules())
@@ -258,11 +258,6 @@ def _where_few_cross(plan: Plan, fractions: Sequence[float], count: int) -> list
         min(units[unit], key=lambda place: (plan.name(place).count("."), -place))
         for unit in place_by_cost(costs, fractions)
     ]
-
-
-def _reference(model: nn.Module) -> Tensor:
-    """Return a tensor with the device and dtype of the network."""
-    return next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
 
 
 def _head(value: Value, classes: int, make: MakeHead | HeadChoice, point: str, like: Tensor) -> Head:

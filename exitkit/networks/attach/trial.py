@@ -23,6 +23,7 @@ from exitkit.networks.attach.values import refused_images, refused_output
 from exitkit.networks.cascade import MultiExitNetwork
 from exitkit.networks.compilation import eagerly
 from exitkit.networks.copying import copied
+from exitkit.networks.inputs import reference_tensor
 
 MODES = ("present", "training", "training", "evaluation", "training", "evaluation")
 """The mode of each forward pass of a trial."""
@@ -73,7 +74,7 @@ class Trial:
 
     def _passes(self, model: nn.Module, forward: Callable[[Tensor], Any]) -> Iterator[Any]:
         """Yield the results of the passes; `model` is the module whose mode is set."""
-        reference = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+        reference = reference_tensor(model)
         for seed, mode in enumerate(MODES):
             if mode != "present":
                 model.train(mode == "training")

@@ -19,6 +19,7 @@ from exitkit.errors import UserError
 from exitkit.networks.attach.trace import Traced
 from exitkit.networks.compilation import eagerly_counted
 from exitkit.networks.copying import copied
+from exitkit.networks.inputs import reference_tensor
 
 
 class Value(NamedTuple):
@@ -177,7 +178,7 @@ class NodeRun(fx.Interpreter):
         self.results: dict[fx.Node, Any] = {}
         self.reads: dict[fx.Node, frozenset[int]] = {}
         self.macs: dict[fx.Node, int] = {}
-        reference = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+        reference = reference_tensor(module)
         self._device, self._dtype = reference.device, reference.dtype
 
     def on(self, batch: int, shape: tuple[int, int, int]) -> NodeRun:

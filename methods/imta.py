@@ -113,7 +113,10 @@ class InlineCollaboration(TrainingStrategy):
         "learned", "how an exit uses the logits of the exit before; none: not at all"
     )
     isc_detach: bool | None = setting(
-        None, "stop the gradient to the exit before", variant={"paper": True, "released": False}
+        None,
+        "stop the gradient to the exit before",
+        variant={"paper": True, "released": False},
+        needs={"path": ("learned", "identity")},
     )
 
     def __post_init__(self) -> None:

@@ -104,6 +104,11 @@ class LearnedWeights(TrainingStrategy):
         if self.meta_weight_decay < 0:
             raise UserError(f"meta_weight_decay is {self.meta_weight_decay}; expected at least 0")
 
+    def unused_settings(self, yielded: frozenset[str] = frozenset()) -> dict[str, str]:
+        """Return the settings without effect; the meta loss on all images needs no shares of the exits."""
+        allocates = self.weights == "allocated" or self.objective == "allocated"
+        return super().unused_settings(yielded) | ({} if allocates else {"q": "objective=allocated"})
+
     def refuses(self) -> Mapping[str, str]:
         """Refuse other optimisers than SGD, whose step is linear in the gradient."""
         return {"optimizer": "its pseudo steps are steps of SGD"} if self.weights == "predicted" else {}

@@ -68,6 +68,7 @@ class MetaGF(TrainingStrategy):
     """
 
     slots: ClassVar[frozenset[str]] = frozenset({UPDATE})
+    whole_epochs: ClassVar[bool] = True
     paper: ClassVar[str] = "Sun et al., Meta-GF: Training Dynamic-Depth Neural Networks Harmoniously, ECCV 2022"
 
     variant: Literal["paper", "released", "released-channel"] = setting(
@@ -121,11 +122,7 @@ class MetaGF(TrainingStrategy):
         self._branches = Branches(self.branches == "side-by-side", bool(self.clean))
 
     def adapt(self, network: MultiExitNetwork) -> None:
-        """Check that the released drivers support the network, which does not change."""
-        if self.variant != "paper" and network.family == "ranet":
-            raise UserError(
-                f"there is no released Meta-GF code for ranet networks, got variant={self.variant}; use paper"
-            )
+        """Check that the released drivers support the number of exits; the network does not change."""
         if self.variant != "paper" and network.num_exits > len(SDN_SHARES) + 1:
             raise UserError(f"variant={self.variant} is for up to 7 exits; the network has {network.num_exits}")
 
@@ -142,6 +139,10 @@ class MetaGF(TrainingStrategy):
 
     def prepare(self, run: Run) -> None:
         """Determine the owners of each parameter, and make the fusion weights."""
+        if self.variant != "paper" and run.network.family == "ranet":
+            raise UserError(
+                f"variant is {self.variant}, and none was released for ranet networks; expected variant=paper"
+            )
         owned_by = owners(run.network)
         equal = set() if self.fuse_batchnorm else batchnorm_parameters(run.network)
         learned = [name for name, exits in owned_by.items() if len(exits) > 1 and name not in equal]

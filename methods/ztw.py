@@ -99,7 +99,8 @@ class ZeroTimeWaste(TrainingStrategy):
 
     def unused_settings(self, yielded: frozenset[str] = frozenset()) -> dict[str, str]:
         """Return the settings of the phases, if another method has them."""
-        own = dict.fromkeys(("ratio", "heads_lr"), "phases of its own") if PHASES in yielded else {}
+        needed = "the phases of ztw, which another method replaces"
+        own = dict.fromkeys(("ratio", "heads_lr"), needed) if PHASES in yielded else {}
         return super().unused_settings(yielded) | own
 
     def adapt(self, network: MultiExitNetwork) -> None:

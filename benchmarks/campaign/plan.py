@@ -138,6 +138,8 @@ class Plan:
         runs = [run for part in parts for run in part._planned(used, known)]
         for part in parts:
             for key in (*part.sets, *part.sweep):
+                if key not in used and key in known:
+                    raise UserError(f"{key} has no effect in any run; leave it out, or set what it needs")
                 if key not in used:
                     names = ", ".join(dict.fromkeys(method.name for method in part.methods))
                     raise unknown(f"field of {names} or their network and data", key, known)
@@ -166,7 +168,10 @@ class Plan:
                     yield Planned(resolve(recipe.with_values(seed=seed)), stands_for)
 
     def _varied(self, base: Recipe, method: Entry, used: set[str], known: set[str]) -> Iterator[Recipe]:
-        """Yield the recipe of a method with the values of `set`, once per combination of swept values."""
+        """Yield the recipe of a method with the values of `set`, once per combination of swept values.
+
+        Values of both that have no effect beside the others (`sharpness` of `cgt` with `gate=hard`) are left out.
+        """
         named = base.with_values(method=method.name)
         recipe = _with_fields(named, {_full_key(key, "method"): value for key, value in method.fields.items()})
         settable = recipe.settable() | _VALUES
@@ -174,6 +179,7 @@ class Plan:
         self._check_swept(method.name, settable)
         for point in self._points(method.name, settable):
             chosen = _applicable(self.sets, method.name, settable) | point
+            chosen = _effective(recipe, chosen)
             used |= {key for key in (*self.sets, *self.sweep) if _field(key, method.name, settable) in chosen}
             yield _with_fields(recipe, chosen)
 
@@ -337,6 +343,16 @@ def _applicable(sets: Mapping[str, Any], method: str, settable: set[str]) -> dic
     values = {_field(key, method, settable): sets[key] for key in ordered}
     values.pop("", None)
     return values
+
+
+def _effective(recipe: Recipe, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that have an effect in the recipe with all of them."""
+    # Imported when used: the command line's help must not load torch.
+    from exitkit.runs.job import without_effect
+
+    unused = without_effect(_with_fields(recipe, fields)) if fields else {}
+    names = {*unused, *(key.rpartition(".")[2] for key in unused)}
+    return {key: value for key, value in fields.items() if key.removeprefix("method.") not in names}
 
 
 def _with_fields(recipe: Recipe, fields: Mapping[str, Any]) -> Recipe:

@@ -152,17 +152,19 @@ class Space:
         entry: dict[str, Any] = {"name": method}
         for field, searched in self.ranges[method].items():
             entry[field] = searched.suggest(trial, f"{method}.{field}", _is_whole(method, field))
-        return {name: value for name, value in entry.items() if name not in self._unused(method, entry)}
+        return self._effective(entry)
 
-    def _unused(self, method: str, entry: Mapping[str, Any]) -> set[str]:
-        """Return the fields that have no effect with the others' values; none if a value is refused, run by run."""
-        given = {key.rpartition(".")[2]: value for key, value in self.values.get("set", {}).items()} | dict(entry)
-        settings = {name: value for name, value in given.items() if name in _fields(method)}
+    def _effective(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the fields of an entry that have an effect; all if a value is refused, run by run."""
+        method = str(entry["name"])
+        own = {key.removeprefix(f"{method}."): value for key, value in self.values.get("set", {}).items()}
+        settings = {name: value for name, value in (own | dict(entry)).items() if name in _fields(method)}
         try:
             unused = configure_strategy(method, settings).unused_settings()
         except UserError:
-            return set()
-        return {name.rpartition(".")[2] for name in unused}
+            return dict(entry)
+        names = {*unused, *(name.rpartition(".")[2] for name in unused)}
+        return {name: value for name, value in entry.items() if name not in names}
 
     def choices(self) -> dict[str, tuple[Any, ...]]:
         """Return {name in Optuna: choices} of what `propose` asks for; () for a range of numbers."""
@@ -173,9 +175,8 @@ class Space:
 
     def plan(self, entries: Sequence[Mapping[str, Any]], baseline: str, seed: int, seeds: int) -> Plan:
         """Return the plan that trains some methods with given values of their fields."""
-        return Plan.make(
-            {**self.values, "methods": [dict(e) for e in entries], "baseline": baseline, "seed": seed, "seeds": seeds}
-        )
+        methods = [self._effective(entry) for entry in entries]
+        return Plan.make({**self.values, "methods": methods, "baseline": baseline, "seed": seed, "seeds": seeds})
 
 
 def _is_whole(method: str, field: str) -> bool:

@@ -163,6 +163,8 @@ def carry_out(
     """
     from exitkit.benchmarks.campaign.launchers import check_importable, default_jobs, make_launcher
     from exitkit.benchmarks.report.options import ReportOptions
+    from exitkit.files import exists
+    from exitkit.runs.job import check_effects
 
     runs = plan.runs()
     first = runs[0].recipe
@@ -170,6 +172,9 @@ def carry_out(
     if workers < 1:
         raise UserError(f"--jobs is {workers}; expected at least 1")
     recipes = {planned.recipe.id: planned.recipe for planned in runs}
+    for name, recipe in recipes.items():
+        if not exists(folder / name):
+            check_effects(recipe)
     needed = recipes | {teacher.id: teacher for teacher in _teachers(list(recipes.values()))}
     starter = make_launcher(launcher, workers, first, folder, slurm or {})
     if launcher != "here":

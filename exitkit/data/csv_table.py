@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import hashlib
 import warnings
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ class ImageTable(ImageDataSet):
         """Read the table; see `DataSet.load`."""
         table = self._read(self._path(data_dir))
         _check_files(self._path(data_dir), table)
+        table["label"] = table["label"].str.strip()
         names = _class_names(self._path(data_dir), table)
         numbers = {name: number for number, name in enumerate(names)}
         paths: dict[str, list[str]] = {}
@@ -72,7 +74,7 @@ class ImageTable(ImageDataSet):
             changed = [
                 name
                 for name, label in zip(table["path"], table["label"], strict=True)
-                if known.get(name, label) != label
+                if known.get(name, label).strip() != label.strip()
             ]
             if changed:
                 message = f"{path} now gives {len(changed)} of the run's images another label (such as {changed[0]})"
@@ -109,7 +111,6 @@ class ImageTable(ImageDataSet):
                 "expected path, label and, if the parts are given, split"
             )
         _check_cells(path, table)
-        table["label"] = table["label"].str.strip()
         if "split" not in table:
             table["split"] = "train"
         table["split"] = [_part(path, row, name) for row, name in enumerate(table["split"])]
@@ -142,10 +143,15 @@ def _cells(path: Path) -> pd.DataFrame:
 
 
 def _line(path: Path, row: int) -> int:
-    """Return the number of the line of a row, from 0; blank lines are no rows."""
-    text = path.read_text(encoding="utf-8-sig")
-    lines = [number for number, line in enumerate(text.splitlines(), start=1) if line.strip()][1:]
-    return lines[row] if row < len(lines) else row + 2
+    """Return the number of the first line of a row, from 0; blank lines are no rows, and a cell may have several."""
+    lines, end = [], 0
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file)
+        for cells in reader:
+            if len(cells) > 1 or (cells and cells[0].strip()):
+                lines.append(end + 1)
+            end = reader.line_num
+    return lines[row + 1]
 
 
 def _part(path: Path, row: int, name: Any) -> str:

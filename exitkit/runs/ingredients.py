@@ -58,6 +58,8 @@ def load_initial(recipe: ResolvedRecipe, network: MultiExitNetwork) -> None:
 def check_unseen(folder: Path, recipe: ResolvedRecipe, data: Data) -> None:
     """Check that a run was not trained on the validation images of the run that uses it.
 
+    Images of other folders are taken for other images, and those of a folder that has changed are known by their names.
+
     Args:
         folder: folder of the run.
         recipe: recipe of the run that uses it.
@@ -136,7 +138,7 @@ def load_teachers(recipe: ResolvedRecipe, out: Path, data: Data) -> dict[str, Mu
         if name not in by_method:
             check_unchanged(name, run_weights_digest(name), recipe.ingredients.get(name))
         check_unseen(folder.path, recipe, data)
-        teacher = load_network(folder).requires_grad_(False)
+        teacher = load_network(folder, data).requires_grad_(False)
         if teacher.num_classes != data.num_classes:
             raise UserError(f"teacher {name} has {teacher.num_classes} classes; expected {data.num_classes}")
         if teacher.input_shape != data.input_shape:

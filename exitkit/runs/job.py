@@ -93,7 +93,6 @@ def resolve(recipe: Recipe) -> ResolvedRecipe:
     backbone = make_backbone(str(filled.backbone), recipe.backbone_settings)
     dataset = dataset.suited(backbone.preprocessing())
     strategy = make_strategy(recipe)
-    _check_used(recipe.method, strategy)
     values = filled.model_dump() | {
         "method_settings": _plain(strategy.settings()),
         "backbone_settings": _plain({name: getattr(backbone, name) for name in plugins.fields(type(backbone))}),
@@ -103,37 +102,47 @@ def resolve(recipe: Recipe) -> ResolvedRecipe:
     if filled.precision == AUTO:
         values["precision"] = choose_precision(AUTO, choose_device(filled.device))
     if filled.schedule != "step":
-        _check_steps(recipe, str(filled.schedule))
         values["milestones"] = ()
-    elif not filled.milestones:
-        raise UserError("schedule=step has no milestones; expected shares of the epochs, such as milestones=0.5,0.75")
     if recipe.init_from and not recipe.init_weights:
         values["init_weights"] = weights_digest(recipe.init_from)
     return ResolvedRecipe.make(**values)
 
 
-def _check_used(method: str, strategy: TrainingStrategy) -> None:
-    """Check that settings that differ from their defaults have an effect."""
-    parts = strategy.parts if isinstance(strategy, Composition) else {method: strategy}
-    for key, needed in strategy.unused_settings().items():
-        name, _, field = key.rpartition(".")
-        part = parts[name or method]
-        about = plugins.fields(type(part))[field]
-        choices = about.metadata.get("variant")
-        default = choices[part.settings()["variant"]] if choices else about.default
-        if getattr(part, field) != default:
-            raise UserError(f"{field} of method {name or method} has no effect without {needed}; leave it out")
+def without_effect(recipe: Recipe) -> dict[str, str]:
+    """Return {key: what it needs} of the values of a recipe that have no effect beside the others.
+
+    The keys are those of the recipe, and fields of the method, of a composition as `part.field`.
+    """
+    schedule = recipe.schedule or (DataSet.house | make_dataset(recipe).house)["schedule"]
+    unused = {} if schedule == "step" else dict.fromkeys(("milestones", "decay"), "schedule=step")
+    return unused | make_strategy(recipe).unused_settings()
 
 
-def _check_steps(recipe: Recipe, schedule: str) -> None:
-    """Check that a recipe without a schedule of its own has no values of `step` that the data set's ignores."""
-    given = [
-        key for key in ("milestones", "decay") if getattr(recipe, key) not in (None, Recipe.model_fields[key].default)
-    ]
-    if recipe.schedule is None and given:
-        raise UserError(
-            f"{given[0]} is for schedule=step, and that of {recipe.dataset} is {schedule}; expected schedule=step, too"
-        )
+def check_effects(recipe: Recipe) -> None:
+    """Check, before a new run, that what its recipe changes has an effect; a key at its default may have none.
+
+    Raises:
+        UserError: a value has no effect, or the schedule `step` has no milestones.
+    """
+    strategy = make_strategy(recipe)
+    parts = strategy.parts if isinstance(strategy, Composition) else {recipe.method: strategy}
+    for key, needed in without_effect(recipe).items():
+        if key in Recipe.model_fields:
+            # A schedule of the recipe's own may override that of a file, and the milestones remain.
+            changed = recipe.schedule is None and getattr(recipe, key) not in (None, Recipe.model_fields[key].default)
+        else:
+            name, _, field = key.rpartition(".")
+            part = parts[name or recipe.method]
+            usual = plugins.defaults(plugins.load("method", name or recipe.method))[field]
+            choices = plugins.fields(type(part))[field].metadata.get("variant")
+            default = choices[getattr(part, "variant")] if usual is None and choices else usual  # noqa: B009
+            changed = getattr(part, field) != default
+        if changed:
+            raise UserError(f"{key} has no effect without {needed}; leave it out")
+    house = DataSet.house | make_dataset(recipe).house
+    schedule, milestones = (getattr(recipe, key) or house[key] for key in ("schedule", "milestones"))
+    if schedule == "step" and not milestones:
+        raise UserError("schedule=step has no milestones; expected shares of the epochs, such as milestones=0.5,0.75")
 
 
 def _digests(recipe: Recipe, strategy: TrainingStrategy, backbone: Backbone) -> dict[str, str]:
@@ -348,14 +357,15 @@ def load_network(run: RunFolder | str | Path, data: Data | None = None) -> Multi
 
     Args:
         run: the run, or its folder.
-        data: the run's images, if they are loaded; needed, and loaded by default, only for runs of earlier releases.
+        data: images of the run's size and classes, if they are loaded; used, and loaded by default, only for runs of
+            earlier releases.
 
     Raises:
         UserError: the weights are missing, damaged or of another network.
     """
     run = RunFolder.of(run)
     recipe, about = run.recipe, run.environment()
-    if data is None and "input_shape" in about:
+    if "input_shape" in about:
         shape, classes = tuple(about["input_shape"]), about["num_classes"]
     else:
         data = load_run_data(run) if data is None else data

@@ -237,9 +237,10 @@ class Recipe(BaseModel):
     def id(self) -> str:
         """Name of the run's folder; it is readable, and contains a digest of `identity`."""
         digest = hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:8]
-        # A data set may be named with a path; file systems allow 255 characters.
-        name = "-".join([self.method, self.backbone or "", self.dataset])[:180]
-        return re.sub(r"[^A-Za-z0-9.+_-]", "-", f"{name}-s{self.seed}-{digest}")
+        end = f"-s{self.seed}-{digest}"
+        name = "-".join([self.method, self.backbone or "", self.dataset])
+        # A data set may be named with a path; the longest name of a file has 255 characters, and drafts have 15 more.
+        return re.sub(r"[^A-Za-z0-9.+_-]", "-", name[: 240 - len(end)] + end)
 
 
 class ResolvedRecipe(Recipe):

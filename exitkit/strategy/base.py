@@ -113,6 +113,7 @@ class TrainingStrategy:
     Class attributes:
         slots: the slots that this method claims.
         yields: the slots that it leaves to another part of a composition that claims them, too.
+        whole_epochs: the method makes no single steps; it overrides `train_epoch` and not `train_step`.
         paper: authors, title, venue and year of the paper.
         removed: settings of earlier releases that changed no result, with their defaults; recipes with them can still
             be read.
@@ -120,6 +121,7 @@ class TrainingStrategy:
 
     slots: ClassVar[frozenset[str]] = frozenset()
     yields: ClassVar[frozenset[str]] = frozenset()
+    whole_epochs: ClassVar[bool] = False
     paper: ClassVar[str] = ""
     removed: ClassVar[Mapping[str, Any]] = {}
 

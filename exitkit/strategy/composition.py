@@ -74,7 +74,7 @@ class Composition(TrainingStrategy):
         """Return every part's fields without effect, named `part.field`."""
         unused = {}
         for name, part in self.parts.items():
-            left = yielded | {slot for slot in part.claims() & part.yields if self._claimed[slot] != name}
+            left = yielded | {slot for slot in part.claims() & part.yields if self._claimed.get(slot, name) != name}
             unused |= {f"{name}.{key}": needed for key, needed in part.unused_settings(left).items()}
         return unused
 
@@ -159,11 +159,10 @@ class Composition(TrainingStrategy):
 
 
 def trains_whole_epochs(strategy: TrainingStrategy) -> bool:
-    """Whether a method makes no single steps: it, or the part that claims the update, overrides `train_epoch` only."""
-    if isinstance(strategy, Composition):
+    """Whether a method makes no single steps; of a composition, the part that claims the update."""
+    while isinstance(strategy, Composition):
         strategy = strategy._part(UPDATE)
-    kind, base = type(strategy), TrainingStrategy
-    return kind.train_epoch is not base.train_epoch and kind.train_step is base.train_step
+    return strategy.whole_epochs
 
 
 def build_strategy(name: str, **settings: Any) -> TrainingStrategy:

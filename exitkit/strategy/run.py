@@ -344,7 +344,7 @@ class Run:
     def rng(self, tag: str) -> torch.Generator:
         """Return a CPU generator for this point of the schedule, the same on all ranks."""
         at = self.position
-        return generator(self._seed, tag, at.phase, at.epoch, at.passes, at.step + at.single)
+        return generator(self._seed, tag, at.phase, at.epoch, at.passes, at.step, *([at.single] if at.single else []))
 
     def checkpoint(self) -> None:
         """Save the run between two passes of an epoch; the strategy's `state_dict` must contain where to resume.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from numbers import Integral
 from typing import get_args
 
@@ -60,8 +61,8 @@ class LocalRun(Run):
     def train_step(self, batch: tuple[Tensor, Tensor]) -> None:
         """Make one step of the strategy on images [B, *input_shape] and labels [B]; it does not move the schedule.
 
-        The network must be in training mode; a trunk that the method does not train, and batch norm of frozen parts,
-        are put into evaluation mode.
+        The network must be in training mode; stages and heads that the method does not train, and batch norm of frozen
+        parts, are put into evaluation mode.
 
         Raises:
             UserError: the network is in evaluation mode, the batch is not such a pair (see `check_batch`), or the
@@ -191,13 +192,13 @@ def _phase(strategy: TrainingStrategy, label: str, epochs: int, exits: int) -> P
     """Return the only phase of a strategy, or a phase that trains all parameters in place of several."""
     phases = make_phases(strategy, max(epochs, _ENOUGH_EPOCHS), exits)
     if len(phases) == 1:
-        return phases[0]
+        return replace(phases[0], epochs=epochs)
     if all(_parts(phase.strategy) != _parts(strategy) for phase in phases):
         names = ", ".join(phase.name for phase in phases)
         warnings.warn(
             Note(
                 f"{label} has phases with strategies of their own ({names}), and a custom loop is one phase of joint "
-                "training; the strategy of a phase is that of strategy.phases(epochs, exits)"
+                "training; to train one phase, pass strategy.phases(epochs, exits)[i].strategy"
             ),
             stacklevel=3,
         )

@@ -66,7 +66,7 @@ def check_optimizer(optimizer: object, network: MultiExitNetwork, phase: Phase) 
 
 
 def set_mode(network: MultiExitNetwork, phase: Phase, added: Collection[str]) -> None:
-    """Put what a phase does not train, and the batch norm of frozen parts, into evaluation mode.
+    """Put stages and heads that a phase does not train, and the batch norm of frozen parts, into evaluation mode.
 
     Raises:
         UserError: the network is in evaluation mode.

@@ -19,7 +19,7 @@ from exitkit.runs.evaluate import augment_validation, collect_outputs, evaluate_
 from exitkit.runs.fingerprints import check_same, start_facts
 from exitkit.runs.folder import WEIGHTS, RunFolder, nearest_unfinished
 from exitkit.runs.ingredients import load_initial, teacher_recipes
-from exitkit.runs.job import resolve
+from exitkit.runs.job import check_effects, resolve
 from exitkit.runs.recipe import Recipe, ResolvedRecipe
 from exitkit.strategy.meter import split_totals
 from exitkit.training.batches import EpochBatches, learning_rate
@@ -62,7 +62,8 @@ def train(
         raise UserError(
             f"recipe is a {type(recipe).__name__}; expected a dictionary or a Recipe (of a file: Recipe.read(FILE))"
         )
-    resolved = resolve(recipe if isinstance(recipe, Recipe) else Recipe.make(**recipe))
+    given = recipe if isinstance(recipe, Recipe) else Recipe.make(**recipe)
+    resolved = resolve(given)
     path = given_path("out", out) / resolved.id
     process = launch(
         resolved.device, resolved.precision, resolved.threads, resolved.layout, deterministic=resolved.deterministic
@@ -74,7 +75,9 @@ def train(
                 facts.update(start_facts(resolved))
             existing = _find(path, resolved, resume)
             facts["run folder"] = _state(existing)
-            if existing is not None:
+            if existing is None:
+                check_effects(given)
+            else:
                 check_same([(existing, resolved)], tell=ranks.is_main)
         if existing is not None and existing.finished:
             return existing

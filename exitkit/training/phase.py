@@ -112,7 +112,7 @@ class BegunPhase:
             self.average.load_state_dict(state["average"])
 
     def train_mode(self) -> None:
-        """Put the network into training mode; a frozen trunk, and frozen batch norm, stay in evaluation mode.
+        """Put the network into training mode; frozen stages, heads and batch norm stay in evaluation mode.
 
         Modules that the phase has added, or that it trains by their prefix, are not frozen.
         """
@@ -135,7 +135,8 @@ def hold_fixed(network: MultiExitNetwork, phase: Phase, added: Collection[str], 
     if phase.batchnorm == "frozen":
         parts = {f"{kind}.{k}.": part for kind in ("stages", "heads") for k, part in enumerate(getattr(network, kind))}
         for prefix, part in parts.items():
-            if not prefix.startswith(trained) and not any(parameter.requires_grad for parameter in part.parameters()):
+            parameters = list(part.parameters())
+            if parameters and not prefix.startswith(trained) and not any(p.requires_grad for p in parameters):
                 part.eval()
         for name, module in network.named_modules():
             if isinstance(module, _BatchNorm) and name not in added and not f"{name}.".startswith(trained):

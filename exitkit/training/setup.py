@@ -161,18 +161,19 @@ def _rehearse(job: Job, new: bool) -> None:
         check_trains(phase, job.recipe.method, copied, before, frozen(copied))
         idle |= {name: phase.name for name, _ in copied.named_parameters() if name not in before}
         idle = {name: where for name, where in idle.items() if not trains(phase, name, new=name not in before)}
-    if idle:
+    if new and idle:
         name, where = next(iter(idle.items()))
         raise UserError(
-            f"no phase of method {job.recipe.method} trains {name}, which the network gets in phase {where}; expected "
-            "methods that do not replace what other phases train"
+            f"no phase of method {job.recipe.method} trains {name}, which the network gets in phase {where}; leave out "
+            "the method that adds it"
         )
 
 
 def _note_random_trunk(job: Job) -> None:
     recipe, phase = job.recipe, job.phases[0]
-    own = make_backbone(recipe.backbone, recipe.backbone_settings).preprocessing()
-    if phase.trunk and own is None and recipe.init_from is None:
+    backbone = make_backbone(recipe.backbone, recipe.backbone_settings)
+    pretrained = backbone.preprocessing() or backbone.weights_files() or recipe.init_from
+    if phase.trunk and not pretrained:
         text = (
             f"{recipe.method} does not train the trunk of {recipe.backbone}, whose weights are random without init_from"
         )

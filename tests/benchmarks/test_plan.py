@@ -194,16 +194,16 @@ def test_set_above_the_parts_is_for_those_that_have_the_field():
 
 
 def test_the_command_line_goes_before_the_recipe_and_its_parts():
-    recipe = {"epochs": 30, "seeds": 5, "methods": ["ge"], "static": True, "set": {"lr": 0.3, "decay": 0.5}}
+    recipe = {"epochs": 30, "seeds": 5, "methods": ["ge"], "static": True, "set": {"lr": 0.3, "momentum": 0.5}}
     recipe |= {"parts": [{"epochs": 9, "methods": ["boostnet"], "set": {"lr": 0.4}}, {"backbone": "ranet-tiny"}]}
     given = {"epochs": 2, "seeds": None, "static": None, "methods": "kd", "backbone": "msdnet-tiny, ranet-tiny"}
     values = _values(recipe, given, {"lr": "0.5"}, {"batch_size": ["32", "64"]})
-    assert values["seeds"] == 5 and values["static"] is True and values["set"] == {"lr": "0.5", "decay": 0.5}
+    assert values["seeds"] == 5 and values["static"] is True and values["set"] == {"lr": "0.5", "momentum": 0.5}
     runs = [each.recipe for each in Plan.make(values | {"seeds": 1, "static": False}).runs()]
     rows = have(runs, "backbone", "method", "batch_size", "epochs", "lr")
     product = itertools.product(["msdnet-tiny", "ranet-tiny"], ["joint", "kd"], [32, 64], [2], [0.5])
     assert rows[:8] == list(product)
-    assert sorted(set(have(runs, "decay"))) == [0.1, 0.5]  # `set` of a part stands in the place of that above it
+    assert sorted(set(have(runs, "momentum"))) == [0.5, 0.9]  # `set` of a part stands in the place of that above it
     assert recipe["parts"][0] == {"epochs": 9, "methods": ["boostnet"], "set": {"lr": 0.4}}
 
 
@@ -479,3 +479,15 @@ def test_every_method_can_be_timed_and_the_costly_ones_cost_more(tmp_path):
 def test_an_empty_name_among_methods_is_a_mistake(names):
     with pytest.raises(UserError, match="methods has an empty name"):
         Plan.make({"methods": names})
+
+
+def test_values_without_effect_beside_others_are_left_out_of_a_run():
+    sweep = {"gate": ["hard", "soft"], "sharpness": [2, 3]}
+    swept = Plan.make({"methods": "cgt", "baseline": "cgt", "seeds": 1, "sweep": sweep})
+    found = [(run.recipe.method_settings["gate"], run.recipe.method_settings["sharpness"]) for run in swept.runs()]
+    assert found == [("hard", 1.0), ("soft", 2.0), ("soft", 3.0)]
+    entries = ["l2w", {"name": "l2w", "weights": "fixed"}]
+    given = Plan.make({"methods": entries, "baseline": "l2w", "seeds": 1, "set": {"epsilon": 0.3}})
+    assert [run.recipe.method_settings["epsilon"] for run in given.runs()] == [0.3, 0.8]
+    with pytest.raises(UserError, match="sharpness has no effect in any run"):
+        Plan.make({"methods": "cgt", "baseline": "cgt", "set": {"sharpness": 2}}).runs()

@@ -96,6 +96,7 @@ def test_a_table_is_known_by_its_rows_and_images_wherever_it_is(table, tmp_path)
         (lambda text: text.replace(",ant,", ",,", 1), "line 2: label is empty"),
         (lambda text: text.replace("ant/00.png", "ant/01.png", 1), "lists train/ant/01.png twice, in lines 2 and 3"),
         (lambda text: text.replace("\n", "\n\n\n", 1).replace(",ant,", ",,", 1), "line 4: label is empty"),
+        (lambda text: text.replace(",ant,", ',"a\nb",', 1).replace(",bee,", ",,", 1), "line 13: label is empty"),
         (lambda text: text.replace(",train,", ",trian,", 1), "line 2: unknown split 'trian'; did you mean train"),
         (lambda text: text.replace(",train,", ",test,"), "lists no training images"),
         (lambda text: text.replace(",cow,test,", ",cat,test,", 1), "cat is a label of test images, and of no training"),

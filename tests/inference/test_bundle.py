@@ -156,7 +156,8 @@ def test_images_of_one_size_are_read_from_files_as_they_are(channels, tmp_path):
 def test_an_image_that_resizing_makes_too_large_is_refused(deployed, tmp_path):
     Image.new("L", (400_000, 1)).save(tmp_path / "long.png")
     exported = runner.open_runner(deployed)
-    with pytest.raises(ValueError, match="400000 x 1 pixels, and 12800000 x 32 when resized; expected fewer"):
+    says = r"has 12800000 x 32 pixels when resized \(from 400000 x 1\); expected at most 50000000"
+    with pytest.raises(ValueError, match=says):
         exported.picture(tmp_path / "long.png", 50_000_000)
 
 
@@ -170,13 +171,16 @@ def test_files_that_training_reads_are_those_of_the_runner(deployed, tmp_path):
     np.testing.assert_array_equal(named[1], inside[1])
 
 
-def test_a_check_reads_the_example_picture():
-    """The picture of an export is that of its first example; see `runner._check_picture`."""
-    shown = type("Shown", (), {"policy": {"preprocessing": {"crop": [2, 2], "resize": 2}}})()
-    shown.picture = lambda path: np.ones((1, 1, 2, 2))
-    runner._check_picture(shown, None, np.ones((1, 2, 2)))
-    with pytest.raises(ValueError, match="is read as another image"):
-        runner._check_picture(shown, None, np.zeros((1, 2, 2)))
+def test_a_check_reads_the_example_picture(copy, capsys):
+    policy = json.loads((copy / "policy.json").read_text())
+    change(copy, preprocessing=policy["preprocessing"] | {"resize": 24})  # as of a data set of one size
+    assert runner.main(["--check"], copy) == 0
+    capsys.readouterr()
+    photograph(copy / "example.png", (24, 24), 9)
+    sign(copy)
+    assert runner.main(["--check"], copy) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "example.png is read as another image than the first of examples.npy" in line
 
 
 def test_a_check_passes_and_finds_each_damage(copy, capsys):

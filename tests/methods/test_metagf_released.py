@@ -8,7 +8,7 @@ from test_metagf import DECAY, LR, MOMENTUM, exits_below, local_run
 import exitkit
 from exitkit.errors import UserError
 
-from toy import batches, chain
+from toy import batches, chain, sgd
 
 OTHERS = {"released": [1.0, 1.0, 0.6], "released-channel": [3.0, 0.6, 0.45]}  # of the first three exits
 SHARES = [0.15, 0.3]
@@ -146,8 +146,9 @@ def test_impossible_values_are_refused(settings):
 def test_the_released_lists_are_for_seven_exits_at_most():
     with pytest.raises(UserError, match="variant=released is for up to 7 exits; the network has 8"):
         exitkit.build_strategy("metagf", variant="released").adapt(chain(8))
-    with pytest.raises(UserError, match="no released Meta-GF code for ranet networks"):
-        exitkit.build_strategy("metagf", variant="released").adapt(exitkit.build_network("ranet-tiny"))
+    ranet = exitkit.build_network("ranet-tiny")
+    with pytest.raises(UserError, match="variant is released, and none was released for ranet networks; expected"):
+        exitkit.Run.local(ranet, exitkit.build_strategy("metagf", variant="released"), sgd(ranet))
 
 
 @pytest.mark.parametrize(

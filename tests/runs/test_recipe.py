@@ -1,5 +1,6 @@
 """What a run is: recipes, their files, their identity."""
 
+import functools
 import json
 import shutil
 
@@ -11,6 +12,7 @@ from exitkit.cli.catalogue import entries, recipe_files
 from exitkit.errors import UserError
 from exitkit.files import load_tensors, save_tensors
 from exitkit.plugins import check_value, type_name
+from exitkit.runs.job import check_effects
 from exitkit.runs.recipe import EXECUTION
 
 
@@ -54,11 +56,6 @@ def test_the_id_changes_with_everything_that_changes_the_run_and_with_nothing_el
         Recipe.make().with_settings({name: value}).resolve().id for name, value in (("growth", 6), ("validation", 100))
     ]
     assert len(set(ids)) == len(ids)
-    for alone in ({"decay": 0.2}, {"milestones": (0.5,)}):
-        with pytest.raises(UserError, match=rf"{next(iter(alone))} is for schedule=step, and that of digits is cosine"):
-            Recipe.make(**alone).resolve()
-    with pytest.raises(UserError, match="schedule=step has no milestones; expected shares of the epochs"):
-        Recipe.make(schedule="step").resolve()
     assert "layout" not in base.identity()  # ids of earlier releases
     folder = Recipe.make(dataset="folder")
     assert folder.with_settings({"workers": 9}).resolve().id == folder.resolve().id
@@ -188,40 +185,57 @@ def test_a_recipe_that_is_nested_too_deeply_is_refused_by_its_key(name, tmp_path
         Recipe.read(tmp_path / name)
 
 
-@pytest.mark.parametrize(
-    ("method", "settings", "says"),
-    [
-        (
-            "l2w",
-            {"weights": "fixed", "epsilon": 0.1},
-            "epsilon of method l2w has no effect without weights=predicted or f",
-        ),
-        (
-            "l2w",
-            {"weights": "frozen", "interval": 2},
-            "interval of method l2w has no effect without weights=predicted;",
-        ),
-        ("boostnet", {"rescale": False, "ge_scope": "coarsest"}, "ge_scope .* without rescale=true; leave it out"),
-        ("cgt", {"sharpness": 10}, "sharpness of method cgt has no effect without gate=soft"),
-        ("bdl", {"groups": (1, 2), "window": 1}, "window of method bdl has no effect without groups=none"),
-        (
-            "ge+hdkd",
-            {"hdkd.learn": False, "hdkd.meta_lr": 1.0},
-            "meta_lr of method hdkd has no effect without learn=true",
-        ),
-        ("heads+ztw", {"heads_lr": 0.5}, "heads_lr of method ztw has no effect without phases of its own"),
-        ("imta", {"second": "isc", "gamma": 0.9}, "gamma of method imta has no effect without ofa in first or second"),
-        ("imta", {"second": "none", "ratio": 0.3}, "ratio of method imta has no effect without a second phase"),
-    ],
-)
-def test_a_setting_without_effect_is_refused_and_at_its_default_it_is_none(method, settings, says):
+WITHOUT_EFFECT = [
+    ("l2w", {"weights": "fixed", "epsilon": 0.1}, "epsilon has no effect without weights=predicted or frozen"),
+    ("l2w", {"weights": "frozen", "interval": 2}, "interval has no effect without weights=predicted;"),
+    ("l2w", {"objective": "vanilla", "q": 0.5}, "q has no effect without objective=allocated"),
+    ("boostnet", {"rescale": False, "ge_scope": "coarsest"}, "ge_scope has no effect without rescale=true; leave it"),
+    ("cgt", {"sharpness": 10}, "sharpness has no effect without gate=soft"),
+    ("bdl", {"groups": (1, 2), "window": 1}, "window has no effect without groups=none"),
+    ("isc", {"path": "none", "isc_detach": False}, "isc_detach has no effect without path=learned or identity"),
+    ("ge+hdkd", {"hdkd.learn": False, "hdkd.meta_lr": 1.0}, r"hdkd\.meta_lr has no effect without learn=true"),
+    ("heads+ztw", {"heads_lr": 0.5}, r"ztw\.heads_lr has no effect without the phases of ztw, which another method re"),
+    ("imta", {"second": "isc", "gamma": 0.9}, "gamma has no effect without ofa in first or second"),
+    ("imta", {"second": "none", "ratio": 0.3}, "ratio has no effect without a second phase"),
+]
+
+
+@pytest.mark.parametrize(("method", "settings", "says"), WITHOUT_EFFECT)
+def test_a_setting_without_effect_is_refused_in_a_new_run_and_at_its_default_it_is_none(method, settings, says):
     with pytest.raises(UserError, match=says):
-        Recipe.make(method=method, method_settings=settings).resolve()
+        check_effects(Recipe.make(method=method, method_settings=settings))
     changed = list(settings)[-1]
     kept = {key: value for key, value in settings.items() if key != changed}
     resolved = Recipe.make(method=method, method_settings=kept).resolve()
-    again = Recipe.make(**resolved.model_dump()).resolve()  # with every default written down
-    assert again.id == resolved.id
+    check_effects(resolved)  # with every default written down
+
+
+def test_values_of_the_schedule_without_effect_are_refused_in_a_new_run():
+    for alone in ({"decay": 0.2}, {"milestones": (0.5,)}):
+        with pytest.raises(UserError, match=rf"{next(iter(alone))} has no effect without schedule=step; leave it out"):
+            check_effects(Recipe.make(**alone))
+        check_effects(Recipe.make(dataset="cifar100", **alone))
+    with pytest.raises(UserError, match="schedule=step has no milestones; expected shares of the epochs"):
+        check_effects(Recipe.make(schedule="step"))
+
+
+def test_a_begun_run_with_a_setting_without_effect_goes_on(tmp_path, monkeypatch):
+    recipe = {"method": "cgt", "epochs": 1, "batch_size": 32, "dataset_settings": {"per_class": 8, "validation": 40}}
+    monkeypatch.setattr("exitkit.training.loop.check_effects", lambda recipe: None)  # as an earlier release
+    run = exitkit.train({**recipe, "method_settings": {"sharpness": 3.0}}, tmp_path)
+    monkeypatch.undo()
+    assert exitkit.train({**recipe, "method_settings": {"sharpness": 3.0}}, tmp_path).path == run.path
+    with pytest.raises(UserError, match="sharpness has no effect"):
+        exitkit.train({**recipe, "method_settings": {"sharpness": 4.0}}, tmp_path)
+    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
+
+
+def test_a_preset_may_have_defaults_without_effect(monkeypatch):
+    fixed = functools.partial(plugins.load("method", "l2w"), weights="fixed", epsilon=0.3)
+    exitkit.register("method", "l2w-fixed", fixed)
+    check_effects(Recipe.make(method="l2w-fixed").resolve())
+    with pytest.raises(UserError, match="epsilon has no effect without weights=predicted or frozen"):
+        check_effects(Recipe.make(method="l2w-fixed", method_settings={"epsilon": 0.4}))
 
 
 def test_a_setting_that_needs_another_says_so_in_its_meaning():

@@ -275,9 +275,10 @@ def test_weights_that_are_not_finite_are_named():
 
 
 def test_a_method_of_whole_epochs_makes_no_single_step():
-    for method in ("metagf", "ge+metagf"):
+    nested = exitkit.build_strategy("kd+imta", first="ge+metagf", second="none").phases(1, 3)[0].strategy
+    for method, label in (("metagf", "metagf"), ("ge+metagf", "ge+metagf"), (nested, "Composition")):
         run = local(method=method)
-        with pytest.raises(UserError, match=rf"^{re.escape(method)} trains whole epochs; use run\.train_epoch"):
+        with pytest.raises(UserError, match=rf"^{re.escape(label)} trains whole epochs; use run\.train_epoch"):
             run.train_step(batches()[0])
 
 

@@ -48,7 +48,7 @@ def export(
         network: the network, adapted and trained, on the CPU.
         rule: who leaves where: an exit rule, or a policy.
         out: the folder, which must not exist.
-        images: at least two images, normalised [N, *input_shape].
+        images: at least one image, normalised [N, *input_shape].
         about: further entries of `policy.json`: `mean`, `std`, `class_names`, ...
         form: `onnx` or `torch-export`.
 

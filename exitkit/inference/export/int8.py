@@ -29,6 +29,7 @@ from exitkit.inference.rule import PointRule
 _BATCH = 64
 _CANDIDATES = 256  # images that the examples are taken from
 _ROUNDS = 5
+_READ = 1024  # images in memory at a time, a multiple of the batch
 _CALIBRATION = 1000  # images of validation, about, that the ranges of int8 are measured on
 _FACTS = ("format", "programs", "all_exits", "input_shape")
 
@@ -126,12 +127,14 @@ def _in_batches(program: runner.Program, inputs: Sequence[np.ndarray]) -> list[n
 def _logits(folder: Path, programs: Sequence[str], images: Any) -> np.ndarray:
     """Return the logits of all exits [N, K, C], stage by stage, as the runner computes them."""
     loaded, rows = [runner.load(folder / name) for name in programs], []
-    for start in range(0, len(images), _BATCH):
-        state, outputs = [images[start : start + _BATCH]], []
-        for program in loaded:
-            logits, *state = program(state)
-            outputs.append(logits)
-        rows.append(np.stack(outputs, 1))
+    for first in range(0, len(images), _READ):
+        read = images[first : first + _READ]
+        for start in range(0, len(read), _BATCH):
+            state, outputs = [read[start : start + _BATCH]], []
+            for program in loaded:
+                logits, *state = program(state)
+                outputs.append(logits)
+            rows.append(np.stack(outputs, 1))
     return np.concatenate(rows)
 
 

@@ -363,7 +363,8 @@ def preprocessed(image: Any, how: Any, most_pixels: float = math.inf) -> Any:
         scale = max(columns / width, rows / height)
         wide = (max(round(scale * width), columns), max(round(scale * height), rows))
     if wide[0] * wide[1] > most_pixels:
-        raise ValueError(f"has {width} x {height} pixels, and {wide[0]} x {wide[1]} when resized; expected fewer")
+        resized = f"{wide[0]} x {wide[1]} pixels when resized (from {width} x {height})"
+        raise ValueError(f"has {resized}; expected at most {most_pixels:.0f}")
     if wide != image.size:
         image = image.resize(wide, Image.Resampling[how["interpolation"].upper()])
         width, height = image.size
@@ -548,7 +549,7 @@ def inputs(runner: Runner, name: str) -> Iterator[tuple[str, Any]]:
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_ENDINGS and file.is_file())
         if not files:
             raise ValueError(f"{name} has no image files; expected names that end in {', '.join(IMAGE_ENDINGS)}")
-    elif path.suffix.lower() in (".npy", ".npz", ""):
+    elif path.suffix.lower() in (".npy", ".npz", "") or _begins_as_array(path):
         with _named(name):
             images = read(name)
             runner.check_kind(images)
@@ -561,6 +562,14 @@ def inputs(runner: Runner, name: str) -> Iterator[tuple[str, Any]]:
     for file in files:
         with _named(str(file)):
             yield str(file), runner.picture(file)
+
+
+def _begins_as_array(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(6) == b"\x93NUMPY"
+    except OSError:  # reported when the file is read
+        return False
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from exitkit.data.preprocessing import Interpolation, Preprocessing
-from exitkit.errors import UserError, unknown
+from exitkit.errors import Note, UserError, unknown
 from exitkit.networks.attach.exits import attach_exits
 from exitkit.networks.attach.heads import HEAD, HEAD_WIDTH, HeadChoice, HeadForm
 from exitkit.networks.attach.libraries import library, shortened
@@ -139,23 +140,22 @@ class TimmModel(Backbone):
             overlay = {"state_dict": tensors, "num_classes": arguments["num_classes"]}
             arguments["pretrained_cfg_overlay"] = overlay
         made = self._create(arguments)
-        self._check_patches(made, height, width)
+        self._note_patches(made, height, width)
         classifier: Any = made
         if classifier.num_classes != num_classes:  # the weights have fitted as they are; the classifier is made anew
             classifier.reset_classifier(num_classes)
         return made
 
-    def _check_patches(self, model: nn.Module, height: int, width: int) -> None:
-        """Check that images are whole patches: timm's patch embedding drops the pixels of others."""
+    def _note_patches(self, model: nn.Module, height: int, width: int) -> None:
+        """Note that images are no whole patches: timm's patch embedding does not read the rest."""
         embed: Any = getattr(model, "patch_embed", None)
         if not isinstance(embed, library("timm", "layers").PatchEmbed) or embed.dynamic_img_pad:
             return
         rows, columns = embed.patch_size
         if height % rows or width % columns:
-            raise UserError(
-                f"{self.model} cuts images into patches of {rows}x{columns} pixels, got {height}x{width}; expected "
-                "multiples of them"
-            )
+            text = f"{self.model} reads patches of {rows}x{columns} pixels, and of images of {height}x{width} only"
+            whole = f"{height // rows * rows}x{width // columns * columns}"
+            warnings.warn(Note(f"{text} {whole}; multiples of the patches lose nothing"), stacklevel=2)
 
     def _classes(self, tensors: dict[str, Tensor]) -> int:
         """Return the number of classes of a file of weights."""

@@ -72,7 +72,7 @@ class Composition(TrainingStrategy):
 
     def unused_settings(self, yielded: frozenset[str] = frozenset()) -> dict[str, str]:
         """Return every part's fields without effect, named `part.field`."""
-        unused = {}
+        unused: dict[str, str] = {}
         for name, part in self.parts.items():
             left = yielded | {slot for slot in part.claims() & part.yields if self._claimed.get(slot, name) != name}
             unused |= {f"{name}.{key}": needed for key, needed in part.unused_settings(left).items()}

@@ -301,6 +301,12 @@ def test_values_that_once_were_tracebacks_or_no_error_are_one_line(cli, words, t
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"]
 
 
+def test_a_rank_that_is_no_number_is_one_line(cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "abc")
+    result = cli("train", "--out", str(tmp_path))
+    assert result.code == 2 and "Traceback" not in result.errors, result.errors
+
+
 def test_a_field_given_twice_with_blanks_is_refused(cli):
     result = cli("cost", "--set", "blocks=4", "--set", " blocks=2")
     assert result.code == 2 and "gives 'blocks' twice" in result.errors

@@ -249,6 +249,7 @@ def _step(begun: BegunPhase, batch: LocalBatch) -> Step:
     # Imported when used: the command line's help must not load torch.
     import torch
 
+    from exitkit.engine.devices import synchronise
     from exitkit.strategy.batch import LocalBatch
 
     network, size = begun.run.network, len(batch.labels)
@@ -262,8 +263,7 @@ def _step(begun: BegunPhase, batch: LocalBatch) -> Step:
         for _ in range(2):
             began = time.perf_counter()
             call()
-            if batch.images.is_cuda:
-                torch.cuda.synchronize()
+            synchronise(batch.labels.device)
             times.append(time.perf_counter() - began)
         return min(times) / size
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import click
@@ -174,25 +175,24 @@ def _measure(
     import torch
 
     from exitkit.benchmarks.timing.stopwatch import time_all
-    from exitkit.engine.devices import choose_device
+    from exitkit.engine.devices import choose_device, process_settings
     from exitkit.engine.engine import Engine
 
     engine = Engine(choose_device(device))
     subjects = {folder: _subjects(folder, targets, policy, engines, data_dir, engine) for folder in folders}
+    flat = [subject for group in subjects.values() for subject in group]
+    boundary = cast("Boundary", settings["boundary"])
+    if boundary == "end-to-end":  # the start of processes that read images would be timed
+        for subject in flat:
+            subject.data = replace(subject.data, workers=0) if hasattr(subject.data, "workers") else subject.data
     first, *others = subjects
     for folder in others:
         if not torch.equal(subjects[first][0].data.split.test, subjects[folder][0].data.split.test) or (
             first.recipe.dataset != folder.recipe.dataset
         ):
             raise UserError(f"{first.path} and {folder.path} have different test images; expected runs on one data set")
-    before = torch.get_num_threads()
-    torch.set_num_threads(settings["threads"])
-    try:
-        boundary = cast("Boundary", settings["boundary"])
-        flat = [subject for group in subjects.values() for subject in group]
+    with process_settings(engine.device, threads=settings["threads"]):
         time_all(flat, settings["batch_size"], settings["repeats"], boundary, settings["batches"])
-    finally:
-        torch.set_num_threads(before)
     gpu = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else None
     where = {"device": str(engine.device), "gpu": gpu, "torch": torch.__version__}
     measured = {}
@@ -310,9 +310,10 @@ def _facts(subject: Subject, settings: Mapping[str, Any]) -> dict[str, Any]:
 def _stream(subject: Subject, points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the latency of all exits, of each operating point and of its static network, under load."""
     from exitkit.benchmarks.timing.arrivals import under_load
+    from exitkit.benchmarks.timing.stopwatch import ALL_EXITS
 
-    full = [row[-1] for row in subject.exits]
-    ways = {"all exits": full} | {point["name"]: subject.seconds[point["name"]] for point in points}
+    full = subject.seconds[ALL_EXITS]
+    ways = {ALL_EXITS: full} | {point["name"]: subject.seconds[point["name"]] for point in points}
     for point in sorted(points, key=lambda point: point["static"]["exit"]):
         ways[f"static, exit {point['static']['exit']}"] = subject.seconds[point["static"]["name"]]
     return under_load(ways, full)

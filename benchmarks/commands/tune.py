@@ -103,7 +103,8 @@ def tune(
     wanted = some_of("--methods", "method", methods, _known(methods))
     share = _share(budget)
     options = {key: value for key, value in given.items() if value is not None}
-    values = {**read_recipe(recipe_file), **options, "set": parse_sets(sets)}
+    recipe = read_recipe(recipe_file)
+    values = {**recipe, **options, "set": {**recipe.get("set", {}), **parse_sets(sets)}}
     chosen = named_policies(names=policies) if policies else ()
     if embedded := [str(policy) for policy in chosen if policy.reads_embeddings]:
         raise UserError(

@@ -58,11 +58,7 @@ def pruning_damage(
         exits = network.num_exits
         shared = [network.get_parameter(name) for name, readers in owners(network).items() if len(readers) == exits]
         unpruned = _accuracies(network, images, labels)
-        with torch.enable_grad():
-            losses = [
-                F.cross_entropy(at_least_float32(z), importance_labels) for z in network(importance_images).logits
-            ]
-            importances = [_importance(loss, shared) for loss in losses]
+        importances = _importances(network, shared, importance_images, importance_labels)
         originals = [parameter.detach().clone() for parameter in shared]
         damage = []
         for importance in importances:
@@ -84,10 +80,22 @@ def pruning_damage(
             parameter.requires_grad_(required)
 
 
-def _importance(loss: Tensor, parameters: list[torch.nn.Parameter]) -> Tensor:
-    gradients = torch.autograd.grad(loss, parameters, retain_graph=True) if parameters else ()
-    importances = [(p * g).abs().flatten().detach() for p, g in zip(parameters, gradients, strict=True)]
-    return torch.cat(importances) if importances else torch.empty(0)
+@torch.enable_grad()
+def _importances(
+    network: MultiExitNetwork, parameters: list[torch.nn.Parameter], images: Tensor, labels: Tensor
+) -> list[Tensor]:
+    """Return |theta dL_e/dtheta| of all values of the parameters for each exit e; gradients are added up in parts."""
+    if not parameters:
+        return [torch.empty(0)] * network.num_exits
+    sums = [[torch.zeros_like(parameter) for parameter in parameters] for _ in range(network.num_exits)]
+    for pictures, truths in zip(images.split(64), labels.split(64), strict=True):
+        for total, z in zip(sums, network(pictures).logits, strict=True):
+            loss = F.cross_entropy(at_least_float32(z), truths, reduction="sum") / len(labels)
+            for value, gradient in zip(total, torch.autograd.grad(loss, parameters, retain_graph=True), strict=True):
+                value += gradient
+    return [
+        torch.cat([(p * g).abs().flatten().detach() for p, g in zip(parameters, total, strict=True)]) for total in sums
+    ]
 
 
 @torch.no_grad()

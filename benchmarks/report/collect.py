@@ -6,7 +6,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -26,9 +26,7 @@ from exitkit.benchmarks.report.options import COST_COLUMNS, ReportOptions
 from exitkit.benchmarks.report.summary import measured
 from exitkit.errors import DamagedError, Note, UserError
 from exitkit.inference.budgets import exit_costs, read_budget
-
-if TYPE_CHECKING:
-    from exitkit.runs.folder import RunFolder
+from exitkit.runs.folder import RunFolder
 
 
 def collect_intact(
@@ -52,6 +50,24 @@ def collect_intact(
                 raise
             warnings.warn(Note(f"a run is left out: {error}"), stacklevel=2)
             remaining = good
+
+
+def _check_latencies(runs: Sequence[RunFolder]) -> None:
+    """Check that the latencies of all runs were measured in the same way.
+
+    Raises:
+        UserError: a run has none, or they were not.
+    """
+    for run in runs:
+        run.latency()
+        ours, theirs = run.latency_settings(), runs[0].latency_settings()
+        differs = [key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)]
+        if differs:
+            key = min(differs)
+            raise UserError(
+                f"the latencies of {runs[0].path} and {run.path} were measured with {key}={theirs.get(key)} and "
+                f"{key}={ours.get(key)}; measure them together: exitkit bench {runs[0].path} {run.path}"
+            )
 
 
 class _Named(NamedTuple):
@@ -86,6 +102,8 @@ def collect(
     finished = list(runs)
     if not finished:
         raise UserError("no finished runs to compare; expected at least one")
+    if options.cost == "latency":
+        _check_latencies([run for run in finished if isinstance(run, RunFolder)])
     missing_identities = [run.identity for run in context.missing]
     identities = [run.identity for run in finished]
     labels = _labels([*identities, *missing_identities])

@@ -54,7 +54,7 @@ PARTS: dict[str, Callable[[Work], Iterable[Result]]] = {
 
 @click.command()
 @click.option("--only", metavar="A,B,...", help=f"Parts: {', '.join(PARTS)}.  [default: all, about half an hour]")
-@click.option("--rounds", default=7, show_default=True, help="Measurements per ratio.")
+@click.option("--rounds", default=7, show_default=True, help="Measurements per ratio, except of heads.")
 @click.option("--network", metavar="NAME", default="msdnet-cifar-lg5", show_default=True, help="Backbone.")
 @click.option("--batch", default=128, show_default=True, help="Images per training step.")
 @click.option("--json", "as_json", is_flag=True, help="Print only the targets, as JSON.")

@@ -1,8 +1,9 @@
 """The time of a training step against the limits of the core: its arithmetic, and its memory.
 
 The arithmetic of a step is counted by PyTorch's formulas of convolutions and matrix products. Its memory traffic counts
-every operation of the plain step as one that reads its inputs and writes its results once. Both limits are lower
-bounds: a step of these operations takes at least the larger of the two.
+every operation of the plain step as one that reads its inputs and writes its results once, in the machine's memory.
+The arithmetic is a lower bound of the time. The memory is an estimate without caches: an operation that finds its
+inputs in a cache is faster.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _REPEATS = 7
 
 
 class Roofline(NamedTuple):
-    """A joint training step in one precision, in seconds: its two lower bounds, and the measured time.
+    """A joint training step in one precision, in seconds: the times of its two limits, and the measured time.
 
     Attributes:
         precision: fp32 or bf16.
@@ -34,7 +35,7 @@ class Roofline(NamedTuple):
         bandwidth: bytes per second that a core reads and writes.
         arithmetic: time of the step's operations at the peak.
         memory: time of the step's traffic at this bandwidth.
-        measured: time of exitkit's step in its fastest layout.
+        measured: time of exitkit's step, channels last.
     """
 
     precision: Literal["fp32", "bf16"]

@@ -10,7 +10,7 @@ from exitkit.benchmarks.speed.timing import Ratio
 class Row(NamedTuple):
     """A row of the table: the target is met if `measured` (with interval `ci`) is at most, or at least, the limit.
 
-    Both are None if the target was not measured.
+    Both are None if the target was not measured, and the interval is, if it was measured once.
     """
 
     target: str
@@ -30,7 +30,8 @@ class Profile(NamedTuple):
 def judged(target: str, limit: float, ratio: Ratio, *, at_least: bool = False) -> Row:
     """Return the row of a measured ratio, whose median is compared with the limit."""
     met = ratio.median >= limit if at_least else ratio.median <= limit
-    return Row(target, limit, ratio.median, (ratio.low, ratio.high), "met" if met else "missed")
+    interval = (ratio.low, ratio.high) if ratio.low < ratio.high else None
+    return Row(target, limit, ratio.median, interval, "met" if met else "missed")
 
 
 def not_run(target: str, limit: float) -> Row:

@@ -8,13 +8,21 @@ from pathlib import Path
 RAPL = Path("/sys/class/powercap")
 
 
+def _name(domain: Path) -> str:
+    try:
+        return (domain / "name").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
 def energy_meter(device: str, root: Path = RAPL) -> Callable[[], float] | None:
     """Return a function that reads the joules used so far by all CPU packages; None if they are not available.
 
     The counters are for the whole machine and include other processes. They do not include GPUs, so the result is None
     for other devices than "cpu".
     """
-    packages = sorted(path for path in root.glob("intel-rapl:*") if path.name.count(":") == 1)
+    domains = sorted(path for path in root.glob("intel-rapl:*") if path.name.count(":") == 1)
+    packages = [path for path in domains if _name(path).startswith("package")]  # psys contains the packages
     counters = [(path / "energy_uj", path / "max_energy_range_uj") for path in packages]
     try:
         readable = counters and all(int(counter.read_text()) >= 0 for counter, _ in counters)

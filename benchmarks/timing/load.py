@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import io
 import json
+import math
 import subprocess
 import sys
 import time
@@ -35,7 +36,6 @@ except ImportError:  # an extra
 LOADS = (0.25, 0.5, 0.75, 1.0, 1.5)
 """Arrivals per second, as shares of what the full network serves."""
 _CLIENTS = 8
-_CONNECTIONS = 64
 _PATIENCE = 60.0
 
 
@@ -47,19 +47,20 @@ def service(folder: Path, options: Sequence[str]) -> Iterator[str]:
         UserError: it does not start.
     """
     words = [sys.executable, str(folder / "run.py"), "--serve", "0", *options]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stderr is not None
-    try:
-        line = process.stdout.readline()
-        if not line:
-            raise UserError(f"the service does not start: {(process.stderr.read().splitlines() or ['no message'])[0]}")
-        yield line.split()[2]
-    finally:
-        process.terminate()
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
         try:
-            process.wait(15)
-        except subprocess.TimeoutExpired:
-            process.kill()
+            line = process.stdout.readline()
+            if not line:
+                first = (process.stderr.read().splitlines() or ["no message"])[0]
+                raise UserError(f"the service does not start: {first}")
+            yield line.split()[2]
+        finally:
+            process.terminate()
+            try:
+                process.wait(15)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 async def capacity(address: str, bodies: Sequence[bytes], seconds: float) -> float:
@@ -106,7 +107,7 @@ async def at_rate(address: str, bodies: Sequence[bytes], rate: float, seconds: f
         latencies.append(time.perf_counter() - began - moment)
         exits.append(answer.raise_for_status().json()["exit"])
 
-    limits = httpx.Limits(max_connections=_CONNECTIONS, max_keepalive_connections=_CONNECTIONS)
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)  # none waits for another's answer
     async with httpx.AsyncClient(timeout=httpx.Timeout(_PATIENCE, pool=None), limits=limits) as client:
         moments = zip(due.tolist(), drawn.tolist(), strict=True)
         await asyncio.gather(*(ask(client, moment, bodies[number]) for moment, number in moments))
@@ -204,8 +205,8 @@ def main(
 ) -> None:
     """Measure throughput and latency of an exported network's service, with and without early exit."""
     try:
-        if not (seconds > 0 and all(rate > 0 for rate in rates)):
-            raise UserError("rate and seconds: expected numbers above 0")
+        if not all(math.isfinite(value) and value > 0 for value in (seconds, *rates)):
+            raise UserError("rate and seconds: expected finite numbers above 0")
         bodies = read_bodies(folder, images)
         fixed = ["--threads", str(threads)]
         ways = {"all exits": [*fixed, "--point", "100%"], "early exit": fixed}
@@ -214,10 +215,21 @@ def main(
         rows = measure(folder, bodies, ways, rates, seconds)
     except UserError as error:
         raise SystemExit(_refuse(error)) from None
+    except httpx.HTTPError as error:
+        raise SystemExit(_refuse(UserError(f"the service refuses an image: {_reason(error)}"))) from None
     if as_json:
         click.echo(json.dumps(rows, indent=2))
     else:
         Console(highlight=False).print(table(rows))
+
+
+def _reason(error: httpx.HTTPError) -> str:
+    if not isinstance(error, httpx.HTTPStatusError):
+        return str(error) or type(error).__name__
+    try:
+        return str(error.response.json()["error"])
+    except (ValueError, KeyError, TypeError):
+        return str(error.response.status_code)
 
 
 def _refuse(error: UserError) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from exitkit.benchmarks.timing.energy import energy_meter
+from exitkit.engine.devices import synchronise
 from exitkit.inference.adaptive import AdaptiveInference
 from exitkit.inference.engines import InferenceEngine, Moved, compare, prepare, run_all
 from exitkit.inference.policy import ExitPolicy
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from exitkit.networks.cascade import MultiExitNetwork
 
 Boundary = Literal["model", "end-to-end"]
+ALL_EXITS = "all exits"
+"""Name of the way that computes all exits and uses the last."""
 WARMUPS = 3
 COMPARED = 256
 """Test images on which an engine is compared with the network."""
@@ -58,7 +61,7 @@ class Subject:
     exits: list[list[float]] = field(default_factory=list)
     """Seconds per batch until each exit predicts, one row [K] per round."""
     seconds: dict[str, list[float]] = field(default_factory=dict)
-    """Seconds per batch of each operating point and each static network, one value per round."""
+    """Seconds per batch of all exits, each operating point and each static network, one value per round."""
     joules: dict[str, float] = field(default_factory=dict)
     """Joules over all rounds, with the keys of `seconds`; empty without an energy meter."""
 
@@ -83,7 +86,7 @@ class Subject:
         Early exit collects the remaining images of several batches, if it is given several, before each stage. A
         static network has two forms: the network pruned to the exit, and the whole network's stages up to it.
         """
-        ways: dict[str, Callable[[Tensor], Tensor]] = {}
+        ways = {ALL_EXITS: _chain(self.prepared, self.network.num_exits, size)}
         for point in self.points:
             ways[point.name] = _adaptive(AdaptiveInference(self.early, point.rule, engine=self.prepared_early), size)
             pruned, chain = static_names(point.matched)
@@ -154,7 +157,8 @@ def _round(
 ) -> None:
     count = batch_size * batches
     positions = (number * count + torch.arange(count)) % len(subject.data.labels("test"))
-    images = None if boundary == "end-to-end" else _read(subject, positions)
+    images = _read(subject, positions)  # untimed, so that every way finds the files in the system's memory
+    images = None if boundary == "end-to-end" else images
     first = None if images is None else images[:batch_size]
     times = list(_exit_times(subject, positions[:batch_size], first))
     if number >= 0:
@@ -189,8 +193,7 @@ def _read(subject: Subject, positions: Tensor) -> Tensor:
 
 
 def _now(subject: Subject) -> float:
-    if subject.engine.device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronise(subject.engine.device)
     return time.perf_counter()
 
 

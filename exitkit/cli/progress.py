@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -81,7 +80,7 @@ class TrainProgress:
     """Shows the progress of one run; it is called with each progress report."""
 
     def __init__(self) -> None:
-        self.speaks = int(os.environ.get("RANK", "0")) == 0
+        self.speaks = speaks_for_all()
         self._console = Console(stderr=True, highlight=False)
         self._bar = Progress(
             TextColumn("{task.description}"),

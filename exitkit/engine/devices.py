@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from exitkit.engine.randomness import forked_randomness, seed_torch
 from exitkit.errors import UserError
 
 Layout = Literal["auto", "contiguous", "channels-last"]
@@ -76,24 +77,20 @@ class Placement:
         return labels.to(self.device, non_blocking=self.device.type == "cuda")
 
     def seed(self, seed: int) -> None:
-        """Seed torch's global generators of the CPU and of the device.
-
-        `torch.manual_seed` gives the same numbers, but also prepares every other kind of device: 0.1 ms a call.
-        """
-        torch.default_generator.manual_seed(seed)
-        if self.device.type == "cuda":
-            with torch.cuda.device(self.device):
-                torch.cuda.manual_seed(seed)
-        elif self.device.type == "mps":
-            torch.mps.manual_seed(seed)
+        """Seed torch's global generators of the CPU and of the device; see `seed_torch`."""
+        seed_torch(self.device, seed)
 
     def forked_randomness(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context that restores the states of torch's global random generators at its end."""
-        on_gpu = self.device.type == "cuda"
-        forked: contextlib.AbstractContextManager[None] = torch.random.fork_rng(
-            [self.device.index or 0] if on_gpu else [], device_type="cuda"
-        )
-        return forked
+        """Return a context that restores the states of these generators at its end."""
+        return forked_randomness(self.device)
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for the work of a device, whose calls return before it is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 @contextlib.contextmanager
@@ -128,17 +125,15 @@ def _cuda_settings(device: torch.device, tf32: bool, deterministic: bool) -> Ite
         cudnn.benchmark,
         matmul.allow_tf32,
         cudnn.allow_tf32,
-        torch.cuda.current_device(),
     )
     # cuBLAS reads this variable once, when it starts, so that it can't be restored.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.cuda.set_device(device)
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     cudnn.benchmark = not deterministic
     matmul.allow_tf32 = cudnn.allow_tf32 = tf32
     try:
-        yield
+        with torch.cuda.device(device):  # unlike set_device, it accepts "cuda", the current one
+            yield
     finally:
-        was_deterministic, warn_only, cudnn.benchmark, matmul.allow_tf32, cudnn.allow_tf32, current = before
+        was_deterministic, warn_only, cudnn.benchmark, matmul.allow_tf32, cudnn.allow_tf32 = before
         torch.use_deterministic_algorithms(was_deterministic, warn_only=warn_only)
-        torch.cuda.set_device(current)

@@ -6,13 +6,19 @@ import contextlib
 import ctypes
 import gc
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 _MIB = 2**20
+_OWN_GROUPS = Path("/proc/self/cgroup")
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
-_LIMIT_AND_USE = ("memory.max", "memory.current")
+_FILES = {
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+"""Of control groups of version 2 and 1, by their controller: the files of limit and use, and the name of the cache."""
 
 
 def give_back_freed() -> None:
@@ -26,7 +32,7 @@ def give_back_freed() -> None:
 
 
 def available_mib() -> float:
-    """Return the memory that new processes can use, in MiB: of the system, or of this process's control group.
+    """Return the memory that new processes can use, in MiB: of the system, or of this process's control groups.
 
     It is NaN where the system does not report it (outside Linux).
     """
@@ -34,10 +40,26 @@ def available_mib() -> float:
     with contextlib.suppress(OSError, IndexError, ValueError):
         facts = Path("/proc/meminfo").read_text(encoding="ascii")
         found.append(int(facts.split("MemAvailable:")[1].split()[0]) / 1024)
-    with contextlib.suppress(OSError, ValueError):
-        limit, used = (int((_CONTROL_GROUP / name).read_text(encoding="ascii")) for name in _LIMIT_AND_USE)
-        found.append((limit - used) / _MIB)
+    found += _left_in_groups()
     return min(found, default=float("nan"))
+
+
+def _left_in_groups() -> Iterator[float]:
+    """Yield what is left of the limit of each control group of this process, in MiB; pages of files can be freed."""
+    lines = []
+    with contextlib.suppress(OSError):
+        lines = _OWN_GROUPS.read_text(encoding="utf-8").splitlines()
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        for controller in {*controllers.split(",")} & _FILES.keys():
+            limit, use, cache = _FILES[controller]
+            root = _CONTROL_GROUP / controller
+            group = root / path.lstrip("/")
+            for folder in (group, *(parent for parent in group.parents if parent.is_relative_to(root))):
+                with contextlib.suppress(OSError, ValueError):
+                    most, used = (int((folder / name).read_text(encoding="ascii")) for name in (limit, use))
+                    facts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                    yield (most - used + int(facts.get(cache, 0))) / _MIB
 
 
 def begin_peak(device: torch.device) -> None:

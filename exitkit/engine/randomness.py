@@ -23,6 +23,33 @@ def generator(*parts: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(derive(*parts))
 
 
+def seed_torch(device: torch.device, seed: int) -> None:
+    """Seed torch's global generators of the CPU and of a device.
+
+    `torch.manual_seed` gives the same numbers, but also seeds and prepares every other device: 0.1 ms a call.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def forked_randomness(device: torch.device) -> Iterator[None]:
+    """Restore the states of torch's global generators of the CPU and of a device at the end of the block."""
+    on_gpu = device.type == "cuda"
+    on_mps = torch.mps.get_rng_state() if device.type == "mps" else None
+    index = [torch.cuda.current_device() if device.index is None else device.index] if on_gpu else []
+    with torch.random.fork_rng(index, device_type="cuda"):
+        try:
+            yield
+        finally:
+            if on_mps is not None:
+                torch.mps.set_rng_state(on_mps)
+
+
 def numpy_and_python_states() -> tuple[Any, ...]:
     """Return the states of the global random numbers of Python and NumPy."""
     state = np.random.get_state(legacy=False)
@@ -39,9 +66,8 @@ def restore_numpy_and_python(states: tuple[Any, ...]) -> None:
 def seeded_everywhere(device: torch.device, seed: int) -> Iterator[None]:
     """Seed the global random numbers of torch, NumPy and Python inside the block, and restore them at its end."""
     before = numpy_and_python_states()
-    devices = [device.index or 0] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices, device_type="cuda"):
-        torch.manual_seed(seed)
+    with forked_randomness(device):
+        seed_torch(device, seed)
         random.seed(seed)
         np.random.seed(seed)
         try:

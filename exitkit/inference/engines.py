@@ -26,6 +26,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from exitkit.engine.devices import synchronise
 from exitkit.errors import Note, UserError, unknown
 from exitkit.inference.export.programs import Piece, exported, missing_packages, pieces, write_program
 from exitkit.inference.policy import ExitPolicy
@@ -251,8 +252,7 @@ def fastest(steps: Mapping[str, Step], images: Tensor, exits: int) -> Choice:
 
 
 def _now(images: Tensor) -> float:
-    if images.is_cuda:
-        torch.cuda.synchronize(images.device)
+    synchronise(images.device)
     return time.perf_counter()
 
 

@@ -52,4 +52,7 @@ def _copy_hooks(module: nn.Module, memo: dict[int, object]) -> None:
         for number, hook in hooks.items():
             if isinstance(hook, FunctionType) and hook.__closure__:
                 cells = tuple(CellType(copy.deepcopy(cell.cell_contents, memo)) for cell in hook.__closure__)
-                hooks[number] = FunctionType(hook.__code__, hook.__globals__, hook.__name__, hook.__defaults__, cells)
+                copied = FunctionType(hook.__code__, hook.__globals__, hook.__name__, hook.__defaults__, cells)
+                copied.__kwdefaults__ = hook.__kwdefaults__
+                copied.__dict__.update(hook.__dict__)
+                hooks[number] = copied

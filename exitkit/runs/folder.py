@@ -289,6 +289,13 @@ class RunFolder:
             raise UserError(f"{path} has another number of exits than cost.json; measure the run again")
         return milliseconds
 
+    def latency_settings(self) -> dict[str, Any]:
+        """Return how `exitkit bench` measured the latency: engine, mode, batch_size, boundary, device and threads."""
+        facts = read_checked(self.path / LATENCY, dict[str, Any])
+        engines = {"engine": next(iter(facts["engines"]))} if facts.get("engines") else {}
+        keys = ("mode", "batch_size", "boundary", "device", "threads")
+        return engines | {key: facts[key] for key in keys if key in facts}
+
     def learned(self) -> list[dict[str, Any]]:
         """Return the tables that the method learned besides the network: phase, title, rows, columns and values."""
         return read_learned(self.path / LEARNED) if exists(self.path / LEARNED) else []

@@ -341,7 +341,7 @@ def make_network(
     for source in backbone.weights_files():
         check_unchanged(source, published_weights_digest(source), recipe.ingredients.get(source))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(recipe.seed, "weights"))
+        torch.default_generator.manual_seed(derive(recipe.seed, "weights"))
         return build_backbone(backbone, recipe.backbone, num_classes, input_shape)
 
 

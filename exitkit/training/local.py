@@ -183,7 +183,7 @@ def local_run(
     added = {name for name, _ in network.named_modules()} - modules
     run = LocalRun(network, strategy, optimizer, engine, seed, Position(epochs=epochs), phase, added, label)
     with engine.placement.forked_randomness():
-        torch.manual_seed(derive(seed, "prepare", 0))
+        engine.placement.seed(derive(seed, "prepare", 0))
         strategy.prepare(run)
     return run
 

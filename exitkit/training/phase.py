@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -56,7 +55,7 @@ class PhaseSetup:
         """
         job, network, phase = self.job, self.job.network, self.job.phases[number]
         recipe = job.recipe
-        torch.manual_seed(derive(recipe.seed, "adapt", number))
+        self.engine.placement.seed(derive(recipe.seed, "adapt", number))
         parameters = {name for name, _ in network.named_parameters()}
         modules = {name for name, _ in network.named_modules()}
         phase.strategy.adapt(network)
@@ -72,7 +71,7 @@ class PhaseSetup:
         average = WeightAverage(run, recipe.weight_ema) if recipe.weight_ema else None
         if recipe.compile:
             compile_parts(network)
-        torch.manual_seed(derive(recipe.seed, "prepare", number))
+        self.engine.placement.seed(derive(recipe.seed, "prepare", number))
         phase.strategy.prepare(run)
         _check_tables(run, phase)
         return BegunPhase(phase, run, added, self.frozen, average)

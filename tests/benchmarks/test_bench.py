@@ -207,13 +207,26 @@ def test_a_measurement_is_one_positive_number_an_exit_and_all_is_there_as_json(c
 def test_energy_is_read_from_the_counters_of_linux_which_begin_anew(tmp_path, readings, used):
     package = tmp_path / "intel-rapl:0"
     package.mkdir()
-    (package / "max_energy_range_uj").write_text("100")
+    platform = tmp_path / "intel-rapl:1"
+    platform.mkdir()
+    for domain, name in ((package, "package-0"), (platform, "psys")):  # psys contains the package
+        (domain / "name").write_text(f"{name}\n")
+        (domain / "max_energy_range_uj").write_text("100")
+        (domain / "energy_uj").write_text("1")
     (package / "energy_uj").write_text(str(readings[0]))
     read = energy_meter("cpu", tmp_path)
     (package / "energy_uj").write_text(str(readings[1]))
     assert read() == pytest.approx(used)
     assert energy_meter("cuda", tmp_path) is None
     assert energy_meter("cpu", tmp_path / "nowhere") is None
+
+
+def test_latencies_that_were_measured_in_two_ways_are_not_compared(cli, runs, tmp_path):
+    for run, size in zip(runs, (1, 256), strict=False):
+        facts = {"milliseconds": [1, 2, 3, 4], "batch_size": size, "mode": "latency", "engines": {"eager": {}}}
+        (run / "latency.json").write_text(json.dumps(facts))
+    code, _, errors = cli("report", runs[0].parent, "--out", tmp_path / "report", "--cost", "latency")
+    assert code == 2 and "were measured with batch_size=1 and batch_size=256; measure them together" in errors
 
 
 @pytest.mark.parametrize("policy", [None, "mean"])

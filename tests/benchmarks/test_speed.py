@@ -129,7 +129,7 @@ def test_engines_are_measured_against_each_other_and_onnx_only_where_it_is_insta
     results = list(engine_rows(TINY))
     rows = [result for result in results if isinstance(result, Row)]
     assert [row.target.partition(":")[0].split()[1] for row in rows[:3]] == ["folded", "onnx", "auto"]
-    assert len(rows) == 9 and all(row.verdict != "not-run" and row.ci for row in rows)
+    assert len(rows) == 9 and all(row.verdict != "not-run" and row.measured for row in rows)
     monkeypatch.setattr(inference, "missing_packages", lambda: ["onnx"])
     verdicts = {row.target: row.verdict for row in engine_rows(TINY) if isinstance(row, Row)}
     assert [target for target, verdict in verdicts.items() if verdict == "not-run"] == [
@@ -255,3 +255,8 @@ def test_mistakes_are_one_line(words, told, capsys):
         main(words, command=speed)
     assert end.value.code == 2 and told in capsys.readouterr().err
     assert next(iter(PARTS)) == "steps"
+
+
+def test_what_was_measured_once_has_no_interval():
+    assert judged("once", 2.0, Ratio(1.0, 1.0, 1.0, 1.0)).ci is None
+    assert judged("often", 2.0, Ratio(1.0, 0.9, 1.1, 1.0)).ci == (0.9, 1.1)

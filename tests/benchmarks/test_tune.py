@@ -280,6 +280,9 @@ def test_mistakes_are_refused_before_anything_is_written(cli, tmp_path):
     cli("tune", "--budget", "1%").refused("--budget 1% is below the first exit's cost; expected at least 24%")
     cli("tune", "--dataset", "folder", "--data-dir", "nowhere").refused("nowhere")
     assert not list(tmp_path.iterdir())
+    (tmp_path / "mine.toml").write_text("methods = 'boostnet'\n[set]\ntemperature = 0.9\n")
+    words = ("tune", "--methods", "boostnet", "--recipe", "mine.toml", "--space", "temperature=0:1")
+    cli(*words).refused("temperature is given by --set and by --space")
 
 
 def test_a_field_without_effect_is_not_a_part_of_the_trial():

@@ -1,5 +1,7 @@
 """Settings of the process for a device, which are restored, and seeds of its generators."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -14,12 +16,23 @@ def settings():
 
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_kernels_on_a_gpu_are_deterministic_or_the_fastest(monkeypatch, deterministic):
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    entered = []
+
+    class Entered(contextlib.AbstractContextManager):
+        """In the place of torch.cuda.device, on a machine without a GPU."""
+
+        def __init__(self, device):
+            entered.append(device)
+
+        def __exit__(self, *_):
+            return None
+
+    monkeypatch.setattr(torch.cuda, "device", Entered)
+    monkeypatch.setattr(torch.cuda, "set_device", None)  # refuses a device without a number
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = settings()
     with process_settings(CUDA, deterministic=deterministic):
-        assert settings() == (deterministic, not deterministic)
+        assert settings() == (deterministic, not deterministic) and entered == [CUDA]
     assert settings() == before == (False, False)
 
 

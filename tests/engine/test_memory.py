@@ -35,14 +35,34 @@ def test_a_peak_is_seen_and_forgotten():
     assert 250 < high - low < 300 and after < high - 200
 
 
-def test_the_free_memory_is_that_of_the_control_group_if_it_is_less(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("line", "folder", "names"),
+    [
+        ("0::/jobs/mine", "", ("memory.max", "memory.current", "inactive_file")),
+        (
+            "4:cpu,memory:/jobs/mine",
+            "memory",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ),
+    ],
+)
+def test_the_free_memory_is_that_of_the_narrowest_control_group(line, folder, names, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "_CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr(memory, "_OWN_GROUPS", tmp_path / "cgroup")
     system = available_mib()
-    (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory.current").write_text(f"{2**28}\n")
+    (tmp_path / "cgroup").write_text(f"7:freezer:/\n{line}\n")
+    limit, use, cache = names
+    inner = tmp_path / folder / "jobs" / "mine"
+    inner.mkdir(parents=True)
+    for group, most, used, cached in ((inner.parent, 9, 2, 0), (inner, 5, 3, 1)):
+        (group / limit).write_text(f"{most * 2**20}\n")
+        (group / use).write_text(f"{used * 2**20}\n")
+        (group / "memory.stat").write_text(f"anon 1\n{cache} {cached * 2**20}\n")
+    assert available_mib() == 3  # pages of files are given back
+    (inner / limit).write_text("max\n")
+    assert available_mib() == 7
+    (inner.parent / limit).write_text("max\n")
     assert available_mib() == pytest.approx(system, rel=0.2) or system != system
-    (tmp_path / "memory.max").write_text(f"{2**28 + 2**20}\n")
-    assert available_mib() == 1
 
 
 def test_the_fusion_weights_are_kept_and_shown(tmp_path):

@@ -883,3 +883,15 @@ def test_heads_that_do_not_fit_are_refused(head, complaint):
 def test_image_shapes_are_checked(shape):
     with pytest.raises(UserError, match=r"input_shape is .*; expected .channels, height, width."):
         attach_exits(Net(), at=["mid"], input_shape=shape)
+
+
+def test_hooks_of_a_copy_keep_the_defaults_of_their_keywords():
+    seen, layer = [], nn.Linear(2, 2)
+
+    def hook(module, given, result, *, scale=2):
+        seen.append(scale)
+
+    layer.register_forward_hook(hook)
+    copied(layer)(torch.ones(1, 2))
+    layer(torch.ones(1, 2))
+    assert seen == [2]  # the copy fills a list of its own

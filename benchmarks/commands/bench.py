@@ -175,6 +175,7 @@ def _measure(
     import torch
 
     from exitkit.benchmarks.timing.stopwatch import time_all
+    from exitkit.data.lazy import LazyData
     from exitkit.engine.devices import choose_device, process_settings
     from exitkit.engine.engine import Engine
 
@@ -184,7 +185,8 @@ def _measure(
     boundary = cast("Boundary", settings["boundary"])
     if boundary == "end-to-end":  # the start of processes that read images would be timed
         for subject in flat:
-            subject.data = replace(subject.data, workers=0) if hasattr(subject.data, "workers") else subject.data
+            if isinstance(subject.data, LazyData):
+                subject.data = replace(subject.data, workers=0)
     first, *others = subjects
     for folder in others:
         if not torch.equal(subjects[first][0].data.split.test, subjects[folder][0].data.split.test) or (

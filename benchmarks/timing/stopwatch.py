@@ -157,8 +157,8 @@ def _round(
 ) -> None:
     count = batch_size * batches
     positions = (number * count + torch.arange(count)) % len(subject.data.labels("test"))
-    images = _read(subject, positions)  # untimed, so that every way finds the files in the system's memory
-    images = None if boundary == "end-to-end" else images
+    read = _read(subject, positions)  # untimed, so that every way finds the files in the system's memory
+    images = None if boundary == "end-to-end" else read
     first = None if images is None else images[:batch_size]
     times = list(_exit_times(subject, positions[:batch_size], first))
     if number >= 0:

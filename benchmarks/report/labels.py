@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ Identity = Mapping[str, str]
 
 
 _SCHEDULE = ("epochs", "batch_size", "lr", "schedule")
+_MANY = 5  # methods of one value that a note does not name one by one
 
 
 class Names(NamedTuple):
@@ -51,9 +53,11 @@ def unlike(identities: Sequence[Identity], labels: Sequence[str]) -> list[str]:
         used: dict[str, dict[str, None]] = {}
         for identity, label in zip(identities, labels, strict=True):
             used.setdefault(label, {}).setdefault(as_text(identity.get(key, "null")))
-        if len({tuple(values) for values in used.values()}) > 1:
-            texts = (f"{label} {'/'.join(value or 'none' for value in values)}" for label, values in used.items())
-            notes.append(f"{key} differs: " + ", ".join(texts))
+        texts = {label: "/".join(value or "none" for value in values) for label, values in used.items()}
+        if len(set(texts.values())) > 1:
+            usual, count = Counter(texts.values()).most_common(1)[0]
+            named = [f"{label} {text}" for label, text in texts.items() if count < _MANY or text != usual]
+            notes.append(f"{key} differs: " + ", ".join([*named, *([f"all others {usual}"] if count >= _MANY else [])]))
     return notes
 
 

@@ -34,6 +34,7 @@ from exitkit.benchmarks.report.comparison import NOT_TRAINED, Missing
 from exitkit.benchmarks.report.figures import differences_figure, learning_figure, oracle_figure
 from exitkit.benchmarks.report.html import _number as sort_key
 from exitkit.benchmarks.report.html import html_report
+from exitkit.benchmarks.report.labels import unlike
 from exitkit.benchmarks.report.narrow_tables import number, sheets
 from exitkit.benchmarks.report.provenance import commands, provenance
 from exitkit.benchmarks.report.wide_tables import unit_for, wide_tables, write_costs
@@ -293,6 +294,13 @@ def test_what_all_runs_have_in_common_is_told_and_what_differs_is_told_once(tmp_
     assert "Shared settings: tiny_net; digits with per_class=40; epochs=3.\n" in text
     assert "Shared settings: tiny_net; other with per_class=40; epochs=3.\n" in text
     assert text.count("Note: batch_size differs: joint 64, ge 64, boost_net 64, l2w 128.") == 1
+
+
+def test_many_methods_of_one_value_are_not_named_one_by_one():
+    labels = [*"abcdef", "long"]
+    identities = [{"method": label, "epochs": "48" if label == "long" else "8"} for label in labels]
+    assert unlike(identities, labels) == ["epochs differs: long 48, all others 8"]
+    assert unlike(identities[3:], labels[3:]) == ["epochs differs: d 8, e 8, f 8, long 48"]
 
 
 def test_no_minus_stands_before_a_zero():

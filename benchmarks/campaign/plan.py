@@ -20,7 +20,7 @@ policy               exit policies to compare on the outputs of every method, as
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -350,8 +350,12 @@ def _effective(recipe: Recipe, fields: Mapping[str, Any]) -> dict[str, Any]:
     # Imported when used: the command line's help must not load torch.
     from exitkit.runs.job import without_effect
 
-    unused = without_effect(_with_fields(recipe, fields)) if fields else {}
-    names = {*unused, *(key.rpartition(".")[2] for key in unused)}
+    return without_unused(fields, without_effect(_with_fields(recipe, fields)) if fields else {})
+
+
+def without_unused(fields: Mapping[str, Any], unused: Iterable[str]) -> dict[str, Any]:
+    """Return the fields without the unused ones, which are named `field`, or `part.field` in a composition."""
+    names = {name for key in unused for name in (key, key.rpartition(".")[2])}
     return {key: value for key, value in fields.items() if key.removeprefix("method.") not in names}
 
 

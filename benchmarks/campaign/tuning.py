@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 import numpy as np
 
 from exitkit import plugins
-from exitkit.benchmarks.campaign.plan import Plan
+from exitkit.benchmarks.campaign.plan import Plan, without_unused
 from exitkit.benchmarks.report.measure import RunMeasures
 from exitkit.benchmarks.report.options import ReportOptions
 from exitkit.benchmarks.report.policies import Outputs, measure
@@ -163,8 +163,7 @@ class Space:
             unused = configure_strategy(method, settings).unused_settings()
         except UserError:
             return dict(entry)
-        names = {*unused, *(name.rpartition(".")[2] for name in unused)}
-        return {name: value for name, value in entry.items() if name not in names}
+        return without_unused(entry, unused)
 
     def choices(self) -> dict[str, tuple[Any, ...]]:
         """Return {name in Optuna: choices} of what `propose` asks for; () for a range of numbers."""

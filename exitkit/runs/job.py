@@ -88,7 +88,7 @@ def resolve(recipe: Recipe) -> ResolvedRecipe:
         UserError: a name or field is unknown, a value is impossible, or an ingredient does not exist.
     """
     dataset = make_dataset(recipe)
-    house = {key: value for key, value in (DataSet.house | dataset.house).items() if getattr(recipe, key) is None}
+    house = {key: value for key, value in _house(dataset).items() if getattr(recipe, key) is None}
     filled = recipe.with_values(**house)
     backbone = make_backbone(str(filled.backbone), recipe.backbone_settings)
     dataset = dataset.suited(backbone.preprocessing())
@@ -108,12 +108,17 @@ def resolve(recipe: Recipe) -> ResolvedRecipe:
     return ResolvedRecipe.make(**values)
 
 
+def _house(dataset: DataSet) -> dict[str, Any]:
+    """Return a data set's default recipe; what it leaves open is that of the base class."""
+    return DataSet.house | dataset.house
+
+
 def without_effect(recipe: Recipe) -> dict[str, str]:
     """Return {key: what it needs} of the values of a recipe that have no effect beside the others.
 
     The keys are those of the recipe, and fields of the method, of a composition as `part.field`.
     """
-    schedule = recipe.schedule or (DataSet.house | make_dataset(recipe).house)["schedule"]
+    schedule = recipe.schedule or _house(make_dataset(recipe))["schedule"]
     unused = {} if schedule == "step" else dict.fromkeys(("milestones", "decay"), "schedule=step")
     return unused | make_strategy(recipe).unused_settings()
 
@@ -139,7 +144,7 @@ def check_effects(recipe: Recipe) -> None:
             changed = getattr(part, field) != default
         if changed:
             raise UserError(f"{key} has no effect without {needed}; leave it out")
-    house = DataSet.house | make_dataset(recipe).house
+    house = _house(make_dataset(recipe))
     schedule, milestones = (getattr(recipe, key) or house[key] for key in ("schedule", "milestones"))
     if schedule == "step" and not milestones:
         raise UserError("schedule=step has no milestones; expected shares of the epochs, such as milestones=0.5,0.75")

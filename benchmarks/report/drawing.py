@@ -54,18 +54,22 @@ _import_matplotlib()
 import matplotlib  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.colors import Normalize, SymLogNorm  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.figure import Figure, SubFigure  # noqa: E402
+from matplotlib.lines import Line2D  # noqa: E402
 from matplotlib.markers import MarkerStyle  # noqa: E402
 from matplotlib.path import Path as Outline  # noqa: E402
 from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 __all__ = [
+    "STYLE",
     "Axes",
     "Figure",
+    "Line2D",
     "MarkerStyle",
     "MaxNLocator",
     "Normalize",
     "Outline",
+    "SubFigure",
     "SymLogNorm",
     "own_style",
     "save_figure",

@@ -1,5 +1,8 @@
 """Figures of accuracy against cost: one panel per backbone and data set, one line per method.
 
+Many methods have a panel each, with the other methods in grey. A line far below all others leaves the panel at the
+bottom, where its lowest value is written.
+
 Figures use matplotlib's objects and not pyplot's global state, so that they can be drawn in any thread.
 """
 
@@ -12,9 +15,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from exitkit.benchmarks.report.comparison import GROUP, Comparison
-from exitkit.benchmarks.report.drawing import Axes, Figure, MaxNLocator, own_style
-from exitkit.benchmarks.report.statistics import SIGNIFICANCE
+from exitkit.benchmarks.report.comparison import BASELINE, GROUP, Comparison
+from exitkit.benchmarks.report.comparisons import baseline_of
+from exitkit.benchmarks.report.drawing import STYLE, Axes, Figure, Line2D, MaxNLocator, SubFigure, own_style
+from exitkit.benchmarks.report.statistics import SIGNIFICANCE, without_outliers
 from exitkit.benchmarks.report.wide_tables import group_name, unit_for
 
 # Okabe and Ito's colours, which colour-blind readers can distinguish; markers and dashes are for greyscale print. The
@@ -29,6 +33,9 @@ _LINE = 0.17  # height of one line of a legend, in inches
 _LINES = 6  # largest number of lines of a legend above the panels
 _LETTERS = 46  # characters per line of a panel's title
 _LABEL = 30  # characters per line of a method's name beside a panel
+_MANY = 8  # largest number of methods in one panel
+_SMALL = 5  # small panels in a row
+_OTHERS = "#CCCCCC"  # colour of the other methods in a small panel
 
 
 def anytime_figure(comparison: Comparison) -> Figure:
@@ -48,14 +55,12 @@ def oracle_figure(comparison: Comparison) -> Figure:
     last exit, so that it is visible at every cost.
     """
 
-    def bounds(axes: Axes, comparison: Comparison, group: tuple[str, str], size: float) -> None:
+    def bounds(axes: Axes, comparison: Comparison, shown: pd.DataFrame, size: float) -> None:
         axes.plot([], [], ":", color="#555555", lw=0.9, label="the best exit of each image")
-        for index, method in enumerate(_methods(comparison)):
-            rows = comparison.oracle
-            bound = rows[(rows["method"] == method) & (rows["backbone"] == group[0]) & (rows["dataset"] == group[1])]
-            bound = oracle_range(comparison, bound)
-            colour = _style(index)["color"]
-            axes.plot(bound["cost_mean"] / size, bound["accuracy_mean"], ":", color=colour, lw=0.9)
+        for line in [line for line in axes.lines if line.get_label() in set(shown["method"])]:
+            rows = _same_group(comparison.oracle, shown)
+            bound = oracle_range(comparison, rows[rows["method"] == line.get_label()])
+            axes.plot(bound["cost_mean"] / size, bound["accuracy_mean"], ":", color=line.get_color(), lw=0.9)
 
     return _panels(comparison, whole_curve(comparison), "cost_mean", bounds)
 
@@ -80,7 +85,9 @@ def differences_figure(differences: pd.DataFrame) -> Figure:
         for axes, rows, methods, texts in zip(panels, groups, names, labels, strict=True):
             exits = [measure for measure in dict.fromkeys(rows["measure"]) if measure != "area"]
             for panel, measure in zip(axes, (exits[0], exits[-1], "area"), strict=True):
-                _intervals(panel, rows[rows["measure"] == measure], "method", methods)
+                measured = rows[rows["measure"] == measure]
+                _intervals(panel, measured, "method", methods)
+                _limit_differences(panel, measured, methods)
                 panel.set_title(measure)
             axes[0].set_yticks(range(len(methods)), texts)
             axes[0].set_ylim(len(methods) - 0.4, -0.6)
@@ -141,6 +148,25 @@ def _intervals(axes: Axes, rows: pd.DataFrame, column: str, order: list[str]) ->
     axes.set_axisbelow(True)
 
 
+def _limit_differences(axes: Axes, rows: pd.DataFrame, order: list[str]) -> None:
+    """Set the limits of a panel of differences; those far from the others are cut off, and written at the edge."""
+    low, high = without_outliers(rows["low"].fillna(rows["mean"]), rows["high"].fillna(rows["mean"]))
+    low, high = min(low, 0), max(high, 0)
+    far = rows[~rows["mean"].between(low, high)]
+    if far.empty:
+        return
+    room = 0.06 * (high - low)
+    axes.set_xlim(low - 2 * room, high + 2 * room)
+    for name, mean, p in far[["method", "mean", "p_holm"]].itertuples(index=False):
+        edge, inside, marker, side = (low, 1, "<", "left") if mean < low else (high, -1, ">", "right")
+        face = COLOURS[0] if p < SIGNIFICANCE else "white"
+        at = order.index(name)
+        axes.plot([edge - inside * room], [at], marker, color=COLOURS[0], markerfacecolor=face, markeredgewidth=0.8)
+        text = f"{mean:.1f}".replace("-", "−")
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+        axes.text(edge, at, text, ha=side, va="center", fontsize=6.5, color=COLOURS[0], bbox=box)
+
+
 def whole_curve(comparison: Comparison) -> pd.DataFrame:
     """Return the budgeted curves, continued to those budgets of the table that are beyond their ends.
 
@@ -152,6 +178,8 @@ def whole_curve(comparison: Comparison) -> pd.DataFrame:
     spent = spent.merge(ends, on=keys).drop_duplicates([*keys, "cost_mean"])
     below, above = spent[spent["cost_mean"] < spent["min"]], spent[spent["cost_mean"] > spent["max"]]
     rows = pd.concat([below, comparison.curve.assign(budget=np.nan), above], ignore_index=True)
+    order = list(dict.fromkeys(comparison.curve["method"]))
+    rows = rows.sort_values("method", key=lambda names: names.map(order.index), kind="stable", ignore_index=True)
     return rows.drop(columns=["min", "max"])
 
 
@@ -183,6 +211,8 @@ def learning_figure(learning: pd.DataFrame) -> Figure:
     """Draw the validation accuracy per epoch of up to four exits: a row per network and data set, a panel per exit."""
     groups = [rows for _, rows in learning.groupby(GROUP, sort=False)]
     methods = list(dict.fromkeys(learning["method"]))
+    if len(methods) > _MANY:
+        return _small_learning(groups)
     chosen = [_spread_over(sorted(rows["exit"].unique()), 4) for rows in groups]
     across = max(map(len, chosen))
     with own_style():
@@ -204,6 +234,27 @@ def learning_figure(learning: pd.DataFrame) -> Figure:
                 axes.grid(axis="y")
             panels[line][0].set_ylabel("validation accuracy (%)")
         _legend(figure, methods)
+    return figure
+
+
+def _small_learning(groups: list[pd.DataFrame]) -> Figure:
+    """Draw a small panel per method with up to four of its exits."""
+    names = [list(dict.fromkeys(rows["method"])) for rows in groups]
+    with own_style():
+        figure, parts = _grids(groups, names, sharex=False)
+        for (part, panels), rows in zip(parts, groups, strict=True):
+            exits = _spread_over(sorted(rows["exit"].unique()), 4)
+            rows = rows.rename(columns={"epoch": "x", "validation_accuracy_mean": "accuracy_mean"})
+            for axes, method in zip(panels, dict.fromkeys(rows["method"]), strict=True):
+                for index, number in enumerate(exits):
+                    curve = rows[(rows["method"] == method) & (rows["exit"] == number)]
+                    axes.plot(curve["x"], curve["accuracy_mean"], color=COLOURS[index], lw=0.9, label=f"exit {number}")
+                axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True, min_n_ticks=1))
+            _limit(panels, rows[rows["exit"].isin(exits)])
+            part.supxlabel("epoch", fontsize=STYLE["axes.labelsize"])
+            part.supylabel("validation accuracy (%)", fontsize=STYLE["axes.labelsize"])
+        shown = {label: line for _, panels in parts for label, line in _handles(panels[0]).items()}
+        figure.legend(shown.values(), shown.keys(), loc="outside upper center", ncols=len(shown), frameon=False)
     return figure
 
 
@@ -246,9 +297,13 @@ def _methods(comparison: Comparison) -> list[str]:
     return list(dict.fromkeys(comparison.anytime["method"]))
 
 
-def _add_static(axes: Axes, comparison: Comparison, group: tuple[str, str], size: float) -> None:
-    rows = comparison.static
-    static = rows[(rows["backbone"] == group[0]) & (rows["dataset"] == group[1])]
+def _same_group(rows: pd.DataFrame, shown: pd.DataFrame) -> pd.DataFrame:
+    """Return those `rows` that are of the network and the data set of `shown`."""
+    return rows[(rows[GROUP] == shown[GROUP].iloc[0]).all(axis=1)]
+
+
+def _add_static(axes: Axes, comparison: Comparison, shown: pd.DataFrame, size: float) -> None:
+    static = _same_group(comparison.static, shown)
     if len(static):
         axes.plot(
             static["cost_mean"] / size,
@@ -261,8 +316,8 @@ def _add_static(axes: Axes, comparison: Comparison, group: tuple[str, str], size
         )
 
 
-Extra = Callable[[Axes, Comparison, tuple[str, str], float], None]
-"""Draws on a panel, given its axes, the comparison, (backbone, data set), and the size of the unit of cost."""
+Extra = Callable[[Axes, Comparison, pd.DataFrame, float], None]
+"""Draws on a panel, given its axes, the comparison, the rows that it shows, and the size of the unit of cost."""
 
 
 def _panels(
@@ -272,6 +327,8 @@ def _panels(
     names = _methods(comparison) if lines is None else lines
     methods = [method for method in names if method in set(frame["method"])]
     groups = [rows for _, rows in frame.groupby(GROUP, sort=False)]
+    if lines is None and any(rows["method"].nunique() > _MANY for rows in groups):
+        return _small_panels(comparison, groups, methods, cost, extra)
     across = _columns(len(groups), 3)
     down = -(-len(groups) // across)
     with own_style():
@@ -287,17 +344,111 @@ def _panels(
                 if len(curve):
                     _draw(axes, curve, cost, size, index)
             if extra:
-                extra(axes, comparison, (rows["backbone"].iloc[0], rows["dataset"].iloc[0]), size)
+                extra(axes, comparison, rows, size)
             axes.set_title(textwrap.fill(group_name(rows), _LETTERS))
             axes.set_xlabel(label)
             axes.grid(axis="y")
             axes.set_axisbelow(True)
-            axes.set_ylim(top=min(axes.get_ylim()[1], 100))
+            _limit([axes], rows.assign(x=rows[cost] / size))
         for line in panels:
             line[0].set_ylabel("accuracy (%)")
         labels = [text for axes in figure.axes for text in axes.get_legend_handles_labels()[1]]
         _legend(figure, methods + [name for name in dict.fromkeys(labels) if name not in methods])
     return figure
+
+
+def _small_panels(
+    comparison: Comparison, groups: list[pd.DataFrame], methods: list[str], cost: str, extra: Extra | None
+) -> Figure:
+    """Draw a small panel per method: its line, that of the baseline, and those of all other methods in grey."""
+    names = [[method for method in methods if method in set(rows["method"])] for rows in groups]
+    baselines = [baseline_of(methods, comparison.options.baseline or BASELINE) for methods in names]
+    shown = [[name for name in group if name != base] or group for group, base in zip(names, baselines, strict=True)]
+    with own_style():
+        figure, parts = _grids(groups, shown)
+        for (part, panels), rows, order, baseline in zip(parts, groups, shown, baselines, strict=True):
+            label, size = axis_of(comparison, rows[cost])
+            rows = rows.assign(x=rows[cost] / size)
+            curves = {name: curve.sort_values("x", kind="stable") for name, curve in rows.groupby("method")}
+            for axes, method in zip(panels, order, strict=True):
+                for curve in curves.values():
+                    axes.plot(curve["x"], curve["accuracy_mean"], color=_OTHERS, lw=0.5, zorder=1)
+                _draw_plain(axes, curves[baseline], {"color": "black", "linestyle": (0, (3, 1))})
+                _draw_plain(axes, curves[method], {"color": COLOURS[0], "marker": "" if cost == "cost_mean" else "."})
+                if extra:
+                    extra(axes, comparison, rows[rows["method"].isin([method, baseline])], size)
+            _limit(panels, rows)
+            part.supxlabel(label, fontsize=STYLE["axes.labelsize"])
+            part.supylabel("accuracy (%)", fontsize=STYLE["axes.labelsize"])
+        _, panels = max(parts, key=lambda part: len(part[1]))
+        first, own, *more = _handles(panels[0]).values()
+        base = baselines[0] if len(set(baselines)) == 1 else "the baseline"
+        named = {base: first, "the method of the panel": own, "other methods": Line2D([], [], color=_OTHERS, lw=0.5)}
+        named |= {str(handle.get_label()): handle for handle in more}
+        figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=len(named), frameon=False)
+    return figure
+
+
+def _grids(
+    groups: list[pd.DataFrame], methods: list[list[str]], sharex: bool = True
+) -> tuple[Figure, list[tuple[SubFigure, list[Axes]]]]:
+    """Return a figure with a part per network and data set, and in each a small panel per method, with its name."""
+    down = [-(-len(names) // _SMALL) for names in methods]
+    heights = [1.1 * rows + 0.6 for rows in down]
+    figure = Figure(figsize=(2 * WIDTH, sum(heights)), layout="constrained")
+    parts = []
+    figures = figure.subfigures(len(groups), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for part, rows, names, lines in zip(figures, groups, methods, down, strict=True):
+        grid = part.subplots(lines, _SMALL, sharex=sharex, sharey=True, squeeze=False).ravel()
+        for axes, name in zip(grid, names, strict=False):
+            axes.set_title(textwrap.fill(name, 20), fontsize=7)
+            axes.grid(axis="y")
+            axes.set_axisbelow(True)
+        for axes in grid[len(names) :]:
+            axes.axis("off")
+        for axes in grid[max(len(names) - _SMALL, 0) : len(names)]:
+            axes.tick_params(labelbottom=True)
+        part.suptitle(group_name(rows), fontsize=STYLE["axes.titlesize"])
+        parts.append((part, list(grid[: len(names)])))
+    return figure, parts
+
+
+def _draw_plain(axes: Axes, rows: pd.DataFrame, style: dict[str, Any]) -> None:
+    """Draw a method's line in a small panel, and a band of one sd."""
+    mean, sd = rows["accuracy_mean"], rows["accuracy_sd"]
+    axes.plot(rows["x"], mean, label=rows["method"].iloc[0], lw=1.0, **style)
+    axes.fill_between(rows["x"], mean - sd, mean + sd, color=style["color"], alpha=0.15, lw=0)
+
+
+def _limit(panels: list[Axes], rows: pd.DataFrame) -> None:
+    """Set the limits of accuracy of panels that share them, for the methods' lines in `rows`: their `x` and means.
+
+    A line far below the others is cut off, and its lowest value is written at the bottom.
+    """
+    means = rows.groupby("method", sort=False)["accuracy_mean"]
+    bottom, _ = without_outliers(means.min(), means.max())
+    if bottom <= means.min().min():
+        for axes in panels:
+            axes.set_ylim(top=min(axes.get_ylim()[1], 100))
+        return
+    top = max(axes.dataLim.y1 for axes in panels)
+    room = 0.05 * (top - bottom)
+    lowest = rows.loc[means.idxmin(), ["method", "x", "accuracy_mean"]]
+    for axes in panels:
+        axes.set_ylim(bottom - room, min(top + room, 100))
+        left, right = axes.get_xlim()
+        lines = _handles(axes)
+        for name, x, y in lowest[lowest["accuracy_mean"] < bottom].itertuples(index=False):
+            if name in lines:
+                side = "left" if x < (2 * left + right) / 3 else "right" if x > (left + 2 * right) / 3 else "center"
+                colour = lines[name].get_color()
+                axes.text(x, bottom - room, f"↓ {y:.1f}", ha=side, va="bottom", fontsize=6.5, color=colour)
+
+
+def _handles(axes: Axes) -> dict[str, Any]:
+    """Return what a legend of these axes shows: {label: line}."""
+    handles, labels = axes.get_legend_handles_labels()
+    return dict(zip(labels, handles, strict=True))
 
 
 def _columns(panels: int, limit: int) -> int:

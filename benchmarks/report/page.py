@@ -17,17 +17,20 @@ from importlib.resources import files
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
 from exitkit.benchmarks.report.drawing import MarkerStyle, MaxNLocator, Outline, own_style
 from exitkit.benchmarks.report.figures import COLOURS, DASHES, MARKERS
+from exitkit.benchmarks.report.statistics import without_outliers
 from exitkit.benchmarks.report.wide_tables import MISSING
 from exitkit.escaping import printable
 
 WIDTH, HEIGHT, TOP, RIGHT, BOTTOM = 720, 400, 38, 20, 56  # a chart and its margins in SVG units; the page scales it
 ROW, SPACING = 30, 24  # height of a row in a chart of intervals, and of a further line of its name
 LETTERS, LABEL = 20, 50  # the most characters in a line of a row's name and of an axis label there
+EDGE = 9  # distance from the end of the axis of the triangle of a value beyond it
 LINE, MARKER = 1.8, 8.5  # width of a line, which scales its dashes (as in matplotlib); size of a marker
 DOTS: Any = (0, (1, 1.65))  # matplotlib's ":"
 CROWDED = 12  # lines of more points show only some markers, as in the figures; every point has a tooltip
@@ -190,32 +193,41 @@ def _typeset(text: str) -> Markup:
 
 
 def _chart(chart: Chart) -> dict[str, Any]:
-    """Return the template values of a chart besides its fields: positions as text, in SVG units."""
+    """Return the template values of a chart besides its fields: positions as text, in SVG units.
+
+    Series far below the others are cut off at the bottom, and the caption names them.
+    """
     finite = [[point for point in series.points if math.isfinite(point.x + point.y)] for series in chart.series]
     points = [point for some in finite for point in some]
+    lowest = {series.name: min(p.y for p in some) for series, some in zip(chart.series, finite, strict=True) if some}
+    bottom, _ = without_outliers(list(lowest.values()), [max(point.y for point in some) for some in finite if some])
+    below = {name: value for name, value in lowest.items() if value < bottom and not chart.y_values}
+    values = [value for point in points for value in (point.y, *_band(point))] + [*chart.y_values]
     x_low, x_high, x_ticks = _axis([point.x for point in points])
-    y_low, y_high, y_ticks = _axis(
-        [value for point in points for value in (point.y, *_band(point))] + [*chart.y_values]
-    )
+    y_low, y_high, y_ticks = _axis([max(value, bottom) for value in values] if below else values)
     if "%" in chart.y_label and all(point.y <= 100 for point in points):
         y_high = min(y_high, 100.0)  # no accuracy is above 100 %, though an error band may be
-    left, right, bottom = 14 + 11 * max(len(text) for _, text in y_ticks), WIDTH - RIGHT, HEIGHT - BOTTOM
+    left, right, base = 14 + 11 * max(len(text) for _, text in y_ticks), WIDTH - RIGHT, HEIGHT - BOTTOM
 
     def x(value: float) -> str:
         return f"{left + (value - x_low) / (x_high - x_low) * (right - left):.2f}"
 
     def y(value: float) -> str:
-        return f"{bottom - (min(value, y_high) - y_low) / (y_high - y_low) * (bottom - TOP):.2f}"
+        return f"{base - (min(value, y_high) - y_low) / (y_high - y_low) * (base - TOP):.2f}"
 
+    names = ", ".join(f"{name} (down to {value:.1f})" for name, value in below.items())
     return {
-        "frame": (left, TOP, right, bottom),
+        "caption": f"{chart.caption} Cut off at the bottom: {names}.".strip() if below else chart.caption,
+        "cut": bool(below),
+        "frame": (left, TOP, right, base),
         "x_ticks": [(x(value), text) for value, text in x_ticks],
         "y_ticks": [(y(value), text) for value, text in y_ticks if value <= y_high],
-        "series": [_series(series, some, x, y) for series, some in zip(chart.series, finite, strict=True)],
+        "series": [_series(series, some, x, y, y_low) for series, some in zip(chart.series, finite, strict=True)],
     }
 
 
-def _series(series: Series, points: list[Point], x: Scale, y: Scale) -> dict[str, Any]:
+def _series(series: Series, points: list[Point], x: Scale, y: Scale, low: float) -> dict[str, Any]:
+    """Return the template values of a series; points below `low` have a tooltip at the bottom, and no marker."""
     colour, dash = COLOURS[series.index % len(COLOURS)], DOTS if series.dotted else DASHES[series.index % len(DASHES)]
     bands, bars = [], []
     # A band is interrupted at points without one; a band of a single point is drawn as a bar.
@@ -236,21 +248,28 @@ def _series(series: Series, points: list[Point], x: Scale, y: Scale) -> dict[str
         "band": "".join(bands),
         "bars": "".join(bars),
         "marks": [
-            (x(p.x), y(p.y), p.facts, series.dotted or n % every != 2 * series.index % every)
+            (x(p.x), y(max(p.y, low)), p.facts, series.dotted or p.y < low or n % every != 2 * series.index % every)
             for n, p in enumerate(points)
         ],
     }
 
 
 def _intervals(chart: Intervals) -> dict[str, Any]:
-    """Return the template values of a chart of intervals besides its fields, in SVG units."""
-    ends = [value for row in chart.rows for value in (row.value, row.low, row.high)]
-    low, high, ticks = _axis([value for value in [0.0, *ends, *chart.x_values] if math.isfinite(value)], most=5)
+    """Return the template values of a chart of intervals besides its fields, in SVG units.
+
+    Values far outside the others are triangles at the edge, with the value beside them.
+    """
+    ends = [value for row in chart.rows for value in (row.value, row.low, row.high)] + [*chart.x_values]
+    if not chart.x_values:
+        whole = [(row.value, row.low, row.high) for row in chart.rows]
+        least, most = without_outliers([np.nanmin(values) for values in whole], [np.nanmax(values) for values in whole])
+        ends = np.clip(ends, min(least, 0.0), max(most, 0.0)).tolist()
+    low, high, ticks = _axis([value for value in [0.0, *ends] if math.isfinite(value)], most=5)
     names = [textwrap.wrap(row.name, LETTERS) or [""] for row in chart.rows]
     left, right = 14 + 13 * max((len(line) for name in names for line in name), default=0), WIDTH - RIGHT
 
     def x(value: float) -> str:
-        return f"{left + (value - low) / (high - low) * (right - left):.2f}"
+        return f"{left + (min(max(value, low), high) - low) / (high - low) * (right - left):.2f}"
 
     top, rows = ROW / 2, []
     for row, lines in zip(chart.rows, names, strict=True):
@@ -258,7 +277,12 @@ def _intervals(chart: Intervals) -> dict[str, Any]:
         middle = top + height / 2
         bar = f"M{x(row.low)} {middle:g}H{x(row.high)}" if math.isfinite(row.low + row.high) else ""
         text = [(f"{top + ROW / 2 + SPACING * n:g}", line) for n, line in enumerate(lines)]
-        rows.append({"text": text, "bar": bar, "x": x(row.value), "y": f"{middle:g}", **vars(row)})
+        marker = _marker("<" if row.value < low else ">" if row.value > high else MARKERS[0])
+        value = f"{row.value:.1f}".replace("-", "−")
+        edge = (1, value) if row.value < low else (-1, value) if row.value > high else ()
+        at = f"{(left if row.value < low else right) + EDGE * edge[0]:.2f}" if edge else x(row.value)
+        shape = {"marker": marker, "edge": edge, "x": at, "y": f"{middle:g}"}
+        rows.append({"text": text, "bar": bar, **shape, **vars(row)})
         top += height
     bottom, label = top + ROW / 2, textwrap.wrap(chart.x_label, LABEL)
     return {
@@ -266,7 +290,6 @@ def _intervals(chart: Intervals) -> dict[str, Any]:
         "ticks": [(x(value), text) for value, text in ticks],
         "zero": x(0.0),
         "rows": rows,
-        "marker": _marker(MARKERS[0]),
         "colour": COLOURS[0],
         "label": [(f"{bottom + 50 + SPACING * n:g}", line) for n, line in enumerate(label)],
         "height": f"{bottom + BOTTOM + SPACING * (len(label) - 1):g}",

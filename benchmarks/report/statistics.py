@@ -1,4 +1,4 @@
-"""Statistics of comparisons: differences paired by seed, Holm's correction, area under a curve."""
+"""Statistics of comparisons: differences paired by seed, Holm's correction, area under a curve, outliers."""
 
 from __future__ import annotations
 
@@ -81,3 +81,21 @@ def area_under_curve(cost: ArrayLike, accuracy: ArrayLike, low: float, high: flo
     inside = unique[(unique > low) & (unique < high)]
     x = np.concatenate([[low], inside, [high]])
     return float(trapezoid(np.interp(x, unique, best), x) / (high - low))
+
+
+def without_outliers(lows: ArrayLike, highs: ArrayLike) -> tuple[float, float]:
+    """Return the limits of an axis for the ranges from `lows` to `highs`, without those far from the others.
+
+    Far: more than three interquartile ranges outside the quartiles, Tukey's outer fences. All ranges are in the limits
+    unless the axis would be more than twice as long with them.
+    """
+    bottoms, tops = np.asarray(lows, dtype=np.float64), np.asarray(highs, dtype=np.float64)
+    bottoms, tops = bottoms[np.isfinite(bottoms)], tops[np.isfinite(tops)]
+    if not len(bottoms) or not len(tops):
+        return np.nan, np.nan
+    first, third = np.quantile(bottoms, [0.25, 0.75])
+    low = float(bottoms[bottoms >= first - 3 * (third - first)].min())
+    first, third = np.quantile(tops, [0.25, 0.75])
+    high = float(tops[tops <= third + 3 * (third - first)].max())
+    whole = float(bottoms.min()), float(tops.max())
+    return (low, high) if whole[1] - whole[0] > 2 * (high - low) else whole

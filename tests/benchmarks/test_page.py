@@ -11,6 +11,8 @@ import pytest
 
 from exitkit.benchmarks.report.figures import COLOURS
 from exitkit.benchmarks.report.page import (
+    BOTTOM,
+    HEIGHT,
     TOP,
     Cell,
     Chart,
@@ -238,6 +240,45 @@ def test_charts_of_intervals_share_an_axis_and_break_long_labels():
     labels = [attrs for attrs, text in long.all("text", class_="label") if "difference" in text or "name" in text]
     (plot,) = [attrs for attrs, _ in long.all("svg", class_="plot")]
     assert len(labels) > 1 and max(float(attrs["y"]) for attrs in labels) < float(plot["viewbox"].split()[3])
+
+
+def test_a_series_far_below_the_others_is_cut_off_and_named_in_the_caption():
+    near = [line(f"m{n}", n, [(float(x), 88 + 0.1 * n + x) for x in range(3)]) for n in range(5)]
+    far = line("cgt", 5, [(0.0, 88.0), (1.0, 43.5), (2.0, 60.0)])
+    text = page(chart(*near, far))
+    made = Page(text)
+    y = scale(made, "y")
+    assert "Cut off at the bottom: cgt (down to 43.5)." in text
+    (clip,) = made.all("clippath")
+    groups = [attrs for attrs, _ in made.all("g", class_="series")]
+    assert all(attrs["clip-path"] == f"url(#{clip[0]['id']})" for attrs in groups)
+    base = HEIGHT - BOTTOM
+    assert all(TOP < up <= base for _, up in places(made))  # every point has its tooltip in the chart
+    assert 86 < y(base) < 88 < 90 < y(TOP)
+    (path,) = [attrs["d"] for attrs, _ in made.all("path", class_="line") if attrs["d"].count("L") == 2][-1:]
+    assert float(path.split("L")[1].split()[1]) > 2 * base  # the line itself goes on below
+    plain = page(chart(*near))
+    assert "Cut off" not in plain and "clip-path=" not in plain
+
+
+def test_an_interval_far_from_the_others_is_a_triangle_at_the_edge_with_its_value():
+    near = [(f"m{n}", (0.1 * n, 0.1 * n - 0.3, 0.1 * n + 0.3), False) for n in range(6)]
+    made = Page(page(intervals(*near, ("cgt", (-28.4, -31.0, -25.8), True), ("up", (9.0, 2.0, 16.0), False))))
+    x = scale(made, "x")
+    assert -0.4 < x(places(made)[-2][0]) < -0.3 and 0.8 < x(places(made)[-1][0]) < 0.9
+    assert [text for _, text in made.all("text", class_="edge")] == ["−28.4", "9.0"]
+    shapes = [attrs["d"] for attrs, _ in made.all("path") if "data-facts" in attrs]
+    assert len(set(shapes)) == 3
+    shared = Page(page(intervals(*near, ("cgt", (-28.4, -31.0, -25.8), True), x_values=[-31.0])))
+    assert not list(shared.all("text", class_="edge"))
+
+
+def test_bands_of_many_series_are_shown_for_the_selected_one():
+    few, many = (Page(page(chart(*(line(f"m{n}", n) for n in range(count))))) for count in (8, 9))
+    assert [[attrs["class"] for attrs, _ in made.all("svg", role="img")] for made in (few, many)] == [
+        ["plot"],
+        ["plot many"],
+    ]
 
 
 def test_every_series_has_a_button_that_is_pressed():

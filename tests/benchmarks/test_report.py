@@ -677,12 +677,91 @@ def test_the_lead_says_of_how_many_images_and_crosses_are_told_where_they_are(tm
 
 
 def test_the_legend_of_many_methods_is_beside_the_panel():
-    figure = anytime_figure(collect([FakeRun(f"a method with a long name {n}", 0) for n in range(9)]))
+    figure = anytime_figure(collect([FakeRun(f"a method with a long name {n}", 0) for n in range(8)]))
     figure.draw_without_rendering()
     (legend,) = figure.legends
     box, panel = legend.get_window_extent(), figure.axes[0].get_window_extent()
     assert panel.x1 < box.x0 and box.x1 <= figure.bbox.x1 and 0 <= box.y0 < box.y1 <= figure.bbox.y1
     assert panel.width > 0.4 * figure.bbox.width and figure.get_figheight() < 3
+
+
+def many_runs(bad=43.5):
+    """Return runs of the baseline and nine other methods, of which `cgt` has a bad second exit."""
+    found = [FakeRun(name, 0) for name in ("joint", *(f"method {n}" for n in range(8)), "cgt")]
+    for run in found:
+        for out in run.parts.values():
+            wrong = 9 - out["labels"]
+            share = np.linspace(0, 1, len(wrong))
+            for k, accuracy in enumerate((0.5, 0.6, 0.7, 0.8) if run.label != "cgt" else (0.5, 0.02, 0.1, 0.2)):
+                answer = np.where(share < accuracy, out["labels"], wrong)
+                out["logits"][:, k] = 5 * np.eye(10, dtype=np.float32)[answer]
+    return found
+
+
+def test_many_methods_have_a_small_panel_each_beside_the_baseline():
+    found = collect(many_runs())
+    curve = found.curve.sort_values("cost_mean", kind="stable")
+    for figure, rows in ((anytime_figure(found), found.anytime), (budgeted_figure(found), curve)):
+        figure.draw_without_rendering()
+        panels = [axes for axes in figure.axes if axes.axison]
+        methods = [method for method in found.anytime["method"].unique() if method != "joint"]
+        assert [axes.get_title() for axes in panels] == methods
+        for axes, method in zip(panels, methods, strict=True):
+            labels = {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
+            assert list(labels) == ["joint", method]
+            for name, line in labels.items():
+                np.testing.assert_allclose(line.get_ydata(), rows[rows["method"] == name]["accuracy_mean"])
+            assert sum(line.get_label().startswith("_") for line in axes.lines) == len(methods) + 1  # all, in grey
+        (legend,) = figure.legends
+        assert [text.get_text() for text in legend.get_texts()] == ["joint", "the method of the panel", "other methods"]
+        titles = [axes.title.get_window_extent() for axes in panels]
+        assert all(left.x1 < right.x0 for left, right in pairwise(titles[:5]))
+
+
+def test_small_panels_of_several_data_sets_are_below_each_other_even_of_one_method(tmp_path):
+    others = [FakeRun(name, 0, dataset="other") for name in ("joint", "ge")]
+    found = collect([*others, *many_runs(), FakeRun("ge", 0, dataset="third")])
+    figure = anytime_figure(found)
+    figure.draw_without_rendering()
+    titles = [axes.get_title() for axes in figure.axes if axes.axison]
+    assert titles == [
+        "ge",
+        *(method for method in found.anytime["method"].unique() if method not in ("joint", "ge")),
+        "ge",
+    ]
+    parts = [part.get_suptitle() for part in figure.subfigs]
+    assert parts == ["tiny_net on other", "tiny_net on digits", "tiny_net on third"]
+    write_report(found, tmp_path, formats=["png"])
+
+
+def test_a_method_far_below_the_others_leaves_the_panel_where_its_lowest_value_is_written():
+    figure = anytime_figure(collect(many_runs()))
+    panels = {axes.get_title(): axes for axes in figure.axes if axes.axison}
+    assert [text.get_text() for text in panels["cgt"].texts] == ["↓ 2.0"]
+    assert not [axes for name, axes in panels.items() if name != "cgt" and axes.texts]
+    low, high = panels["method 0"].get_ylim()
+    assert 45 < low < 50 and 80 < high < 85
+    few = anytime_figure(collect([run for run in many_runs() if run.label in ("joint", "method 0", "cgt")]))
+    assert few.axes[0].get_ylim()[0] < 2 and not few.axes[0].texts  # of three methods, none is an outlier
+
+
+def test_learning_curves_of_many_methods_have_a_small_panel_each():
+    methods = ["joint", *(f"method {n}" for n in range(8)), "separate"]
+    rows = [
+        (method, "net", "digits", number, epoch, 10.0 if method == "separate" and epoch < 3 else 80.0 + epoch + number)
+        for method in methods
+        for number in (1, 2, 3, 4, 5)
+        for epoch in (1, 2, 3)
+    ]
+    columns = ["method", "backbone", "dataset", "exit", "epoch", "validation_accuracy_mean"]
+    figure = learning_figure(pd.DataFrame(rows, columns=columns))
+    panels = {axes.get_title(): axes for axes in figure.axes if axes.axison}
+    assert list(panels) == methods
+    exits = ["exit 1", "exit 2", "exit 4", "exit 5"]
+    assert all([line.get_label() for line in axes.lines] == exits for axes in panels.values())
+    assert panels["joint"].get_ylim()[0] > 70  # the epochs at chance are cut off
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == exits
 
 
 def differences_of(changes):
@@ -708,6 +787,17 @@ def test_the_figure_of_differences_has_the_intervals_of_the_table_and_fills_what
         np.testing.assert_allclose(bars, [[0.5, 1.5], [-5, 1], [np.nan, np.nan]])
         assert axes.get_ylim()[0] > 2 and axes.get_ylim()[1] < 0  # all are visible, with the first at the top
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == list(changes)
+
+
+def test_a_difference_far_from_the_others_is_a_triangle_at_the_edge():
+    changes = {f"m{n}": (0.1 * n, 0.4, 0.3) for n in range(6)} | {"cgt": (-28.4, 2.6, 0.01)}
+    for axes in differences_figure(differences_of(changes)).axes:
+        low, high = axes.get_xlim()
+        assert -1 < low < -0.4 and 0.9 < high < 1.5
+        assert [text.get_text() for text in axes.texts] == ["−28.4"]
+        (triangle,) = [line for line in axes.lines if line.get_marker() == "<"]
+        assert low < triangle.get_xdata()[0] < -0.3 and triangle.get_ydata()[0] == 6
+        assert triangle.get_markerfacecolor() != "white"  # significant
 
 
 @pytest.mark.parametrize("rows", ["no area", "area of one method", "long names"])

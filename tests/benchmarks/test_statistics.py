@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from exitkit.benchmarks.report.statistics import area_under_curve, holm, paired_difference
+from exitkit.benchmarks.report.statistics import area_under_curve, holm, paired_difference, without_outliers
 
 
 def test_a_paired_difference_is_scipys_paired_test():
@@ -32,3 +32,15 @@ def test_the_area_is_the_mean_height():
     assert area_under_curve([1, 2, 3], [10, 20, 30], 1.5, 2.5) == pytest.approx(20)
     assert area_under_curve([1, 1, 2], [5, 10, 20], 1, 2) == pytest.approx(15)
     assert np.isnan(area_under_curve([1, 2], [10, 20], 0.5, 2))
+
+
+def test_outliers_are_left_out_if_the_axis_is_then_less_than_half_as_long():
+    lows, highs = [88.0, 88.2, 88.1, 87.9, 88.3], [91.0, 91.1, 91.2, 90.9, 91.0]
+    assert without_outliers([*lows, 43.5], [*highs, 88.0]) == (87.9, 91.2)
+    assert without_outliers([*lows, 87.0], [*highs, 91.0]) == (87.0, 91.2)  # an outlier, but little would be gained
+    assert without_outliers([*lows, np.nan], [*highs, 130.0]) == (87.9, 91.2)
+    assert without_outliers([34, 38, 10], [42, 45, 12]) == (10, 45)  # of few values, none is far from the others
+    assert without_outliers([1.0], [1.0]) == (1.0, 1.0)
+    assert np.isnan(without_outliers([], [])).all()
+    quartiles = np.array([0.0, 1.0, 2.0, 3.0, 4.0, -5.0])  # quartiles 0.25 and 2.75: the fence is at -7.25
+    assert without_outliers(quartiles, quartiles) == (-5.0, 4.0)

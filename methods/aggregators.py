@@ -56,6 +56,11 @@ class Aggregated(TrainingStrategy):
         added=True,
     )
 
+    def unused_settings(self, yielded: frozenset[str] = frozenset()) -> dict[str, str]:
+        """Return the settings without effect: the size, for a direction that is not a mean."""
+        size = {} if self.is_mean else {"size": "a direction that has the length of a mean"}
+        return super().unused_settings(yielded) | size
+
     def aggregator(self, exits: int) -> aggregation.Aggregator:
         """Return torchjd's aggregator for K exits."""
         return type(self).make()

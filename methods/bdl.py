@@ -5,7 +5,7 @@ Transactions on Neural Networks and Learning Systems 2023, https://doi.org/10.11
 
 With exits k = 0..K-1, their weights a_k (all 1) and mean losses L_k, window w and gradients g of stage i and head k:
 
-    g(stage i) = sum_{k = i}^{min(i + w, K) - 1} a_k dL_k   (+ a_{K-1} dL_{K-1}, with `final`)
+    g(stage i) = sum_{k = i}^{min(i + w, K) - 1} a_k dL_k   (+ a_{K-1} dL_{K-1} with `final`, if k does not reach it)
     g(head k)  = a_k dL_k
 
 With `groups`, stages are divided into groups of consecutive stages, and exit k trains the stages of its group up to k:
@@ -39,8 +39,9 @@ class BlockDependentLosses(TrainingStrategy):
     Han et al., IEEE Transactions on Neural Networks and Learning Systems 2023,
     https://doi.org/10.1109/TNNLS.2023.3282249
 
-    For the parameters theta_i [D_i] of stage i: g_i = sum_{k=i}^{i+w-1} dL_k / dtheta_i + dL_{K-1} / dtheta_i, where
-    exits k = 0..K-1 have the losses L_k = mean_i CE(z_k,i, y_i) for logits z_k [B, C] and labels y [B].
+    For the parameters theta_i [D_i] of stage i: g_i = sum_k dL_k / dtheta_i over the exits k = i..i+w-1 and K-1, each
+    counted once, where exits k = 0..K-1 have the losses L_k = mean_i CE(z_k,i, y_i) for logits z_k [B, C] and labels
+    y [B].
 
     Example:
         >>> strategy = exitkit.build_strategy("bdl", window=2)

@@ -53,7 +53,7 @@ class ExitEnsembleDistillation(TrainingStrategy):
     paper: ClassVar[str] = "Lee and Lee, Students are the Best Teacher: Exit-Ensemble Distillation, arXiv 2021"
 
     mode: Literal["beed", "eed"] = setting("beed", "coefficients a_k that decrease from exit to exit, or all 1")
-    alpha: float = setting(1.15, "a, the base of the coefficients", search=(1.0, 1.5), needs={"mode": ("beed",)})
+    alpha: float = setting(1.15, "a, the base of the coefficients", search=(1.0, 1.25), needs={"mode": ("beed",)})
     beta: float = setting(1.6, "b, ratio of the weights of neighbouring exits in the ensemble; 1: equal weights")
     temperature: float = setting(3.0, "T, temperature of both softmaxes", search=(1.0, 5.0))
     hint_weight: float = setting(0.1, "h, weight of the distance to the ensemble's feature; 0: no hints")
@@ -72,6 +72,10 @@ class ExitEnsembleDistillation(TrainingStrategy):
                 raise UserError(f"{name} is {getattr(self, name)}; expected above 0")
         if not (self.hint_weight >= 0 and math.isfinite(self.hint_weight)):
             raise UserError(f"hint_weight is {self.hint_weight}; expected at least 0")
+
+    def unused_settings(self, yielded: frozenset[str] = frozenset()) -> dict[str, str]:
+        """Return the settings without effect; without hints the kind of features has none."""
+        return super().unused_settings(yielded) | ({} if self.hint_weight else {"hints": "hint_weight above 0"})
 
     def coefficients(self, exits: int) -> list[float]:
         """Return a_k of every exit."""

@@ -104,6 +104,11 @@ class BeYourOwnTeacher(TrainingStrategy):
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
             raise UserError(f"temperature is {self.temperature}; expected above 0")
 
+    def unused_settings(self, yielded: frozenset[str] = frozenset()) -> dict[str, str]:
+        """Return the settings without effect; without hints those of the hints have none."""
+        hints = {} if self.hint_weight else dict.fromkeys(("hint", "skip_deepest"), "hint_weight above 0")
+        return super().unused_settings(yielded) | hints
+
     def prepare(self, run: Run) -> None:
         """Make the maps A_k of the exits that have a hint."""
         make_hint_adapters(run, self._hinted(run))

@@ -56,6 +56,11 @@ def add_equilibrium(network: MultiExitNetwork, scope: Scope, variant: Variant) -
         UserError: there is no released code for this family, or the network has no coarsest scale.
     """
     if variant == "released" and network.family in CHAINS:
+        if scope != "coarsest":
+            raise UserError(
+                f"ge_scope is {scope}, and the released code for {network.family} networks rescales at one place; "
+                "leave ge_scope out, or use variant=paper"
+            )
         network.add_tap(ReleasedChainTap())
         return
     if variant == "released" and network.family != "msdnet":

@@ -21,7 +21,7 @@ Networks, ICML 2017, section 4.2, https://arxiv.org/abs/1706.04599) that is fitt
 confidences of all exits mean the same.
 
 What differs from the code of shallow-deep networks: it augments the images in every epoch (`views = none`), trains with
-Adam, weights the exits by a ramp, and does not calibrate; `heads+joint` with `weights=sdn` has its ramp.
+Adam, leaves the batch normalisation of the fixed trunk in training mode, and does not calibrate.
 """
 
 from __future__ import annotations
@@ -81,4 +81,4 @@ class Heads(TrainingStrategy):
         kept = range(exits - (not self.last))
         trained = ("heads.",) if self.last else tuple(f"heads.{index}." for index in kept)
         trunk = FrozenTrunk(self.views, self.cache)
-        return [Phase("heads", self, epochs, (*trained, "link."), trunk=trunk, calibrate=self.calibrate)]
+        return [Phase("heads", self, epochs, (*trained, "link."), "frozen", trunk=trunk, calibrate=self.calibrate)]

@@ -73,7 +73,7 @@ class Estimate:
         # A sweep may add phases; each added phase is assumed to cost as much as the last timed one.
         steps = timing.phases + timing.phases[-1:] * len(phases)
         seconds = [timing.images * _per_image(phase, step) for phase, step in zip(phases, steps, strict=False)]
-        return sum(seconds[first_phase(recipe, len(phases)) :])
+        return sum(seconds[first_phase(recipe, phases) :])
 
     def peak_mib(self, recipe: ResolvedRecipe) -> float:
         """Return the estimated peak memory of a run's process in MiB, on a GPU that of its tensors; NaN: unknown.

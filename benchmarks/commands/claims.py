@@ -103,7 +103,7 @@ def _document(shipped: list[Claim], verdicts: list[Verdict]) -> str:
         difference = f"{verdict.mean:+.2f} [{verdict.low:+.2f}, {verdict.high:+.2f}]" if known else "–"
         numbers = [
             difference,
-            f"{verdict.visible:.2f}" if known else "–",
+            "–" if math.isnan(verdict.visible) else f"{verdict.visible:.2f}",
             str(verdict.n),
             "–" if math.isnan(p) else f"{p:.3g}",
         ]

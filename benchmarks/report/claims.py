@@ -68,7 +68,8 @@ class Claim:
 class Verdict(NamedTuple):
     """Result of a claim's test: mean difference over n seeds minus `above`, its interval, p-value, verdict in words.
 
-    `visible` is half the width of the interval: the smallest effect that the study could have shown.
+    `visible` is half the width of the interval: the smallest effect that the study could have shown; NaN if all seeds
+    have the same nonzero difference.
     """
 
     mean: float
@@ -125,10 +126,11 @@ def judge(claim: Claim, runs: Sequence[FinishedRun], options: ReportOptions) -> 
         return Verdict(np.nan, np.nan, np.nan, np.nan, np.nan, len(seeds), VERDICTS[3])
     totals = [sum(np.array([values[seed] for seed in seeds]) for values in side) for side in sides]
     change = paired_difference(totals[0] - claim.above, totals[1] * np.ones(len(seeds)), LEVEL)
+    visible = (change.high - change.low) / 2
     if np.isnan(change.low):  # the same in all seeds
         change = change._replace(low=change.mean, high=change.mean)
     verdict = VERDICTS[0] if change.low > 0 else VERDICTS[1] if change.high < 0 else VERDICTS[2]
-    return Verdict(change.mean, change.low, change.high, change.p, (change.high - change.low) / 2, len(seeds), verdict)
+    return Verdict(change.mean, change.low, change.high, change.p, visible, len(seeds), verdict)
 
 
 def _by_seed(term: Term, runs: Sequence[FinishedRun], options: ReportOptions, budgets: np.ndarray) -> dict[int, float]:

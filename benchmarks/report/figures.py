@@ -152,10 +152,10 @@ def _limit_differences(axes: Axes, rows: pd.DataFrame, order: list[str]) -> None
     """Set the limits of a panel of differences; those far from the others are cut off, and written at the edge."""
     low, high = without_outliers(rows["low"].fillna(rows["mean"]), rows["high"].fillna(rows["mean"]))
     low, high = min(low, 0), max(high, 0)
-    far = rows[~rows["mean"].between(low, high)]
-    if far.empty:
-        return
     room = 0.06 * (high - low)
+    far = rows[~rows["mean"].between(low - 2 * room, high + 2 * room)]
+    if far.empty or low == high:
+        return
     axes.set_xlim(low - 2 * room, high + 2 * room)
     for name, mean, p in far[["method", "mean", "p_holm"]].itertuples(index=False):
         edge, inside, marker, side = (low, 1, "<", "left") if mean < low else (high, -1, ">", "right")
@@ -242,19 +242,27 @@ def _small_learning(groups: list[pd.DataFrame]) -> Figure:
     names = [list(dict.fromkeys(rows["method"])) for rows in groups]
     with own_style():
         figure, parts = _grids(groups, names, sharex=False)
-        for (part, panels), rows in zip(parts, groups, strict=True):
-            exits = _spread_over(sorted(rows["exit"].unique()), 4)
+        chosen = [_spread_over(sorted(rows["exit"].unique()), 4) for rows in groups]
+        numbers = sorted(set().union(*chosen))
+        colours = {exit: COLOURS[n % len(COLOURS)] for n, exit in enumerate(numbers)}
+        for (part, panels), rows, exits in zip(parts, groups, chosen, strict=True):
             rows = rows.rename(columns={"epoch": "x", "validation_accuracy_mean": "accuracy_mean"})
             for axes, method in zip(panels, dict.fromkeys(rows["method"]), strict=True):
-                for index, number in enumerate(exits):
-                    curve = rows[(rows["method"] == method) & (rows["exit"] == number)]
-                    axes.plot(curve["x"], curve["accuracy_mean"], color=COLOURS[index], lw=0.9, label=f"exit {number}")
+                for exit in exits:
+                    curve = rows[(rows["method"] == method) & (rows["exit"] == exit)]
+                    axes.plot(curve["x"], curve["accuracy_mean"], color=colours[exit], lw=0.9, label=f"exit {exit}")
                 axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True, min_n_ticks=1))
             _limit(panels, rows[rows["exit"].isin(exits)])
+            for axes in panels:
+                bottom, _ = axes.get_ylim()
+                below = [str(k) for k, line in zip(exits, axes.lines, strict=True) if max(line.get_ydata()) < bottom]
+                if below:
+                    text = f"↓ exit {', '.join(below)}"
+                    axes.text(0.98, 0, text, ha="right", va="bottom", fontsize=6.5, transform=axes.transAxes)
             part.supxlabel("epoch", fontsize=STYLE["axes.labelsize"])
             part.supylabel("validation accuracy (%)", fontsize=STYLE["axes.labelsize"])
         shown = {label: line for _, panels in parts for label, line in _handles(panels[0]).items()}
-        figure.legend(shown.values(), shown.keys(), loc="outside upper center", ncols=len(shown), frameon=False)
+        _legend_above(figure, {f"exit {exit}": shown[f"exit {exit}"] for exit in colours})
     return figure
 
 
@@ -380,12 +388,17 @@ def _small_panels(
             _limit(panels, rows)
             part.supxlabel(label, fontsize=STYLE["axes.labelsize"])
             part.supylabel("accuracy (%)", fontsize=STYLE["axes.labelsize"])
+        one = len(set(baselines)) == 1
+        if not one:
+            for (part, _), rows, baseline in zip(parts, groups, baselines, strict=True):
+                part.suptitle(f"{group_name(rows)}; dashed: {baseline}", fontsize=STYLE["axes.titlesize"])
         _, panels = max(parts, key=lambda part: len(part[1]))
-        first, own, *more = _handles(panels[0]).values()
-        base = baselines[0] if len(set(baselines)) == 1 else "the baseline"
-        named = {base: first, "the method of the panel": own, "other methods": Line2D([], [], color=_OTHERS, lw=0.5)}
-        named |= {str(handle.get_label()): handle for handle in more}
-        figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=len(named), frameon=False)
+        first, own, *_ = _handles(panels[0]).values()
+        named = {baselines[0] if one else "the baseline": first, "the method of the panel": own}
+        named["other methods"] = Line2D([], [], color=_OTHERS, lw=0.5)
+        for _, panels in parts:
+            named |= {label: line for label, line in _handles(panels[0]).items() if label not in methods}
+        _legend_above(figure, named)
     return figure
 
 
@@ -394,14 +407,16 @@ def _grids(
 ) -> tuple[Figure, list[tuple[SubFigure, list[Axes]]]]:
     """Return a figure with a part per network and data set, and in each a small panel per method, with its name."""
     down = [-(-len(names) // _SMALL) for names in methods]
-    heights = [1.1 * rows + 0.6 for rows in down]
+    titles = [[textwrap.fill(name, 20) for name in names] for names in methods]
+    longest = [[max(some[n : n + _SMALL], key=_lines) for n in range(0, len(some), _SMALL)] for some in titles]
+    heights = [0.97 * rows + 0.13 * sum(map(_lines, some)) + 0.6 for rows, some in zip(down, longest, strict=True)]
     figure = Figure(figsize=(2 * WIDTH, sum(heights)), layout="constrained")
     parts = []
     figures = figure.subfigures(len(groups), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for part, rows, names, lines in zip(figures, groups, methods, down, strict=True):
-        grid = part.subplots(lines, _SMALL, sharex=sharex, sharey=True, squeeze=False).ravel()
+    for part, rows, names, height in zip(figures, groups, titles, down, strict=True):
+        grid = part.subplots(height, _SMALL, sharex=sharex, sharey=True, squeeze=False).ravel()
         for axes, name in zip(grid, names, strict=False):
-            axes.set_title(textwrap.fill(name, 20), fontsize=7)
+            axes.set_title(name, fontsize=7)
             axes.grid(axis="y")
             axes.set_axisbelow(True)
         for axes in grid[len(names) :]:
@@ -411,6 +426,10 @@ def _grids(
         part.suptitle(group_name(rows), fontsize=STYLE["axes.titlesize"])
         parts.append((part, list(grid[: len(names)])))
     return figure, parts
+
+
+def _lines(text: str) -> int:
+    return text.count("\n") + 1
 
 
 def _draw_plain(axes: Axes, rows: pd.DataFrame, style: dict[str, Any]) -> None:
@@ -426,7 +445,7 @@ def _limit(panels: list[Axes], rows: pd.DataFrame) -> None:
     A line far below the others is cut off, and its lowest value is written at the bottom.
     """
     means = rows.groupby("method", sort=False)["accuracy_mean"]
-    bottom, _ = without_outliers(means.min(), means.max())
+    bottom, _ = without_outliers(means.min(), means.max().max())
     if bottom <= means.min().min():
         for axes in panels:
             axes.set_ylim(top=min(axes.get_ylim()[1], 100))
@@ -511,6 +530,14 @@ def _legend(figure: Figure, methods: list[str]) -> None:
         columnspacing=1.2,
         handletextpad=0.5,
     )
+
+
+def _legend_above(figure: Figure, lines: dict[str, Any]) -> None:
+    """Add a legend above all panels, in as many columns as fit."""
+    names = list(lines)
+    widths = {n: _legend_width(names, n) for n in range(len(names), 0, -1)}
+    columns = next((n for n, width in widths.items() if width < figure.get_figwidth()), 1)
+    figure.legend(lines.values(), names, loc="outside upper center", ncols=columns, frameon=False)
 
 
 def _legend_width(names: list[str], columns: int) -> float:

@@ -30,6 +30,7 @@ from exitkit.escaping import printable
 WIDTH, HEIGHT, TOP, RIGHT, BOTTOM = 720, 400, 38, 20, 56  # a chart and its margins in SVG units; the page scales it
 ROW, SPACING = 30, 24  # height of a row in a chart of intervals, and of a further line of its name
 LETTERS, LABEL = 20, 50  # the most characters in a line of a row's name and of an axis label there
+MANY = 8  # charts of more series show the bands of the selected one only
 EDGE = 9  # distance from the end of the axis of the triangle of a value beyond it
 LINE, MARKER = 1.8, 8.5  # width of a line, which scales its dashes (as in matplotlib); size of a marker
 DOTS: Any = (0, (1, 1.65))  # matplotlib's ":"
@@ -200,7 +201,7 @@ def _chart(chart: Chart) -> dict[str, Any]:
     finite = [[point for point in series.points if math.isfinite(point.x + point.y)] for series in chart.series]
     points = [point for some in finite for point in some]
     lowest = {series.name: min(p.y for p in some) for series, some in zip(chart.series, finite, strict=True) if some}
-    bottom, _ = without_outliers(list(lowest.values()), [max(point.y for point in some) for some in finite if some])
+    bottom, _ = without_outliers(list(lowest.values()), max((point.y for point in points), default=math.nan))
     below = {name: value for name, value in lowest.items() if value < bottom and not chart.y_values}
     values = [value for point in points for value in (point.y, *_band(point))] + [*chart.y_values]
     x_low, x_high, x_ticks = _axis([point.x for point in points])
@@ -216,8 +217,12 @@ def _chart(chart: Chart) -> dict[str, Any]:
         return f"{base - (min(value, y_high) - y_low) / (y_high - y_low) * (base - TOP):.2f}"
 
     names = ", ".join(f"{name} (down to {value:.1f})" for name, value in below.items())
+    caption = [chart.caption, f"Cut off at the bottom: {names}." if below else ""]
+    if len(chart.series) > MANY and any(_band(point) for point in points):
+        caption.append("Select a series above the chart to see its band.")
     return {
-        "caption": f"{chart.caption} Cut off at the bottom: {names}.".strip() if below else chart.caption,
+        "caption": " ".join(filter(None, caption)),
+        "many": len(chart.series) > MANY,
         "cut": bool(below),
         "frame": (left, TOP, right, base),
         "x_ticks": [(x(value), text) for value, text in x_ticks],
@@ -263,7 +268,9 @@ def _intervals(chart: Intervals) -> dict[str, Any]:
     if not chart.x_values:
         whole = [(row.value, row.low, row.high) for row in chart.rows]
         least, most = without_outliers([np.nanmin(values) for values in whole], [np.nanmax(values) for values in whole])
-        ends = np.clip(ends, min(least, 0.0), max(most, 0.0)).tolist()
+        least, most = min(least, 0.0), max(most, 0.0)
+        if least < most and any(not least <= row.value <= most for row in chart.rows):
+            ends = np.clip(ends, least, most).tolist()
     low, high, ticks = _axis([value for value in [0.0, *ends] if math.isfinite(value)], most=5)
     names = [textwrap.wrap(row.name, LETTERS) or [""] for row in chart.rows]
     left, right = 14 + 13 * max((len(line) for name in names for line in name), default=0), WIDTH - RIGHT

@@ -89,7 +89,7 @@ def without_outliers(lows: ArrayLike, highs: ArrayLike) -> tuple[float, float]:
     Far: more than three interquartile ranges outside the quartiles, Tukey's outer fences. All ranges are in the limits
     unless the axis would be more than twice as long with them.
     """
-    bottoms, tops = np.asarray(lows, dtype=np.float64), np.asarray(highs, dtype=np.float64)
+    bottoms, tops = (np.atleast_1d(np.asarray(values, dtype=np.float64)) for values in (lows, highs))
     bottoms, tops = bottoms[np.isfinite(bottoms)], tops[np.isfinite(tops)]
     if not len(bottoms) or not len(tops):
         return np.nan, np.nan

@@ -91,11 +91,13 @@ def _probes(run: FinishedRun) -> dict[str, pd.DataFrame]:
         return {}
     cosine = probes["cosine"][:, :-1]  # of the trunk: the last stage is read by one exit
     pairs = np.triu(np.ones(cosine.shape[-2:], dtype=bool), 1) & ~np.isnan(cosine)
-    rows = {
-        "epoch": probes["epoch"],
-        "conflict": 100 * ((cosine < 0) & pairs).sum((1, 2, 3)) / pairs.sum((1, 2, 3)),
-        "variance": np.log(probes["total_variance"][:, :-1]).mean(1),
-    }
+    variance = probes["total_variance"][:, :-1]
+    with np.errstate(divide="ignore", invalid="ignore"):  # of a frozen trunk both are unknown
+        rows = {
+            "epoch": probes["epoch"],
+            "conflict": 100 * ((cosine < 0) & pairs).sum((1, 2, 3)) / pairs.sum((1, 2, 3)),
+            "variance": np.log(np.where(variance > 0, variance, np.nan)).mean(1),
+        }
     rows |= {f"valid_{k}": 100 * share for k, share in enumerate(probes["valid"].T, 1)}
     if "weights" in probes:
         losses, weights = probes["losses"][:, :, -1], probes["weights"]

@@ -41,7 +41,9 @@ Shapes: N samples, K exits, C classes, P operating points. Exits are indexed fro
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
+from functools import partial
 from math import ceil, inf, log, log1p
 
 import numpy as np
@@ -248,8 +250,9 @@ def p_values(
 def samples_needed(test: str, epsilon: float, delta: float, *, per_exit: bool = False) -> int:
     """Return the smallest number of samples with which a test can pass at all if no loss is negative.
 
-    With all losses 0, the p-value of n samples is (1 - epsilon)^n. That of betting is 1 / (1 + c epsilon /
-    (1 - epsilon))^n at the largest bet, and 1 / (1 + c epsilon / (1 + epsilon))^n per exit, where n samples count.
+    With all losses 0, the p-value of n samples is (1 - epsilon)^n. That of betting is at least 1 / (1 + c epsilon /
+    (1 - epsilon))^n, the value at the largest bet; the number is searched from there on. Per exit, where n samples
+    count, the result is that of the largest bet, 1 / (1 + c epsilon / (1 + epsilon))^n: a lower bound.
 
     Args:
         test: one of `TESTS`.
@@ -265,7 +268,15 @@ def samples_needed(test: str, epsilon: float, delta: float, *, per_exit: bool = 
         rate = inf
     else:
         rate = log1p(BOLDEST * epsilon / (1 - epsilon)) if test == "betting" else -log1p(-epsilon)
-    return max(1, ceil(log(1 / delta) / rate))
+    least = max(1, ceil(log(1 / delta) / rate))
+    if test == "betting" and not per_exit:
+        passes = partial(_perfect_pass, epsilon, delta)
+        return least + bisect_left(range(least, 20 * least), True, key=passes)
+    return least
+
+
+def _perfect_pass(epsilon: float, delta: float, samples: int) -> bool:
+    return bool(betting_p_values(np.zeros((1, samples)), epsilon, delta)[0] <= delta)
 
 
 def exits_to_control(test: str, rates: ArrayLike, samples: int, epsilon: float, delta: float) -> Booleans:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,8 +77,8 @@ class Job:
 
     @property
     def first(self) -> int:
-        """Index of the first phase to train: 1 if `init_from` replaces phase 0, else 0."""
-        return first_phase(self.recipe, len(self.phases))
+        """Index of the first phase to train, see `first_phase`."""
+        return first_phase(self.recipe, self.phases)
 
 
 def resolve(recipe: Recipe) -> ResolvedRecipe:
@@ -199,9 +199,14 @@ def make_phases(strategy: TrainingStrategy, epochs: int, exits: int) -> list[Pha
     return list(phases)
 
 
-def first_phase(recipe: Recipe, phases: int) -> int:
-    """Return the index of the first phase to train: 1 if another run's weights replace phase 0, else 0."""
-    return 1 if recipe.init_from and phases > 1 else 0
+def first_phase(recipe: Recipe, phases: Sequence[Phase]) -> int:
+    """Return the index of the first phase to train: 1 if the weights of `init_from` replace phase 0, else 0.
+
+    They replace a phase that trains all stages, and not, for example, the first branch alone.
+    """
+    trains = phases[0].train
+    whole = trains == "all" or (isinstance(trains, tuple) and "stages." in trains)
+    return 1 if recipe.init_from and len(phases) > 1 and whole else 0
 
 
 def load_data(recipe: Recipe, split: Path | None = None) -> Data:

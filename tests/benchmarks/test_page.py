@@ -261,6 +261,12 @@ def test_a_series_far_below_the_others_is_cut_off_and_named_in_the_caption():
     assert "Cut off" not in plain and "clip-path=" not in plain
 
 
+def test_the_caption_says_that_bands_are_shown_on_selection():
+    lines = [Series(f"m{n}", [Point(x, 50.0 + n + x, 49.0, 51.0, [("n", "1")]) for x in range(3)], n) for n in range(9)]
+    assert "Select a series above the chart to see its band." in page(chart(*lines))
+    assert "Select a series" not in page(chart(*lines[:8]))
+
+
 def test_an_interval_far_from_the_others_is_a_triangle_at_the_edge_with_its_value():
     near = [(f"m{n}", (0.1 * n, 0.1 * n - 0.3, 0.1 * n + 0.3), False) for n in range(6)]
     made = Page(page(intervals(*near, ("cgt", (-28.4, -31.0, -25.8), True), ("up", (9.0, 2.0, 16.0), False))))
@@ -271,6 +277,20 @@ def test_an_interval_far_from_the_others_is_a_triangle_at_the_edge_with_its_valu
     assert len(set(shapes)) == 3
     shared = Page(page(intervals(*near, ("cgt", (-28.4, -31.0, -25.8), True), x_values=[-31.0])))
     assert not list(shared.all("text", class_="edge"))
+
+
+def test_a_high_series_alone_cuts_off_nothing():
+    near = [line(f"m{n}", n, [(0.0, 88 + 0.1 * n), (1.0, 91.0)]) for n in range(4)]
+    text = page(chart(*near, line("slow", 5, [(0.0, 87.0), (1.0, 91.0)]), line("good", 6, [(0.0, 88.0), (1.0, 99.0)])))
+    assert "Cut off" not in text
+
+
+def test_a_wide_interval_around_a_near_value_is_drawn_whole():
+    near = [(f"m{n}", (0.1 * n, 0.1 * n - 0.3, 0.1 * n + 0.3), False) for n in range(6)]
+    made = Page(page(intervals(*near, ("wide", (0.1, -12.0, 12.2), False))))
+    x = scale(made, "x")
+    bars = [re.fullmatch(r"M(\S+) (\S+)H(\S+)", attrs["d"]).groups() for attrs, _ in made.all("path", class_="bars")]
+    assert [x(float(bars[-1][0])), x(float(bars[-1][2]))] == pytest.approx([-12, 12.2], abs=0.1)
 
 
 def test_bands_of_many_series_are_shown_for_the_selected_one():

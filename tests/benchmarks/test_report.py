@@ -730,7 +730,11 @@ def test_small_panels_of_several_data_sets_are_below_each_other_even_of_one_meth
         "ge",
     ]
     parts = [part.get_suptitle() for part in figure.subfigs]
-    assert parts == ["tiny_net on other", "tiny_net on digits", "tiny_net on third"]
+    assert parts == [
+        "tiny_net on other; dashed: joint",
+        "tiny_net on digits; dashed: joint",
+        "tiny_net on third; dashed: ge",
+    ]
     write_report(found, tmp_path, formats=["png"])
 
 
@@ -760,8 +764,56 @@ def test_learning_curves_of_many_methods_have_a_small_panel_each():
     exits = ["exit 1", "exit 2", "exit 4", "exit 5"]
     assert all([line.get_label() for line in axes.lines] == exits for axes in panels.values())
     assert panels["joint"].get_ylim()[0] > 70  # the epochs at chance are cut off
+    assert not [axes for axes in panels.values() if axes.texts]
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == exits
+
+
+def test_an_exit_has_one_colour_in_all_learning_curves_and_a_line_below_them_is_named():
+    def rows(network, exits):
+        return [
+            (f"method {n}", network, "digits", k, epoch, 20.0 if n == 8 and k == 1 else 80.0 + epoch + k)
+            for n in range(9)
+            for k in exits
+            for epoch in (1, 2)
+        ]
+
+    columns = ["method", "backbone", "dataset", "exit", "epoch", "validation_accuracy_mean"]
+    figure = learning_figure(pd.DataFrame(rows("a", range(1, 6)) + rows("b", range(1, 8)), columns=columns))
+    colours = {}
+    for axes in figure.axes:
+        for line in axes.lines:
+            colours.setdefault(line.get_label(), set()).add(line.get_color())
+    (legend,) = figure.legends
+    shown = dict(zip([text.get_text() for text in legend.get_texts()], legend.get_lines(), strict=True))
+    assert list(shown) == [f"exit {k}" for k in (1, 2, 3, 4, 5, 7)]
+    assert colours == {label: {line.get_color()} for label, line in shown.items()}
+    written = {axes.get_title(): [text.get_text() for text in axes.texts] for axes in figure.axes if axes.texts}
+    assert written == {"method 8": ["↓ exit 1"]}
+
+
+def test_long_names_leave_the_small_panels_their_height():
+    names = ["joint", *(f"a method with a name of sixty letters and more of them, number {n}" for n in range(9))]
+    figure = oracle_figure(collect([FakeRun(name, 0) for name in names], options=ReportOptions(baseline=names[1])))
+    figure.draw_without_rendering()
+    panels = [axes for axes in figure.axes if axes.axison]
+    assert min(axes.get_window_extent().height / figure.dpi for axes in panels) > 0.5
+    (legend,) = figure.legends
+    assert legend.get_window_extent().x0 >= 0 and legend.get_window_extent().x1 <= figure.bbox.x1
+
+
+def test_the_baselines_of_several_networks_are_named_and_crosses_of_any_are_in_the_legend():
+    alone = json.dumps([0.0, 0.0, 1.0, 0.0])
+    others = [FakeRun(name, 0, dataset="other") for name in ("ge", "kd")]
+    static = FakeRun("alone", 0, dataset="other", **{"method.weights": alone})
+    figure = anytime_figure(collect([*many_runs(), *others, static]))
+    assert [part.get_suptitle() for part in figure.subfigs] == [
+        "tiny_net on digits; dashed: joint",
+        "tiny_net on other; dashed: ge",
+    ]
+    (legend,) = figure.legends
+    texts = [text.get_text() for text in legend.get_texts()]
+    assert texts == ["the baseline", "the method of the panel", "other methods", "static networks"]
 
 
 def differences_of(changes):
@@ -798,6 +850,15 @@ def test_a_difference_far_from_the_others_is_a_triangle_at_the_edge():
         (triangle,) = [line for line in axes.lines if line.get_marker() == "<"]
         assert low < triangle.get_xdata()[0] < -0.3 and triangle.get_ydata()[0] == 6
         assert triangle.get_markerfacecolor() != "white"  # significant
+
+
+def test_a_difference_at_the_edge_is_drawn_once_and_equal_ones_leave_the_axis_alone():
+    near = {f"m{n}": (0.1 * n, 0.4, 0.3) for n in range(6)} | {"far": (-28.0, 1.0, 0.3)}
+    for axes in differences_figure(differences_of(near | {"edge": (-0.41, 0.0, 0.3)})).axes:
+        assert [text.get_text() for text in axes.texts] == ["−28.0"]
+    equal = {f"m{n}": (0.0, 0.0, 1.0) for n in range(6)} | {"one": (5.0, 0.0, 0.0)}
+    for axes in differences_figure(differences_of(equal)).axes:
+        assert not axes.texts and axes.get_xlim()[1] > 5
 
 
 @pytest.mark.parametrize("rows", ["no area", "area of one method", "long names"])

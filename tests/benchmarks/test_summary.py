@@ -1,6 +1,7 @@
 """Summaries of comparisons: the same tables without weights and outputs."""
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,24 @@ def test_a_damaged_summary_is_named(tmp_path, content):
     damaged.write_text(content)
     with pytest.raises(UserError, match=r"measures\.json is damaged"):
         collect(copies)
+
+
+def test_probes_of_a_frozen_trunk_are_summarised_without_a_warning(tmp_path):
+    (run,) = runs(("joint",), seeds=1)
+    probes = {
+        "epoch": np.arange(1, 3),
+        "cosine": np.full((2, 3, 3, 3), np.nan),
+        "total_variance": np.array([[0.0, 0.5, 1.0], [0.3, 0.5, 1.0]]),
+        "valid": np.ones((2, 3)),
+    }
+    run.probes = lambda: probes
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        comparison = collect([run])
+        write_summary(comparison, [run], tmp_path)
+    table = pd.DataFrame(json.loads((tmp_path / run.path.name / "measures.json").read_text())["tables"]["probes"])
+    assert table["conflict"].astype(float).isna().all()
+    assert table["variance"].astype(float).tolist() == pytest.approx([np.nan, np.log(0.15) / 2], nan_ok=True)
 
 
 def test_probes_are_summarised_over_pairs_stages_and_images(tmp_path):

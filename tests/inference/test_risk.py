@@ -198,12 +198,11 @@ def test_few_samples_prove_nothing_about_a_small_risk(control, samples):
 def test_fewer_samples_than_needed_cannot_pass_and_the_full_network_passes_with_some_more(test, epsilon, delta):
     needed = samples_needed(test, epsilon, delta)
     per_exit = samples_needed(test, epsilon, delta, per_exit=True)
-    assert needed <= per_exit
+    assert needed <= per_exit or test == "betting"  # whose number per exit is a lower bound
     counted = np.arange(5000) < per_exit - 1
     assert p_values(test, np.zeros((1, 5000)), epsilon, delta, counted[None])[0] > delta
     assert p_values(test, np.zeros((1, needed - 1)), epsilon, delta)[0] > delta
-    if test != "betting":
-        assert p_values(test, np.zeros((1, needed)), epsilon, delta)[0] <= delta * (1 + 1e-12)
+    assert p_values(test, np.zeros((1, needed)), epsilon, delta)[0] <= delta * (1 + 1e-12)
     assert controlled_point(np.zeros((1, 12 * needed)), [1.0], epsilon, delta, test) == 0
 
 

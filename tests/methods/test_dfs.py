@@ -183,6 +183,27 @@ def test_the_released_code_leaves_msdnets_heads_whole_and_its_finer_scales_alone
         adapted(chain(), variant="released")
 
 
+@pytest.mark.parametrize("scope", ["coarsest", "all"])
+def test_on_a_resnet_later_exits_train_the_shared_channels_alone(scope):
+    x, y = torch.randn(2, 3, 32, 32).double(), torch.tensor([0, 3])
+    network = exitkit.build_network("sdn-resnet56").double().eval()
+    plain = network(x).logits
+    adapted(network, scope=scope)
+    sums = []
+    handle = network.stages[0].register_forward_hook(lambda module, inputs, out: sums.append(out[1]))
+    logits = network(x).logits
+    handle.remove()
+    assert all(torch.equal(a, b) for a, b in zip(plain, logits, strict=True))
+    half = sums[0].shape[1] // 2
+    of_head, of_later = (
+        torch.autograd.grad(F.cross_entropy(logits[k], y), sums[0], retain_graph=True, allow_unused=True)[0]
+        for k in (0, -1)
+    )
+    assert of_later[:, :half].any() and of_head[:, half:].any()
+    assert not of_head[:, :half].any()
+    assert not of_later[:, half:].any()
+
+
 def test_with_all_scales_partitioned_what_no_head_reads_is_trained_by_nobody():
     x, y = torch.randn(4, 1, 16, 16).double(), torch.tensor([0, 3, 5, 9])
     idle = {}

@@ -71,6 +71,10 @@ def test_variants_and_scopes_that_do_not_exist_are_refused():
         exitkit.build_strategy("ge", variant="released").adapt(chain())
     with pytest.raises(UserError, match="coarsest is for MSDNet only"):
         exitkit.build_strategy("ge", ge_scope="coarsest").adapt(chain())
+    for method in ("ge", "boostnet"):
+        with pytest.raises(UserError, match="ge_scope is all, and the released code for sdn-vgg"):
+            network = exitkit.build_network("sdn-vgg16")
+            exitkit.build_strategy(method, variant="released", ge_scope="all").adapt(network)
     with pytest.raises(UserError, match="contradicts"):
         network = msdnet()
         exitkit.build_strategy("ge").adapt(network)

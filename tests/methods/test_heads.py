@@ -10,6 +10,7 @@ import exitkit
 from exitkit.errors import Note, UserError
 from exitkit.files import load_tensors
 from exitkit.inference.calibration import HIGHEST, exit_calibration, fit_temperatures
+from exitkit.training.phase import BegunPhase
 
 from toy import FEW, batches, chain, sgd
 
@@ -51,8 +52,6 @@ def test_the_last_head_can_be_kept(pretrained, tmp_path):
 
 
 def test_dropout_of_the_trunk_is_off():
-    from exitkit.training.phase import BegunPhase
-
     network = chain(batchnorm=True)
     network.stages[0].append(torch.nn.Dropout(0.5))
     strategy = exitkit.build_strategy("heads")
@@ -122,6 +121,18 @@ def test_the_last_head_is_kept_unless_a_link_replaces_it():
     network = chain()
     with pytest.raises(UserError, match="last=false keeps the last head"):
         exitkit.Run.local(network, exitkit.build_strategy("heads+isc", last=False), sgd(network))
+
+
+def test_the_batch_norm_and_the_dropout_of_a_last_head_that_is_kept_do_not_train():
+    network = chain(batchnorm=True)
+    for head in network.heads:
+        head.embed = torch.nn.Sequential(torch.nn.BatchNorm1d(5), torch.nn.Dropout(0.5))
+    network.double()
+    strategy = exitkit.build_strategy("heads", last=False)
+    run = exitkit.Run.local(network, strategy, sgd(network))
+    BegunPhase(strategy.phases(1, 3)[0], run, set()).train_mode()
+    assert [head.embed.training for head in network.heads] == [True, True, False]
+    assert not any(module.training for module in network.heads[-1].modules())
 
 
 def test_a_trunk_of_random_weights_is_noted(pretrained, tmp_path):

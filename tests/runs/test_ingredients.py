@@ -42,6 +42,21 @@ def test_imta_from_a_finished_first_phase_is_imta(ge, tmp_path):
     assert second.recipe.init_weights == Recipe.make(init_from=str(ge.path)).resolve().init_weights
 
 
+@pytest.mark.parametrize(
+    ("method", "settings", "phases"),
+    [
+        ("separate", {"order": "classifier"}, ["heads"]),
+        ("separate", {"order": "branch"}, ["branch 1", "branch 2", "branch 3", "branch 4"]),
+        ("mixed", {}, ["all"]),
+    ],
+)
+def test_weights_replace_a_first_phase_that_trains_all_stages(ge, tmp_path, method, settings, phases):
+    given = {**SHORT, "epochs": 4}
+    run = exitkit.train({"method": method, "method_settings": settings, "init_from": str(ge.path), **given}, tmp_path)
+    rows = (run.path / "metrics.csv").read_text().splitlines()[1:]
+    assert list(dict.fromkeys(row.split(",")[0] for row in rows)) == phases
+
+
 def test_a_method_of_one_phase_begins_at_the_weights(ge, tmp_path):
     run = exitkit.train({"method": "boostnet", "init_from": str(ge.path), **SHORT, "lr": 1e-12}, tmp_path)
     start, end = weights(ge), weights(run)

@@ -251,8 +251,8 @@ class PairNetwork(MultiExitNetwork):
         return tensor
 
     def with_view(self, state: Any, tensor: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the pair with its second tensor replaced."""
-        return state[0], tensor
+        """Return the pair of a sum: later stages read its first tensor, the sum after its ReLU."""
+        return torch.relu(tensor), tensor
 
 
 def _conv_bn(inputs: int, outputs: int, kernel: int, stride: int = 1) -> list[nn.Module]:

@@ -255,7 +255,8 @@ def _small_learning(groups: list[pd.DataFrame]) -> Figure:
             _limit(panels, rows[rows["exit"].isin(exits)])
             for axes in panels:
                 bottom, _ = axes.get_ylim()
-                below = [str(k) for k, line in zip(exits, axes.lines, strict=True) if max(line.get_ydata()) < bottom]
+                tops = [np.asarray(line.get_ydata(), dtype=np.float64).max() for line in axes.lines]
+                below = [str(exit) for exit, top in zip(exits, tops, strict=True) if top < bottom]
                 if below:
                     text = f"↓ exit {', '.join(below)}"
                     axes.text(0.98, 0, text, ha="right", va="bottom", fontsize=6.5, transform=axes.transAxes)

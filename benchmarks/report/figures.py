@@ -511,14 +511,13 @@ def _legend(figure: Figure, methods: list[str]) -> None:
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    widths = {n: _legend_width(methods, n) for n in range(len(methods), 0, -1)}
-    columns = next((n for n, width in widths.items() if width < figure.get_figwidth()), 1)
+    columns = _legend_columns(figure, methods)
     lines = -(-len(methods) // columns)
     beside = lines > _LINES
     if beside:
         columns = 1
-        height = _LINE * (len(methods) + 1)
-        figure.set_size_inches(figure.get_figwidth() + widths[1] + 0.1, max(figure.get_figheight(), height))
+        width, height = figure.get_figwidth() + _legend_width(methods, 1) + 0.1, _LINE * (len(methods) + 1)
+        figure.set_size_inches(width, max(figure.get_figheight(), height))
     else:
         figure.set_figheight(figure.get_figheight() + _LINE * (lines - 1))  # keeps the height of the panels
     figure.legend(
@@ -536,9 +535,14 @@ def _legend(figure: Figure, methods: list[str]) -> None:
 def _legend_above(figure: Figure, lines: dict[str, Any]) -> None:
     """Add a legend above all panels, in as many columns as fit."""
     names = list(lines)
-    widths = {n: _legend_width(names, n) for n in range(len(names), 0, -1)}
-    columns = next((n for n, width in widths.items() if width < figure.get_figwidth()), 1)
+    columns = _legend_columns(figure, names)
     figure.legend(lines.values(), names, loc="outside upper center", ncols=columns, frameon=False)
+
+
+def _legend_columns(figure: Figure, names: list[str]) -> int:
+    """Return the largest number of a legend's columns that fit into the figure's width."""
+    columns = range(len(names), 0, -1)
+    return next((n for n in columns if _legend_width(names, n) < figure.get_figwidth()), 1)
 
 
 def _legend_width(names: list[str], columns: int) -> float:

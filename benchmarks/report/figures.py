@@ -36,6 +36,7 @@ _LABEL = 30  # characters per line of a method's name beside a panel
 _MANY = 8  # largest number of methods in one panel
 _SMALL = 5  # small panels in a row
 _OTHERS = "#CCCCCC"  # colour of the other methods in a small panel
+_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # behind text on lines
 
 
 def anytime_figure(comparison: Comparison) -> Figure:
@@ -163,8 +164,7 @@ def _limit_differences(axes: Axes, rows: pd.DataFrame, order: list[str]) -> None
         at = order.index(name)
         axes.plot([edge - inside * room], [at], marker, color=COLOURS[0], markerfacecolor=face, markeredgewidth=0.8)
         text = f"{mean:.1f}".replace("-", "−")
-        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
-        axes.text(edge, at, text, ha=side, va="center", fontsize=6.5, color=COLOURS[0], bbox=box)
+        axes.text(edge, at, text, ha=side, va="center", fontsize=6.5, color=COLOURS[0], bbox=_BOX)
 
 
 def whole_curve(comparison: Comparison) -> pd.DataFrame:
@@ -462,7 +462,8 @@ def _limit(panels: list[Axes], rows: pd.DataFrame) -> None:
             if name in lines:
                 side = "left" if x < (2 * left + right) / 3 else "right" if x > (left + 2 * right) / 3 else "center"
                 colour = lines[name].get_color()
-                axes.text(x, bottom - room, f"↓ {y:.1f}", ha=side, va="bottom", fontsize=6.5, color=colour)
+                style = {"fontsize": 6.5, "color": colour, "bbox": _BOX, "zorder": 2.4}  # above lines, below axes
+                axes.text(x, bottom - room, f"↓ {y:.1f}", ha=side, va="bottom", **style)
 
 
 def _handles(axes: Axes) -> dict[str, Any]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from exitkit.benchmarks.timing.stopwatch import Boundary, Point, Subject
     from exitkit.cli.terminal import Console
+    from exitkit.inference.choose import ChosenPolicy
     from exitkit.inference.policy import ExitPolicy
     from exitkit.inference.targets import Target
     from exitkit.runs.folder import RunFolder
@@ -233,15 +234,14 @@ def _points(run: RunFolder, targets: Sequence[Target], policy: str | None) -> li
     import torch
 
     from exitkit.benchmarks.timing.stopwatch import Point
-    from exitkit.inference.choose import stored_embeddings
 
     stored = {name: torch.from_numpy(array) for name, array in run.outputs("validation").items()}
     exits = (stored["logits"].argmax(2) == stored["labels"][:, None]).double().mean(0)
     points = []
-    for name, rule in _rules(run, targets, policy).items():
-        embeddings = stored_embeddings(run, "validation") if rule.reads_embeddings else None
-        accuracy = (rule.on_outputs(stored["logits"], embeddings)[0].argmax(1) == stored["labels"]).double().mean()
-        enough = [*(exits[:-1] >= accuracy).tolist(), True]
+    for name, (rule, accuracy) in _rules(run, targets, policy).items():
+        if accuracy is None:
+            accuracy = float((rule.on_outputs(stored["logits"])[0].argmax(1) == stored["labels"]).double().mean())
+        enough = [*(exits[:-1] >= accuracy - 1e-12).tolist(), True]
         points.append(Point(name, rule, enough.index(True) + 1))
     return points
 
@@ -257,14 +257,17 @@ def _targets(budgets: Sequence[str], given: Mapping[str, Any]) -> list[Target]:
     return [target for target in targets if target is not None]
 
 
-def _rules(run: RunFolder, targets: Sequence[Target], policy: str | None) -> dict[str, ExitPolicy]:
-    """Return the policy of each operating point, by the name of the point."""
+def _rules(run: RunFolder, targets: Sequence[Target], policy: str | None) -> dict[str, tuple[ExitPolicy, float | None]]:
+    """Return the policy of each operating point, by the name of the point, and its accuracy on validation.
+
+    The accuracy, 0..1, is that of a `ChosenPolicy`; None: an exit rule, which is not fitted to labels.
+    """
     from exitkit.inference.choose import policies_of_run, rule_for_target, rule_of_run
     from exitkit.inference.policy import ExitPolicy, read_policy
 
     if policy:
         if not targets:
-            return {f"{policy}, no loss of accuracy": policies_of_run(run, policy, [None])[0]}
+            return {f"{policy}, no loss of accuracy": _measured(policies_of_run(run, policy, [None])[0])}
         certain = {target.certainty is not None for target in targets}
         if len(certain) > 1 and read_policy(policy).reads_embeddings:
             raise UserError(
@@ -274,7 +277,7 @@ def _rules(run: RunFolder, targets: Sequence[Target], policy: str | None) -> dic
         units = dict.fromkeys(target.unit for target in targets)
         groups = [[target for target in targets if target.unit == unit] for unit in units]
         found = {
-            target.words: chosen
+            target.words: _measured(chosen)
             for group in groups
             for target, chosen in zip(group, policies_of_run(run, policy, group), strict=True)
         }
@@ -282,7 +285,11 @@ def _rules(run: RunFolder, targets: Sequence[Target], policy: str | None) -> dic
     rules = {target.words: rule_for_target(run, target) for target in targets} or {
         f"q = {share:g}": rule_of_run(run, share=share) for share in SHARES
     }
-    return {name: ExitPolicy(rule) for name, rule in rules.items()}
+    return {name: (ExitPolicy(rule), None) for name, rule in rules.items()}
+
+
+def _measured(chosen: ChosenPolicy) -> tuple[ExitPolicy, float]:
+    return chosen.policy, chosen.validation["accuracy"] / 100
 
 
 def _facts(subject: Subject, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -102,7 +102,8 @@ def _document(shipped: list[Claim], verdicts: list[Verdict]) -> str:
         zip(shipped, verdicts, holm([verdict.p for verdict in verdicts]), strict=True), 1
     ):
         known = verdict.n > 1
-        difference = f"{verdict.mean:+.2f} [{verdict.low:+.2f}, {verdict.high:+.2f}]" if known else "–"
+        interval = f"{verdict.mean:+.2f} [{verdict.low:+.2f}, {verdict.high:+.2f}]"
+        difference = interval.replace("-", "\N{MINUS SIGN}") if known else "–"
         numbers = [
             difference,
             "–" if math.isnan(verdict.visible) else f"{verdict.visible:.2f}",

@@ -163,7 +163,6 @@ def carry_out(
     """
     from exitkit.benchmarks.campaign.launchers import check_importable, default_jobs, make_launcher
     from exitkit.benchmarks.report.options import ReportOptions
-    from exitkit.files import exists
     from exitkit.runs.job import check_effects
 
     runs = plan.runs()

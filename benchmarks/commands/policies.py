@@ -116,6 +116,7 @@ def _compare(
 ) -> Groups:
     import numpy as np
 
+    from exitkit.benchmarks.report.collect import check_latencies
     from exitkit.benchmarks.report.labels import name_runs
     from exitkit.benchmarks.report.policies import (
         Outputs,
@@ -134,6 +135,8 @@ def _compare(
     result: Groups = {}
     done = 0
     for title, members in grouped.items():
+        if cost == "latency":
+            check_latencies(members)
         stored = [Outputs.of_run(folder, exit_costs(folder, cost).astype(float), chosen) for folder in members]
         check_same_images(stored)
         costs = np.mean([outputs.costs for outputs in stored], axis=0)

@@ -257,7 +257,10 @@ def sentence(differences: Any, budget: float | None = None) -> str:
         differences: rows of `measure`, of which "area" counts.
         budget: if given, the row is of the accuracy at this share of the last exit's cost.
     """
-    (row,) = differences[differences["measure"] == "area"].to_dict("records")
+    rows = differences[differences["measure"] == "area"].to_dict("records")
+    if not rows:
+        return "no comparison with joint training: the budgeted curves of these runs share no range of costs"
+    (row,) = rows
     measured = "of area" if budget is None else f"of accuracy at {100 * budget:g}%"
     limits = f"[{row['low']:+.2f}, {row['high']:+.2f}]"
     interval = f"{row['mean']:+.2f} points {measured} {limits}, {counted(row['n'], 'fresh seed')}"

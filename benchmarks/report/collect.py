@@ -52,7 +52,7 @@ def collect_intact(
             remaining = good
 
 
-def _check_latencies(runs: Sequence[RunFolder]) -> None:
+def check_latencies(runs: Sequence[RunFolder]) -> None:
     """Check that the latencies of all runs were measured in the same way.
 
     Raises:
@@ -103,7 +103,7 @@ def collect(
     if not finished:
         raise UserError("no finished runs to compare; expected at least one")
     if options.cost == "latency":
-        _check_latencies([run for run in finished if isinstance(run, RunFolder)])
+        check_latencies([run for run in finished if isinstance(run, RunFolder)])
     missing_identities = [run.identity for run in context.missing]
     identities = [run.identity for run in finished]
     labels = _labels([*identities, *missing_identities])
@@ -216,11 +216,13 @@ def common_budgets(runs: Sequence[FinishedRun], options: ReportOptions, count: i
         return np.array([read_budget(text) for text in options.budgets])
     costs = [exit_costs(run, options.cost) for run in runs]
     low, high = max(cost[0] for cost in costs), min(cost[-1] for cost in costs)
-    if low >= high:
+    if low == high:  # such as networks with one exit
+        return np.array([high])
+    if low > high:
         raise UserError(
             f"the runs of {json.loads(runs[0].identity['backbone'])} on {json.loads(runs[0].identity['dataset'])} have "
-            f"no common budget: a first exit costs {low}, a last exit {high}; expected every first exit to cost less "
-            "than every last exit"
+            f"no common budget: a first exit costs {low}, a last exit {high}; expected no first exit to cost more than "
+            "any last exit"
         )
     return np.linspace(low, high, count + 2)[1:-1]
 

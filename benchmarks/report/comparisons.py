@@ -28,9 +28,7 @@ def differences(anytime: pd.DataFrame, curve: pd.DataFrame, wanted: str) -> pd.D
     columns = ["method", "seed", *GROUP, "measure", "accuracy"]
     measured = [anytime[columns]]
     for group, rows in curve.groupby(GROUP, sort=False):
-        runs = rows.groupby(["method", "seed"], sort=False)
-        low, high = runs["cost"].min().max(), runs["cost"].max().min()
-        heights = [(*run, *group, "area", area_under_curve(r["cost"], r["accuracy"], low, high)) for run, r in runs]
+        heights = [(*run, *group, "area", height) for run, height in _areas(rows).items()]
         measured.append(pd.DataFrame(heights, columns=columns))
     table = []
     for group, rows in pd.concat(measured, ignore_index=True).groupby(GROUP, sort=False):
@@ -51,6 +49,23 @@ def differences(anytime: pd.DataFrame, curve: pd.DataFrame, wanted: str) -> pd.D
             frame.insert(len(names) - 1, "p_holm", holm(frame["p"]))
             table.append(frame)
     return pd.concat(table, ignore_index=True)
+
+
+def _areas(rows: pd.DataFrame) -> dict[Any, float]:
+    """Return the area under the budgeted curve of each run, {(method, seed): area}, over the costs that all reach.
+
+    The curve of a collapsed run, whose images all leave at one exit, is one point: it does not limit the range of the
+    others, and its area is its accuracy.
+    """
+    runs = rows.groupby(["method", "seed"], sort=False)
+    least, most = runs["cost"].min(), runs["cost"].max()
+    curves = least < most
+    low, high = least[curves].max(), most[curves].min()
+    areas = {}
+    for run, points in runs:
+        accuracy = points["accuracy"]
+        areas[run] = area_under_curve(points["cost"], accuracy, low, high) if curves[run] else accuracy.max()
+    return areas
 
 
 def policy_differences(rows: pd.DataFrame) -> pd.DataFrame:
@@ -105,7 +120,7 @@ def verdicts(anytime: pd.DataFrame, budgeted: pd.DataFrame) -> pd.DataFrame:
             tests = {name: paired_difference(p[best], p[name]) for name, p in pairs.items() if len(p)}
             corrected = dict(zip(tests, holm([test.p for test in tests.values()]), strict=True))
             lead, p = tests.get(second), corrected.get(second, np.nan)
-            verdict = "not known" if np.isnan(p) else "yes" if p < SIGNIFICANCE else "no"
+            verdict = "not known" if np.isnan(p) else "yes" if p < SIGNIFICANCE and lead and lead.mean > 0 else "no"
             change = (lead.mean, lead.low, lead.high) if lead else (np.nan,) * 3
             line = (*group, first["where"], first["budget"], best, ranked.iloc[0], second, *change, p, verdict)
             lines.append(line)
@@ -139,9 +154,10 @@ def baseline_of(methods: list[str], wanted: str) -> str:
 def stitch(rows: pd.DataFrame) -> pd.DataFrame:
     """Combine the curves of a method's networks of several sizes on one data set into one curve, per seed.
 
-    At each of 39 budgets between the lowest and the highest cost on validation, the curve has the operating point with
-    the highest validation accuracy within the budget. Only networks of one family (MSDNets, RANets, ...) are combined.
-    Methods with a single network have no rows; neither have methods whose curves share no cost.
+    At each of 39 budgets, spaced geometrically over the validation costs that all methods and seeds reach, the curve
+    has the operating point with the highest validation accuracy within the budget. Only networks of one family
+    (MSDNets, RANets, ...) are combined. Methods with a single network have no rows; neither have methods whose curves
+    share no cost.
 
     Args:
         rows: method, seed, backbone, dataset, validation_cost, validation_accuracy, cost, accuracy of every point.

@@ -13,7 +13,8 @@ from exitkit.benchmarks.report.targets import target_rows
 from exitkit.errors import UserError
 from exitkit.inference.budgets import exit_costs
 from exitkit.inference.calibration import exit_calibration, fit_temperatures, point_calibration
-from exitkit.inference.operating_points import held, most_accurate_within, oracle_curve, risk_controlled
+from exitkit.inference.operating_points import held, most_accurate_within, oracle_curve
+from exitkit.inference.risk import risk_controlled
 from exitkit.inference.scores import patience_thresholds, scores
 from exitkit.inference.thresholds import (
     anytime_accuracy,

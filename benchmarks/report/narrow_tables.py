@@ -183,7 +183,7 @@ def _tied(comparison: Comparison, row: Mapping[Hashable, Any]) -> list[str]:
 def cost_text(comparison: Comparison, cost: float) -> str:
     """Return a cost as text in the unit of the comparison: "12.3 M", "1.52 ms"."""
     if comparison.options.cost == "latency":
-        return f"{cost:.3g} ms"
+        return f"{write_costs([cost], in_time=True)[0]} ms"
     unit, size = unit_for([cost])
     return f"{cost / size:.3g} {unit}".strip()
 

@@ -65,8 +65,6 @@ class ReportOptions:
             if in_time != (self.cost == "latency"):
                 unit = "milliseconds, such as 1.5ms" if self.cost == "latency" else "multiply-adds, such as 40M"
                 raise UserError(f"budget {budget} does not fit cost {self.cost}; expected {unit}")
-            if not read_budget(budget) > 0:
-                raise UserError(f"budget {budget} is not above 0")
         _check_different("budget", self.budgets, read_budget)
 
     def policies(self) -> tuple[PolicyName, ...]:

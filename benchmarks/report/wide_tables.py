@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -77,13 +78,14 @@ def unit_for(costs: Iterable[float], *, in_time: bool = False) -> tuple[str, flo
 
 
 def write_costs(costs: Sequence[float], *, in_time: bool = False) -> list[str]:
-    """Return costs as text in one common unit, without the unit, multiply-adds with enough decimals to differ."""
-    if in_time:
-        return [f"{cost:.3g}" for cost in costs]
-    _, size = unit_for(costs)
+    """Return costs as text in one common unit, without the unit, with enough decimals to differ."""
+    _, size = unit_for(costs, in_time=in_time)
     scaled = [cost / size for cost in costs]
     least = min(scaled, default=0.0)
-    decimals = 0 if size == 1 or least >= 100 else 1 if least >= 10 else 2
+    if in_time:  # three digits of the least
+        decimals = max(2 - math.floor(math.log10(least)), 0) if least > 0 else 2
+    else:
+        decimals = 0 if size == 1 or least >= 100 else 1 if least >= 10 else 2
     for digits in range(decimals, decimals + 4):
         texts = [f"{value:.{digits}f}" for value in scaled]
         if len(set(texts)) == len(set(scaled)) and (not least or float(f"{least:.{digits}f}")):

@@ -139,11 +139,12 @@ def _write(
     if int8 and wanted and wanted.unit == "latency":
         raise UserError(f"{wanted.text} is in milliseconds of fp32; expected multiply-adds or a share with --int8")
     with working(f"fitting {wishes['policy']}" if wishes["policy"] else "choosing thresholds"):
-        rule = _rule(run, **wishes)
+        chosen = _rule(run, **wishes)
+        rule = chosen.policy if wishes["policy"] else chosen
         costs = [row["macs"] for row in run.costs()]
         decides, name, (validation, test) = of_programs(run, rule, wishes["policy"])
         points = operating_points(decides, validation, test, costs, **wishes | {"policy": name})
-    expected = outcome(run, rule, wanted.unit if wanted else "macs")
+    expected = outcome(run, chosen, wanted.unit if wanted else "macs")
     torch.set_num_threads(run.recipe.threads)
     data = load_run_data(run, data_dir)
     network = load_network(run, data)
@@ -162,11 +163,12 @@ def _write(
 def _rule(
     run: RunFolder, *, policy: str | None, score: str | None, calibrated: bool, budget: str | None, **target: Any
 ) -> Any:
-    """Return the rule or policy that the options ask for, on the run's validation outputs."""
-    from exitkit.inference.choose import policy_of_run, rule_of_run
+    """Return the `ExitRule` or `ChosenPolicy` that the options ask for, on the run's validation outputs."""
+    from exitkit.inference.choose import policies_of_run, rule_of_run
+    from exitkit.inference.targets import Target
 
     if policy:
-        return policy_of_run(run, policy, budget=budget, **target)
+        return policies_of_run(run, policy, [Target.of(budget=budget, **target)])[0]
     return rule_of_run(run, budget=budget, score=score or "confidence", calibrated=calibrated, **target)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -148,12 +149,23 @@ def policy_of_run(
             point reaches the target.
     """
     (chosen,) = policies_of_run(run, policy, [Target.of(budget=budget, **target)])
-    return chosen
+    return chosen.policy
+
+
+class ChosenPolicy(NamedTuple):
+    """A policy at an operating point, and what it reached on validation images that it was not fitted on.
+
+    Its accuracy on the images of the fit would be too high.
+    """
+
+    policy: ExitPolicy
+    validation: dict[str, Any]
+    """See `targets.promised`: by cross-fitting; with a certainty, on the half that the point was tested on."""
 
 
 def policies_of_run(
     run: RunFolder | str | Path, policy: PolicyName | str, targets: Sequence[Target | None]
-) -> list[ExitPolicy]:
+) -> list[ChosenPolicy]:
     """Choose a policy's operating point for each of several targets in one unit, with one fit; see `policy_of_run`."""
     name = _named(policy)
     return _choose_policies(name, _validation(run, targets[0], name.reads_embeddings), targets)
@@ -190,7 +202,7 @@ def at_budgets(
             if points is None:
                 chosen[budget] = _choose(validation, target, None, score, calibrated)
             else:
-                chosen[budget] = points.at(target)
+                chosen[budget] = points.at(target).policy
     return chosen
 
 
@@ -216,7 +228,7 @@ def policy_of_outputs(
     wanted = Target.of(budget=budget, **target)
     validation = Validation.checked(_array("logits", logits), _array("labels", labels), costs)
     (chosen,) = _choose_policies(policy, validation, [wanted])
-    return chosen
+    return chosen.policy
 
 
 def _array(name: str, values: Tensor | ArrayLike) -> np.ndarray:
@@ -248,7 +260,7 @@ def _validation(run: RunFolder | str | Path, target: Target | None, embedded: bo
 
 def _choose_policies(
     policy: PolicyName | str, validation: Validation, targets: Sequence[Target | None]
-) -> list[ExitPolicy]:
+) -> list[ChosenPolicy]:
     for target in targets:
         if target is not None:
             target.check_certain(len(validation.labels))
@@ -280,14 +292,16 @@ class _Points(NamedTuple):
     policy: FittedPolicy
     candidates: Candidates
 
-    def at(self, target: Target | None) -> ExitPolicy:
+    def at(self, target: Target | None) -> ChosenPolicy:
         """Return the policy at the point that a target asks for; None: that of the lowest cost without loss."""
         if target is not None:
-            return self.policy.at(choose_point(target, self.candidates))
-        accuracy = self.candidates.accuracy
-        enough = accuracy >= self.candidates.full.mean()
-        lowest = np.where(enough, self.candidates.mean_cost, np.inf).argmin()
-        return self.policy.at(int(lowest if enough.any() else accuracy.argmax()))
+            point = choose_point(target, self.candidates)
+        else:
+            accuracy = self.candidates.accuracy
+            enough = accuracy >= self.candidates.full.mean()
+            lowest = np.where(enough, self.candidates.mean_cost, np.inf).argmin()
+            point = int(lowest if enough.any() else accuracy.argmax())
+        return ChosenPolicy(self.policy.at(point), promised(self.candidates, point))
 
 
 def _fit_points(name: PolicyName, validation: Validation) -> _Points:
@@ -296,7 +310,7 @@ def _fit_points(name: PolicyName, validation: Validation) -> _Points:
     return _Points(fitted.policy, Candidates(validation.costs, fitted.leaves, fitted.hits, full))
 
 
-def _certain_policy(name: PolicyName, validation: Validation, target: Target | None) -> ExitPolicy:
+def _certain_policy(name: PolicyName, validation: Validation, target: Target | None) -> ChosenPolicy:
     """Fit a policy on one half of the validation samples, and choose its point by tests on the other half."""
     assert target is not None
     first, second = _halves(validation)
@@ -306,7 +320,8 @@ def _certain_policy(name: PolicyName, validation: Validation, target: Target | N
     right = outputs.correct(second.labels)
     hits = right[np.arange(len(right)), leaves]
     candidates = Candidates(validation.costs, leaves, hits, second.correct()[:, -1], order)
-    return fitted.at(choose_point(target, candidates))
+    point = choose_point(target, candidates)
+    return ChosenPolicy(fitted.at(point), promised(candidates, point))
 
 
 def _halves(validation: Validation) -> tuple[Validation, Validation]:
@@ -324,8 +339,11 @@ def _choose(
         raise UserError(f"share is {share!r}; expected the ratio of the shares of neighbouring exits, a number from 0")
     if not isinstance(calibrated, bool | np.bool_):
         raise UserError(f"calibrated is {calibrated!r}; expected True or False")
+    if calibrated and score == "patience":
+        raise UserError("calibrated has no effect on the score patience; expected calibrated=False")
     if share is not None and score == "patience":
         raise UserError("patience has no shares: its operating points are 1 to K exits that agree; give a budget")
+    share = share if share is None or isinstance(share, Fraction) else float(share)
     costs = validation.costs
     exact = target is not None and target.kind == "budget" and not target.at_most
     budget = target.cost(costs) if exact and target is not None else None
@@ -369,12 +387,14 @@ def _limits(
     return thresholds(values, exit_counts(samples, exits, q))
 
 
-def outcome(run: RunFolder | str | Path, policy: ExitPolicy | ExitRule, unit: str = "macs") -> dict[str, Any]:
+def outcome(
+    run: RunFolder | str | Path, policy: ExitPolicy | ExitRule | ChosenPolicy, unit: str = "macs"
+) -> dict[str, Any]:
     """Return what a policy costs and reaches on the stored outputs of a run.
 
     Args:
         run: the finished run.
-        policy: the policy, or an exit rule.
+        policy: the policy, or an exit rule; of a `ChosenPolicy`, the result on validation is its own.
         unit: of the costs, see `exit_costs`.
 
     Returns:
@@ -383,9 +403,13 @@ def outcome(run: RunFolder | str | Path, policy: ExitPolicy | ExitRule, unit: st
     """
     run = RunFolder.of(run)
     costs = exit_costs(run, unit)
-    policy = policy if isinstance(policy, ExitPolicy) else ExitPolicy(policy)
     result: dict[str, Any] = {"unit": unit}
-    for part in ("validation", "test"):
+    parts = ["validation", "test"]
+    if isinstance(policy, ChosenPolicy):
+        policy, result["validation"] = policy
+        parts = ["test"]
+    policy = policy if isinstance(policy, ExitPolicy) else ExitPolicy(policy)
+    for part in parts:
         outputs = run.outputs(part)
         logits, labels = torch.from_numpy(outputs["logits"]), torch.from_numpy(outputs["labels"])
         embeddings = stored_embeddings(run, part) if policy.reads_embeddings else None

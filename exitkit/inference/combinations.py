@@ -116,7 +116,7 @@ class Combination:
             raise UserError(f"{self.name} has rows of {list(lengths)} weights; expected {list(expected)}")
         lowest = 0.0 if self.name == "geometric" else np.nextafter(0, 1)
         if not all(isfinite(value) and value >= lowest for row in self.weights for value in row):
-            raise UserError(f"a weight of {self.name} is not a positive number")
+            raise UserError(f"a weight of {self.name} is not a {'positive number' if lowest else 'number from 0'}")
         widths = {len(row) for row in self.biases}
         wanted = {"geometric": (0, self.exits), "additive": (self.exits,)}.get(self.name, (0,))
         if len(self.biases) not in wanted or len(widths) > 1 or 0 in widths:

@@ -1,8 +1,8 @@
-"""Operating points: the oracle bound, choice on validation accuracy, and choice with a guarantee.
+"""Operating points: the oracle bound, and the choice on validation accuracy.
 
 An operating point is a mean cost and an accuracy, as `thresholds.budgeted` returns them. The oracle uses the labels
-and bounds every exit rule; `held` and `stitched` choose on validation accuracy; `risk_controlled`, of
-`exitkit.inference.risk`, chooses with a guarantee.
+and bounds every exit rule; `held`, `most_accurate_within` and `stitched` choose on validation accuracy.
+`exitkit.inference.risk` chooses with a guarantee.
 
 Shapes: N samples, K exits, P operating points of one network, M of several together.
 """
@@ -13,8 +13,6 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from exitkit.errors import UserError
-from exitkit.inference.risk import betting_p_values as betting_p_values
-from exitkit.inference.risk import risk_controlled as risk_controlled
 from exitkit.inference.thresholds import Floats, Integers
 
 
@@ -58,6 +56,8 @@ def held(validation_accuracy: ArrayLike) -> Integers:
 
 def most_accurate_within(cost: ArrayLike, validation_accuracy: ArrayLike, budgets: ArrayLike) -> Integers:
     """Return, for each budget [B], the most accurate point on validation within it, [B]; else the lowest-cost point.
+
+    Of equally accurate points, the last one within the budget counts, which spends more of it if the points ascend.
 
     Args:
         cost: mean cost on validation, [P].

@@ -2,7 +2,7 @@
 
 | words | the chosen point |
 |---|---|
-| budget 40M, 60%, 1.5ms | the most accurate one planned for at most this mean cost (60%: of the last exit's cost) |
+| budget 40M, 60%, 1.5ms | a rule of this mean cost (60%: of the last exit's); the most accurate policy within it |
 | latency 5ms | the same, in milliseconds as measured by `exitkit bench` |
 | latency-p95 5ms | the most accurate one of which 95 % of the images take at most this time |
 | lose 1 | the lowest-cost one that loses at most 1 percentage point of accuracy against the full network |
@@ -155,11 +155,11 @@ class Target:
             UserError: it is below the cost of the first exit.
         """
         value = self.value * float(costs[-1]) if self.relative else self.value
-        if not value >= costs[0]:
+        if not value >= costs[0] * (1 - 1e-9):  # a share of the costs is rounded
             share = f" ({100 * costs[0] / costs[-1]:.3g}%)" if self.kind == "budget" else ""
             least = f"{costs[0]:.6g}{share}"
             raise UserError(f"{self.text} is below the first exit's cost; expected at least {least}")
-        return value
+        return max(value, float(costs[0]))
 
     def check_certain(self, samples: int) -> None:
         """Check that there are enough samples for a guarantee.
@@ -255,8 +255,11 @@ def choose_point(target: Target, candidates: Candidates) -> int:
     within = reached <= bound * (1 + 1e-9)
     if not within.any():
         raise UserError(f"{target.text} is not met by any operating point; expected at least {reached.min():.6g}")
-    (point,) = most_accurate_within(reached, accuracy, [bound * (1 + 1e-9)])
-    return int(point)
+    if target.kind == "budget" and not target.at_most:  # as `exitkit policies` chooses it
+        (point,) = most_accurate_within(reached, accuracy, [bound * (1 + 1e-9)])
+        return int(point)
+    best = within & (accuracy == accuracy[within].max())
+    return int(np.where(best, cost, np.inf).argmin())
 
 
 def _certain(target: Target, candidates: Candidates) -> int:

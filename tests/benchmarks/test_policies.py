@@ -22,12 +22,13 @@ from exitkit.benchmarks.report.policies import Outputs, comparison, curves, defa
 from exitkit.benchmarks.report.policy_tables import print_table
 from exitkit.benchmarks.report.statistics import holm
 from exitkit.errors import UserError
-from exitkit.inference.choose import outcome
+from exitkit.inference.choose import outcome, policies_of_run
 from exitkit.inference.combinations import COMBINATIONS
 from exitkit.inference.operating_points import most_accurate_within
 from exitkit.inference.policy import BASELINE, PolicyName, read_policy
 from exitkit.inference.rules import RULES, SCORED
 from exitkit.inference.scores import SCORES, confidence
+from exitkit.inference.targets import Target
 from exitkit.inference.thresholds import budgeted, correct, exit_counts, paper_shares
 
 from toy import FEW, FEW_OPTIONS
@@ -451,6 +452,8 @@ def test_laplace_from_evaluation_to_bench_and_report(cli, tmp_path):
     cli("export", run.path, "--policy", "laplace", "--int8").refused("--policy laplace reads embeddings")
     words = ("export", run.path, "--policy", "laplace", "--budget", "100K", "--format", "torch-export", "--json")
     written = json.loads(cli(*words, "--out", "out").out)
+    (chosen,) = policies_of_run(run, "laplace", [Target.of(budget="100K")])
+    assert written["expected"]["validation"] == chosen.validation != outcome(run, chosen.policy)["validation"]
     assert "noise" not in json.dumps(written) and {"default", "100%"} <= {row["name"] for row in written["points"]}
     cli("evaluate", run.path)
     assert not run.has_embeddings() and not list(run.path.glob("embeddings-*"))

@@ -31,6 +31,7 @@ from exitkit.benchmarks.report import (
     write_report,
 )
 from exitkit.benchmarks.report.comparison import NOT_TRAINED, Missing
+from exitkit.benchmarks.report.comparisons import verdicts
 from exitkit.benchmarks.report.figures import differences_figure, learning_figure, oracle_figure
 from exitkit.benchmarks.report.html import _number as sort_key
 from exitkit.benchmarks.report.html import html_report
@@ -177,6 +178,39 @@ def test_runs_that_cannot_be_compared_are_refused(given, message):
     with pytest.raises(UserError, match=message) as error:
         collect(given())
     assert "\n" not in str(error.value)
+
+
+def test_a_collapsed_run_counts_with_its_accuracy_and_leaves_the_areas_of_others():
+    sound = collect(runs(("joint", "ge"))).differences
+    dead = FakeRun("boostnet", 0)
+    for part in dead.parts.values():
+        part["logits"][:] = 0
+    with_dead = collect([*runs(("joint", "ge")), dead]).differences
+
+    def area(rows, method):
+        return rows[(rows["measure"] == "area") & (rows["method"] == method)].iloc[0]
+
+    assert area(with_dead, "ge")["mean"] == area(sound, "ge")["mean"] and area(with_dead, "ge")["n"] == 2
+    assert area(with_dead, "boostnet")["mean"] < -50  # 10 % at every cost
+
+
+def test_networks_with_one_exit_are_reported(tmp_path):
+    found = collect([FakeRun(method, seed, macs=(1000,)) for method in ("joint", "ge") for seed in (0, 1)])
+    write_report(found, tmp_path)
+    assert found.budgeted["budget"].unique().tolist() == [1000]
+    assert found.budgeted["accuracy_mean"].tolist() == found.anytime["accuracy_mean"].tolist()
+
+
+def test_a_lead_on_the_common_seeds_that_is_negative_is_no_lead():
+    levels = {"joint": {0: 60.0, 1: 60.1, 2: 60.2, 3: 90.0}, "ge": {0: 61.0, 1: 61.11, 2: 61.2, 4: 50.0}}
+    rows = [
+        {"method": method, "seed": seed, "backbone": "net", "dataset": "digits", "exit": 1, "accuracy": accuracy}
+        for method, seeds in levels.items()
+        for seed, accuracy in seeds.items()
+    ]
+    anytime = pd.DataFrame(rows)
+    for line in verdicts(anytime, anytime.rename(columns={"exit": "budget"})).to_dict("records"):
+        assert line["best"] == "joint" and line["lead"] < 0 and line["p_holm"] < 0.01 and line["verdict"] == "no"
 
 
 def test_same_method_and_seed_on_another_dataset_is_another_group(tmp_path):
@@ -607,6 +641,13 @@ def test_a_budget_below_a_first_exit_is_missing_there(tmp_path):
 )
 def test_costs_are_written_in_the_unit_that_suits_least_and_greatest(costs, unit, texts):
     assert unit_for(costs)[0] == unit and write_costs(costs) == texts
+
+
+def test_milliseconds_are_written_with_enough_digits_to_differ_and_without_exponents():
+    assert write_costs([10.12, 10.14, 10.3], in_time=True) == ["10.12", "10.14", "10.30"]
+    assert write_costs([1.234, 15.6], in_time=True) == ["1.23", "15.60"]
+    assert write_costs([0.0123, 0.5], in_time=True) == ["0.0123", "0.5000"]
+    assert write_costs([1234.0, 2345.0], in_time=True) == ["1234", "2345"]
 
 
 def test_a_baseline_that_is_asked_for_has_to_be_there(cli, monkeypatch):

@@ -127,6 +127,7 @@ def test_the_winner_with_its_policy_is_compared_with_joint_on_confidence_by_seed
     assert rows["mean"][0] == pytest.approx(np.mean(expected)) and rows["low"][0] > 0
     assert sentence(rows).startswith("boostnet with mean beats joint training: ")
     assert sentence(policy_difference(joint, joint, "confidence", None)).startswith("nothing beat joint")
+    assert sentence(rows[rows["measure"] == "exit 1"]).startswith("no comparison with joint training")
     at_budget = policy_difference(joint, better, "confidence", 0.6)
     scores = ([policy_scores(run, 0.6, [BASELINE])[0].test for run in runs] for runs in (better, joint))
     assert at_budget["mean"][0] == pytest.approx(np.mean(np.subtract(*scores)))

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from exitkit.errors import UserError
-from exitkit.inference.operating_points import betting_p_values, held, oracle_curve, risk_controlled, stitched
+from exitkit.inference.operating_points import held, oracle_curve, stitched
+from exitkit.inference.risk import betting_p_values, risk_controlled
 
 LEVELS = st.integers(0, 5).map(lambda level: level / 5)
 """Few values, so that many are equal."""

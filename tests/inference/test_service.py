@@ -22,6 +22,7 @@ from scipy import stats
 
 from exitkit.inference.export import runner as running
 from exitkit.inference.export import service as serving
+from exitkit.inference.export.bundle import logits_by_stage
 from exitkit.inference.export.service import Busy, Controller, Executor, Metrics, Waiting, application
 
 from bundles import NAMES, pixels, tiny_bundle
@@ -94,6 +95,19 @@ def test_images_of_many_requests_get_the_runners_answers_at_their_operating_poin
     assert {each.exit_index for each in answers} == {0, 1} and [each.point for each in answers] == points
     with pytest.raises(RuntimeError, match="stop"):
         executor.submit(images[:1], "default")
+
+
+def test_the_confidence_is_that_of_the_rule_with_its_temperatures(runner, monkeypatch):
+    images, point = runner.normalised(pixels(8)), "default"
+    heat = [3.0] * len(runner.programs)
+    monkeypatch.setitem(runner.points, point, {**runner.points[point], "temperatures": heat})
+    executor = Executor(runner, size=8)
+    answers = [future.result(10) for future in executor.submit(images, point)]
+    executor.stop()
+    logits = logits_by_stage(runner, images)
+    for row, answer in enumerate(answers):
+        z = logits[row, answer.exit_index].astype(np.float64) / 3
+        assert answer.confidence == pytest.approx(np.exp(z - z.max()).max() / np.exp(z - z.max()).sum())
 
 
 def test_images_that_remain_fill_up_the_batches_of_later_stages(runner, monkeypatch):
@@ -278,6 +292,13 @@ def test_a_controller_keeps_the_bound_as_load_rises_and_comes_back(rates):  # th
     assert during(found, 1)[:, 2].mean() > 0.6 * 100 / rates[1]  # it uses most of what the machine can do
     assert all(np.quantile(during(found, phase)[:, 1], 0.99) < 0.2 for phase in (0, 2))
     assert during(found, 2)[-1, 2] > during(found, 1)[:, 2].mean()
+
+
+def test_a_controller_keeps_few_latencies_while_nobody_asks_for_its_point():
+    controller = Controller(["a", "b"], "b", 0.1)
+    for _ in range(20_000):
+        controller.observe(0.01)
+    assert len(controller._latencies) <= 10_000
 
 
 def test_a_controller_never_passes_its_start_and_climbs_more_slowly_after_each_failure():

@@ -1,6 +1,7 @@
 """Targets: what they mean, which point they choose, and how an unreachable one is refused."""
 
 import itertools
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from scipy import stats
 from exitkit import ExitPolicy, ExitRule
 from exitkit.errors import UserError
 from exitkit.inference.calibration import fit_temperatures
-from exitkit.inference.choose import _choose_policies
+from exitkit.inference.choose import _choose_policies, outcome_of_outputs
 from exitkit.inference.rules.base import Validation
 from exitkit.inference.scores import scores
 from exitkit.inference.targets import Candidates, Target, choose_point
@@ -236,6 +237,7 @@ def test_a_guarantee_has_temperatures_and_thresholds_of_other_images_than_it_is_
         ({"share": float("nan")}, "share is nan; expected the ratio"),
         ({"score": None}, "unknown exit rule None; available: confidence"),
         ({"calibrated": "no"}, "calibrated is 'no'; expected True or False"),
+        ({"calibrated": True, "score": "patience"}, "calibrated has no effect on the score patience"),
     ],
 )
 def test_a_mistake_in_the_choice_of_a_rule_is_one_line(given, says):
@@ -249,13 +251,46 @@ def test_a_policy_without_a_name_is_one_line(policy):
         ExitPolicy.from_outputs(policy, *outputs(50), COSTS)
 
 
+def test_a_budget_of_the_first_exits_share_is_met_although_it_is_rounded():
+    for first in (29, 57, 58):
+        logits, labels = outputs(50)
+        rule = ExitRule.from_outputs(logits, labels, (float(first), 60.0, 100.0), budget=f"{first}%")
+        assert ExitPolicy(rule).on_outputs(logits)[1].eq(0).all()
+
+
+def test_of_equally_accurate_points_a_bound_chooses_the_lowest_cost():
+    leaves = np.tile([[0], [1], [2]], 100)
+    points = Candidates(COSTS, leaves, leaves > 0, np.ones(100, dtype=bool))
+    for bound in ({"latency_p95": "90ms"}, {"budget": 90, "at_most": True}):
+        assert choose_point(Target.of(**bound), points) == 1
+
+
+def test_what_a_fitted_policy_promises_is_not_measured_on_the_images_of_its_fit():
+    inside, promised = [], []
+    for seed in range(4):
+        logits = torch.randn(300, 3, 10, generator=torch.Generator().manual_seed(seed))
+        labels = torch.randint(10, (300,), generator=torch.Generator().manual_seed(seed + 9))
+        logits[torch.arange(300), :, labels] += 1
+        validation = Validation.checked(logits.numpy(), labels.numpy(), COSTS)
+        (chosen,) = _choose_policies("geometric+stopping", validation, [Target.of(budget=25)])
+        inside.append(outcome_of_outputs(chosen.policy, logits, labels, COSTS)["accuracy"])
+        promised.append(chosen.validation["accuracy"])
+    assert np.mean(promised) < np.mean(inside) - 1
+
+
+def test_a_share_is_any_number():
+    rules = [ExitRule.from_outputs(*outputs(50), COSTS, share=share) for share in (1, np.int64(1), Fraction(1))]
+    assert rules[0] == rules[1] == rules[2]
+
+
 def test_a_guarantee_beside_a_budget_does_not_change_the_budget():
     logits, labels = outputs(600)
     validation = Validation.checked(logits.numpy(), labels.numpy(), COSTS)
     certain, budget = Target.of(lose=4, certainty=0.8), Target.of(budget="60%")
     both = _choose_policies("mean", validation, [certain, budget])
     apart = [_choose_policies("mean", validation, [target])[0] for target in (certain, budget)]
-    assert [policy.to_json() for policy in both] == [policy.to_json() for policy in apart]
+    assert [each.policy.to_json() for each in both] == [each.policy.to_json() for each in apart]
+    assert both == apart
 
 
 def test_a_share_of_the_cost_is_the_same_budget_as_its_number():

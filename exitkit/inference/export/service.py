@@ -196,9 +196,10 @@ class Executor(threading.Thread):
             rows = [row for row, item in enumerate(batch) if item.point == point]
             memory = _merged([batch[row].memory for row in rows])
             outputs, leaves, memory = self.runner.decide(index, logits[rows], memory, point)
+            heat = self.runner.points.get(point, self.runner.policy).get("temperatures")
             for place, row in enumerate(rows):
                 if leaves[place]:
-                    steps[row] = _answer(outputs[place], index, point)
+                    steps[row] = _answer(outputs[place], index, point, heat[index] if heat else 1.0)
                 else:
                     after = [part[row : row + 1] for part in state]
                     steps[row] = Waiting(batch[row].future, point, after, _row(memory, place), now)
@@ -210,8 +211,9 @@ class Executor(threading.Thread):
             self._open -= images
 
 
-def _answer(outputs: Any, index: int, point: str) -> Answer:
-    z = outputs.astype(np.float64)
+def _answer(outputs: Any, index: int, point: str, temperature: float) -> Answer:
+    """Return the answer of an exit; its confidence is the largest probability, calibrated if the policy is."""
+    z = outputs.astype(np.float64) / temperature
     return Answer(int(z.argmax()), index, float(1 / np.exp(z - z.max()).sum()), point)
 
 
@@ -253,7 +255,8 @@ class Controller:
         self.points, self.bound, self.interval = list(points), bound, interval
         self.highest = self.index = self.points.index(start)
         self.calm = 4
-        self._latencies: list[float] = []
+        # Without limit they would grow while all requests name their operating point, since `update` is not called.
+        self._latencies: deque[float] = deque(maxlen=10_000)
         self._changed = self._rose_at = -math.inf
         self._calm_for = 0
 

@@ -180,7 +180,7 @@ def acquire(lock: BaseFileLock) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder and its parents, and remove the temporary files that killed processes left there.
+    """Create a folder and its parents, and remove what killed processes left there.
 
     Raises:
         UserError: the folder can't be created.
@@ -191,7 +191,12 @@ def make_folder(path: Path) -> None:
         raise UserError(f"{path} is a file; expected a folder or a new path") from None
     except OSError as error:
         raise disk_error(path, error) from None
-    for leftover in path.glob(f".?*.{'[0-9a-f]' * 8}.part"):  # only names that `beside` makes
+    remove_leftovers(path)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files and folders that killed processes left in a folder, and keep those in use."""
+    for leftover in folder.glob(f".?*.{'[0-9a-f]' * 8}.part"):  # only names that `beside` makes
         with _locked(leftover) as abandoned:
             if abandoned and leftover.is_dir():
                 shutil.rmtree(leftover, ignore_errors=True)

@@ -351,6 +351,8 @@ class NashMTL(Aggregated):
             length = min(self.max_norm, 1.0) if self.max_norm else 1.0
             direction: Tensor = length * matrix[0] / matrix.norm().clamp(min=torch.finfo(matrix.dtype).tiny)
             return direction
+        if not matrix.any():  # there is nothing to bargain about
+            return matrix.sum(0)
         with warnings.catch_warnings():  # the solver warns about its speed
             warnings.simplefilter("ignore", UserWarning)
             return super().combine(run, matrix)

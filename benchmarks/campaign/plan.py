@@ -45,10 +45,17 @@ class Entry:
 
 @dataclass(frozen=True)
 class Planned:
-    """A planned run: its resolved recipe, and the paper's "backbone" and "dataset" that it stands for, if different."""
+    """A planned run.
+
+    Attributes:
+        recipe: its resolved recipe.
+        stands_for: the paper's "backbone" and "dataset" that it stands for, if different.
+        given: its recipe before it was resolved.
+    """
 
     recipe: ResolvedRecipe
     stands_for: Mapping[str, str]
+    given: Recipe
 
 
 @dataclass(frozen=True)
@@ -165,7 +172,8 @@ class Plan:
                 recipes += [static for recipe in varied for static in _static_recipes(recipe)]
             for recipe in recipes:
                 for seed in range(self.base.seed, self.base.seed + self.seeds):
-                    yield Planned(resolve(recipe.with_values(seed=seed)), stands_for)
+                    given = recipe.with_values(seed=seed)
+                    yield Planned(resolve(given), stands_for, given)
 
     def _varied(self, base: Recipe, method: Entry, used: set[str], known: set[str]) -> Iterator[Recipe]:
         """Yield the recipe of a method with the values of `set`, once per combination of swept values.

@@ -35,7 +35,8 @@ class Campaign:
         self, recipes: Sequence[ResolvedRecipe], out: Path, launcher: Launcher, report: Callable[[Event], None]
     ) -> None:
         self.recipes, self.out, self.launcher, self.report = recipes, out, launcher, report
-        self.order = sorted(range(len(recipes)), key=lambda index: (-_length(recipes[index]), index))
+        exits: dict[str, int] = {}
+        self.order = sorted(range(len(recipes)), key=lambda index: (-_length(recipes[index], exits), index))
         self.needs = [{teacher.id for teacher in teacher_recipes(recipe).values()} for recipe in recipes]
         self.pending = {recipe.id for recipe in recipes}
         self.failed: dict[int, str] = {}
@@ -95,11 +96,19 @@ class Campaign:
         note_failure(self.out, self.recipes[index], reason)
 
 
-def _length(recipe: ResolvedRecipe) -> int:
-    """Return the number of passes over the training data, as a measure of the length of a run."""
-    # Imported when used: the command line's help must not load torch.
-    from exitkit.runs.job import make_phases, make_strategy
+def _length(recipe: ResolvedRecipe, known: dict[str, int]) -> int:
+    """Return the number of passes over the training data, as a measure of the length of a run.
 
-    exits = 8  # the network is not built yet; any number gives the same order of methods
+    Args:
+        recipe: the recipe of the run.
+        known: {network: number of its exits}, which is extended.
+    """
+    # Imported when used: the command line's help must not load torch.
+    from exitkit.runs.job import count_exits, make_phases, make_strategy
+
+    network = f"{recipe.backbone} {dict(recipe.backbone_settings)}"
+    if network not in known:
+        known[network] = count_exits(recipe)
+    exits = known[network]
     phases = make_phases(make_strategy(recipe), recipe.epochs, exits)
     return sum(phase.epochs * phase.strategy.passes(exits) for phase in phases)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +24,12 @@ from exitkit.benchmarks.report.measure import RunMeasures
 from exitkit.benchmarks.report.options import ReportOptions
 from exitkit.benchmarks.report.policies import Outputs, measure
 from exitkit.benchmarks.report.statistics import area_under_curve
-from exitkit.errors import UserError, unknown
+from exitkit.errors import HeldError, UserError, unknown
 from exitkit.inference.budgets import exit_costs
 from exitkit.inference.operating_points import most_accurate_within
 from exitkit.inference.policy import PolicyName
-from exitkit.runs.folder import RunFolder
+from exitkit.runs.folder import FEATURES, RunFolder
+from exitkit.strategy.base import TrainingStrategy
 from exitkit.strategy.composition import configure_strategy
 from exitkit.training.loop import train
 from exitkit.training.progress import Progress
@@ -117,7 +120,7 @@ class Space:
         Args:
             values: see `Space`.
             methods: names of methods.
-            spaces: {`FIELD` or `METHOD.FIELD`: text of a range}.
+            spaces: {`FIELD` or `METHOD.FIELD`: text of a range}; see `_named` for the fields of compositions.
 
         Raises:
             UserError: a method or field is unknown, or a range or a choice is invalid.
@@ -133,8 +136,9 @@ class Space:
             searched = {"lr": lr} | default_ranges(method)
             ranges[method] = {name: each for name, each in searched.items() if name not in fixed}
             for key, text in spaces.items():
-                owner, dot, name = key.rpartition(".")
-                if (not dot or owner == method) and name in settable:
+                owner, _, last = key.rpartition(".")
+                name = last if owner == method else key
+                if name in settable:
                     if name in fixed:
                         raise UserError(f"{key} is given by --set and by --space; expected one of them")
                     ranges[method][name] = Range.parse(key, text)
@@ -196,13 +200,12 @@ def _check_values(values: Mapping[str, Any], method: str, field: str, option: st
     tried: list[Any] = [*searched.choices] or [
         round(value) if _is_whole(method, field) else _rounded(value) for value in inside
     ]
-    types: dict[str, Any] = {}
-    for part in plugins.method_parts(method):
-        types |= get_type_hints(plugins.underlying(plugins.load("method", part)))
+    named = _named(method)
     for value in tried:
         try:
-            if field in types:
-                plugins.check_value(field, types[field], value)
+            if field in named:
+                part, own = named[field]
+                plugins.check_value(own, get_type_hints(plugins.underlying(plugins.load("method", part)))[own], value)
             else:
                 entry = {"name": method, field: value}
                 Plan.make({**values, "methods": [entry], "baseline": method, "seeds": 1}).runs()
@@ -213,20 +216,32 @@ def _check_values(values: Mapping[str, Any], method: str, field: str, option: st
 def default_ranges(method: str) -> dict[str, Range]:
     """Return the ranges that the fields of a method, or of the parts of a composition, declare."""
     ranges: dict[str, Range] = {}
-    for part in plugins.method_parts(method):
-        for name, field in plugins.fields(plugins.load("method", part)).items():
-            declared = field.metadata.get("search")
-            if declared:
-                ranges[name] = Range(declared[0], declared[1], "log" in declared[2:])
+    for name, (part, field) in _named(method).items():
+        declared = plugins.fields(plugins.load("method", part))[field].metadata.get("search")
+        if declared:
+            ranges[name] = Range(declared[0], declared[1], "log" in declared[2:])
     return ranges
 
 
+def _named(method: str) -> dict[str, tuple[str, str]]:
+    """Return {name: (part, field)} of the fields of a method, or of the parts of a composition.
+
+    The name of a field that several parts have is `PART.FIELD`, unless it is a field of every method.
+    """
+    fields = {part: plugins.fields(plugins.load("method", part)) for part in plugins.method_parts(method)}
+    owners = Counter(field for own in fields.values() for field in own)
+    common = plugins.fields(TrainingStrategy)
+    return {
+        f"{part}.{field}" if owners[field] > 1 and field not in common else field: (part, field)
+        for part, own in fields.items()
+        for field in own
+    }
+
+
 def _fields(method: str) -> dict[str, Any]:
-    """Return {name: default} of the fields of a method, or of the parts of a composition."""
-    fields: dict[str, Any] = {}
-    for part in plugins.method_parts(method):
-        fields |= plugins.defaults(plugins.load("method", part))
-    return fields
+    """Return {name: default} of the fields of a method, or of the parts of a composition; see `_named`."""
+    defaults = {part: plugins.defaults(plugins.load("method", part)) for part in plugins.method_parts(method)}
+    return {name: defaults[part][field] for name, (part, field) in _named(method).items()}
 
 
 def objective(run: RunFolder, budget: float | None) -> float:
@@ -382,7 +397,11 @@ def search(
                 trial.set_user_attr("policy", str(best.policy))
                 _tell(study, trial, best.validation)
         except optuna.TrialPruned:
+            shutil.rmtree(out / RUNS / recipe.id / FEATURES, ignore_errors=True)  # they may be large
             _tell(study, trial, state=optuna.trial.TrialState.PRUNED)
+        except HeldError:  # another process trains this run: neither idle nor a failure
+            _tell(study, trial, state=optuna.trial.TrialState.FAIL)
+            continue
         except UserError as error:  # diverged, or not a valid combination: the search goes on
             trial.set_user_attr("reason", str(error))
             _tell(study, trial, state=optuna.trial.TrialState.FAIL)
@@ -457,9 +476,14 @@ def _alive(trial: optuna.trial.FrozenTrial, out: Path) -> bool:
     if name and RunFolder.is_held(out / RUNS / name):
         return True
     if trial.user_attrs.get("host") == platform.node():
+        process = trial.user_attrs.get("pid")
+        if process == os.getpid():  # a new process has the number of the dead one
+            return False
         try:
-            os.kill(int(trial.user_attrs["pid"]), 0)
-        except (OSError, ValueError):
+            os.kill(int(process), 0)
+        except PermissionError:  # it is another user's
+            return True
+        except (OSError, ValueError, TypeError):
             return False
         return True
     age = time.time() - trial.datetime_start.timestamp() if trial.datetime_start else 0.0

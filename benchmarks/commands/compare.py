@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -171,9 +172,9 @@ def carry_out(
     if workers < 1:
         raise UserError(f"--jobs is {workers}; expected at least 1")
     recipes = {planned.recipe.id: planned.recipe for planned in runs}
-    for name, recipe in recipes.items():
-        if not exists(folder / name):
-            check_effects(recipe)
+    for planned in runs:
+        if not exists(folder / planned.recipe.id):
+            check_effects(planned.given)
     needed = recipes | {teacher.id: teacher for teacher in _teachers(list(recipes.values()))}
     starter = make_launcher(launcher, workers, first, folder, slurm or {})
     if launcher != "here":
@@ -414,6 +415,9 @@ def _embed(runs: Sequence[tuple[RunFolder, ResolvedRecipe]]) -> None:
     from exitkit.runs.evaluate import evaluate
 
     for run, recipe in runs:
-        if not run.has_embeddings():
+        while not run.has_embeddings():
+            if RunFolder.is_held(run.path):  # another process evaluates it
+                time.sleep(1)
+                continue
             with working(f"embeddings of {run.path.name}") as report:
                 evaluate(run, device=recipe.device, data_dir=recipe.data_dir, embeddings=True, tell=report)

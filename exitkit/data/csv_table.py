@@ -58,7 +58,7 @@ class ImageTable(ImageDataSet):
             paths[str(part)] = rows["path"].tolist()
             labels[str(part)] = torch.tensor([numbers[label] for label in rows["label"]])
         arranged = self.arranged(names, labels["train"], labels.get("test"), labels.get("validation"))
-        training = paths["train"] + paths.get("validation", [])
+        training = paths["train"] + (paths.get("validation", []) if self.validation is None else [])
         return self.of_files(names, arranged, training, paths.get("test", training))
 
     def root(self, data_dir: Path | None) -> Path:

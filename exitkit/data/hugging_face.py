@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, ClassVar
 from exitkit.data.csv_table import PARTS
 from exitkit.data.items import Items
 from exitkit.data.objects import ItemDataSet
-from exitkit.errors import UserError, unknown
+from exitkit.errors import Note, UserError, unknown
 from exitkit.plugins import setting
 
 _LABELS = ("label", "labels", "target", "class")
@@ -38,7 +39,15 @@ class HuggingFace(ItemDataSet):
         """See `ItemDataSet.parts`."""
         path = self._path(data_dir)
         splits = _read(path)
-        known = {PARTS[name.lower()]: rows for name, rows in splits.items() if name.lower() in PARTS}
+        known: dict[str, Any] = {}
+        for name, rows in splits.items():
+            part = PARTS.get(name.lower())
+            if part is None:
+                warnings.warn(Note(f"{path}: the split {name} is passed over"), stacklevel=2)
+            elif part in known:
+                raise UserError(f"{path} has two splits for {part}, of which one is {name}; expected one of each part")
+            else:
+                known[part] = rows
         if "train" not in known:
             raise UserError(f"{path} has the splits {', '.join(map(str, splits))}; expected train")
         columns = self._columns(path, known["train"].features)

@@ -46,7 +46,7 @@ class ItemDataSet(ImageDataSet, abc.ABC):
         self._check_transforms(parts)
         given = [part.labels if part else None for part in (test, validation)]
         arranged = self.arranged(names, train.labels, *given)
-        training = Joined([train, validation] if validation else [train])
+        training = Joined([train, validation] if validation and self.validation is None else [train])
         sources = training, training if test is None else Joined([test])
         chosen = None if train.final_shape else self.preprocessing
         shape = train.final_shape or (3, self.preprocessing.size, self.preprocessing.size)

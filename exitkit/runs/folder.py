@@ -43,6 +43,7 @@ from exitkit.files import (
     make_folder,
     owner,
     read_json,
+    remove_leftovers,
     write_json,
 )
 from exitkit.runs.formats import (
@@ -145,16 +146,12 @@ class RunFolder:
             acquire(lock)
         except Timeout:
             raise HeldError(
-                f"run {self.path} is being trained by another process; wait for it, or choose another --out"
+                f"run {self.path} is in use by another process; wait for it, or choose another --out"
             ) from None
         except OSError as error:
             raise disk_error(self.path, error) from None
         try:
-            for leftover in self.path.glob(".*.part"):
-                if leftover.is_dir():
-                    shutil.rmtree(leftover, ignore_errors=True)
-                else:
-                    leftover.unlink(missing_ok=True)
+            remove_leftovers(self.path)
             # Incomplete drafts of this folder; a process that still writes one will return this folder instead.
             for draft in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.part"):
                 shutil.rmtree(draft, ignore_errors=True)

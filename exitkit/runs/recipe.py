@@ -239,8 +239,9 @@ class Recipe(BaseModel):
         digest = hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:8]
         end = f"-s{self.seed}-{digest}"
         name = "-".join([self.method, self.backbone or "", self.dataset])
-        # A data set may be named with a path; the longest name of a file has 255 characters, and drafts have 15 more.
-        return re.sub(r"[^A-Za-z0-9.+_-]", "-", name[: 240 - len(end)] + end)
+        # A data set may be named with a path. The longest name of a file has 255 characters; a failure's has 5 more
+        # than the run's, and its draft 15 more.
+        return re.sub(r"[^A-Za-z0-9.+_-]", "-", name[: 235 - len(end)] + end)
 
 
 class ResolvedRecipe(Recipe):

@@ -171,7 +171,9 @@ def local_run(
     modules = {name for name, _ in network.named_modules()}
     fixed = frozen(network)
     engine = Engine(next(network.parameters()).device, precision, layout=layout)
-    strategy.adapt(network)
+    with engine.placement.forked_randomness():
+        engine.placement.seed(derive(seed, "adapt", 0))
+        strategy.adapt(network)
     engine.place(network)
     check_trains(phase, label, network, before, fixed)
     for name, parameter in network.named_parameters():

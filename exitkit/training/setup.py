@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,7 +20,7 @@ from exitkit.files import exists, write_json, write_text, written_whole
 from exitkit.networks.build import make_backbone
 from exitkit.networks.ownership import frozen
 from exitkit.runs.fingerprints import job_facts
-from exitkit.runs.folder import IMAGES, SPLIT, RunFolder
+from exitkit.runs.folder import FEATURES, IMAGES, SPLIT, RunFolder
 from exitkit.runs.ingredients import check_unseen, load_initial, load_side_network, load_teachers
 from exitkit.runs.job import Job, image_root
 from exitkit.runs.recipe import ResolvedRecipe
@@ -78,6 +79,8 @@ class Training:
             self.progress(Progress(name, 0, phase.epochs, before / total, rate, [], []))
 
         if begun.run.position.epoch >= phase.epochs:
+            if self.engine.ranks.is_main:  # of a process that was killed after the last epoch
+                shutil.rmtree(self.folder.path / FEATURES, ignore_errors=True)
             return nullcontext(self.job.data)
         return phase_data(self.job, number, self.engine, self.folder, report)
 

@@ -187,6 +187,12 @@ def test_the_longest_begin_first_and_of_one_length_the_first(tmp_path):
     assert launcher.started == [recipes[index].id for index in (3, 5, 2, 4, 0, 1)]
 
 
+def test_phases_that_depend_on_the_number_of_exits_are_those_of_the_network(tmp_path):
+    recipe = resolved("separate", epochs=4, method_settings={"order": "branch", "shares": [0.25] * 4})
+    launcher = Scripted()
+    assert go([recipe], tmp_path, launcher)[0] == {} and launcher.started == [recipe.id]
+
+
 def test_as_many_are_under_way_as_there_are_slots(tmp_path):
     recipes = [resolved(seed=seed) for seed in range(5)]
     for slots in (1, 2, 9):

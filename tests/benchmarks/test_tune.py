@@ -1,5 +1,8 @@
 """The search for methods and settings: spaces, objective, resuming, and the comparison on fresh seeds."""
 
+import os
+import platform
+
 import numpy as np
 import optuna
 import pandas as pd
@@ -7,6 +10,7 @@ import pytest
 from fake_runs import FakeRun
 
 from exitkit import find_runs
+from exitkit.benchmarks.campaign import tuning
 from exitkit.benchmarks.campaign.tuning import (
     JOURNAL,
     Limits,
@@ -19,7 +23,7 @@ from exitkit.benchmarks.campaign.tuning import (
     search,
 )
 from exitkit.benchmarks.commands.tune import policy_difference, sentence
-from exitkit.errors import UserError
+from exitkit.errors import HeldError, UserError
 from exitkit.inference.policy import BASELINE, read_policy
 
 STATES = optuna.trial.TrialState
@@ -86,6 +90,43 @@ def test_a_field_that_is_set_is_not_searched(key):
 def test_a_range_may_begin_at_an_excluded_value():
     space = Space.make({"dataset": "digits"}, ["joint"], {"lr": "0:0.1", "batch_size": "16:64"})
     assert space.ranges["joint"] == {"lr": Range(0, 0.1), "batch_size": Range(16, 64)}
+
+
+def test_a_field_of_several_parts_of_a_composition_is_searched_for_each():
+    values = {"dataset": "digits", "backbone": "msdnet-tiny", "epochs": 1}
+    space = Space.make(values, ["boostnet+kd"], {"boostnet.temperature": "0.1:0.2"})
+    assert space.ranges["boostnet+kd"]["boostnet.temperature"] == Range(0.1, 0.2)
+    assert space.ranges["boostnet+kd"]["kd.temperature"] == default_ranges("kd")["temperature"]
+    entry = {"name": "boostnet+kd"} | {name: each.high for name, each in space.ranges["boostnet+kd"].items()}
+    settings = space.plan([entry], "boostnet+kd", 0, 1).runs()[0].recipe.method_settings
+    assert (settings["boostnet.temperature"], settings["kd.temperature"]) == (0.2, entry["kd.temperature"])
+    with pytest.raises(UserError, match=r"'temperature'.*boostnet\.temperature"):
+        Space.make(values, ["boostnet+kd"], {"temperature": "0.1:0.2"})
+
+
+def test_a_run_that_another_process_trains_is_no_failure_of_the_search(tmp_path, monkeypatch):
+    study, space = study_of(tmp_path)
+    held = iter([True] * 25)
+
+    def train(recipe, out, report):
+        if next(held, False):
+            raise HeldError("in use")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuning, "train", train)
+    with pytest.raises(KeyboardInterrupt):
+        search(study, space, tmp_path, seed=0, limits=Limits(epochs=2), budget=None, tell=lambda _: None)
+
+
+def test_a_dead_process_whose_number_this_one_has_is_dead(tmp_path):
+    study, space = study_of(tmp_path)
+    killed = study.ask()
+    space.propose(killed)
+    killed.set_user_attr("host", platform.node())
+    killed.set_user_attr("pid", os.getpid())
+    assert not tuning._alive(study.get_trials()[0], tmp_path)
+    killed.set_user_attr("pid", os.getppid())
+    assert tuning._alive(study.get_trials()[0], tmp_path)
 
 
 def test_the_objective_is_the_validation_accuracy_at_the_budget():

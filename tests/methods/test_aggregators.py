@@ -192,6 +192,7 @@ def test_a_single_exit_has_the_direction_of_its_gradient(name):
     length = {"cagrad": 1.5 * gradient.norm(), "nashmtl": 1.0}.get(name, gradient.norm())
     assert torch.allclose(direction, length * gradient[0] / gradient.norm(), rtol=1e-6)
     assert name != "nashmtl" or not run.strategy.combine(run, torch.zeros_like(gradient)).any()
+    assert not run_of(name).strategy.combine(run, torch.zeros(2, gradient.numel()).to(gradient)).any()
     run.strategy.train_step(run, batch)
     for size in (0.0, 0.25, 4.0) if name == "nashmtl" else ():
         run = run_of(name, network, max_norm=size)

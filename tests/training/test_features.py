@@ -137,6 +137,18 @@ def test_an_interrupted_run_ends_in_the_same_bits_and_uses_its_features_again(tm
     assert all(torch.equal(ours[name], others[name]) for name in others)
 
 
+def test_features_do_not_outlive_a_run_that_was_interrupted_after_its_last_epoch(tmp_path):
+    def report(progress):
+        if progress.epoch_done and progress.epoch == RECIPE["epochs"]:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        exitkit.train(RECIPE, tmp_path, report=report)
+    (folder,) = tmp_path.iterdir()
+    assert (folder / "features").exists()
+    assert exitkit.train(RECIPE, tmp_path).finished and not (folder / "features").exists()
+
+
 @pytest.mark.parametrize("damage", ["other", "cut", "gone"])
 def test_features_of_other_weights_or_damaged_ones_are_computed_again(tmp_path, monkeypatch, damage):
     whole = train(tmp_path / "whole")

@@ -29,6 +29,17 @@ def test_a_local_run_leaves_the_callers_random_state_as_it_is():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_what_a_method_adds_depends_on_the_seed_of_the_run_alone():
+    added = []
+    for outside, seed in ((1, 0), (2, 0), (1, 3)):
+        network = chain()
+        torch.manual_seed(outside)
+        local(network, "isc", seed=seed)
+        added.append({name: tensor for name, tensor in network.state_dict().items() if name.startswith("link")})
+    assert added[0] and all(torch.equal(tensor, added[1][name]) for name, tensor in added[0].items())
+    assert not all(torch.equal(tensor, added[2][name]) for name, tensor in added[0].items())
+
+
 def test_training_and_loading_leave_the_callers_process_as_it_was(tmp_path):
     from toy import FEW
 

@@ -169,7 +169,7 @@ def test_a_run_that_another_process_trains_is_refused(tmp_path, monkeypatch):
     script = f"import exitkit; {hold}; print(1, flush=True); input()"
     holder = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"1\n"
-    with pytest.raises(exitkit.UserError, match="is being trained by another process"):
+    with pytest.raises(exitkit.UserError, match="is in use by another process"):
         exitkit.train({"method": "joint", **SMALL}, tmp_path)
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()

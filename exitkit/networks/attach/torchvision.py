@@ -52,12 +52,12 @@ class TorchvisionModel(Backbone):
                 raise unknown(f"weights of {self.model}", self.weights, set(choices))
 
     def preprocessing(self) -> Preprocessing | None:
-        """Return the size of the images of the pretrained weights, and their normalisation."""
+        """Return how torchvision prepares the images of the pretrained weights."""
         if self.weights is None:
             return None
         known = torchvision("models").get_model_weights(self.model)[self.weights].transforms()
-        # Their shares of the centre crop are left out: earlier releases used the data set's.
-        return Preprocessing(known.crop_size[0], tuple(known.mean), tuple(known.std))
+        (size,), (resized,) = known.crop_size, known.resize_size
+        return Preprocessing(size, tuple(known.mean), tuple(known.std), size / resized, known.interpolation.value)
 
     def build(self, input_shape: tuple[int, int, int], num_classes: int) -> MultiExitNetwork:
         """Build the network; see `Backbone.build`. Images of one channel are repeated to three channels."""

@@ -113,6 +113,31 @@ TABLE = {
     "list of what": ("list methds", "did you mean methods"),
     "image shape": ("cost --input-shape 3,32", "expected channels,height,width"),
     "classes": ("cost --num-classes 1", "num_classes is 1; expected at least 2"),
+    "image shape of very many digits": (f"cost --input-shape 3,{'9' * 5000},3", "expected channels,height,width"),
+    "image shape beyond reason": ("cost --input-shape 1,2000000000,2000000000", "each 1 to 16384"),
+    "value of what has none": ("list backbones msdnet-tiny:junk", "unknown backbone 'msdnet-tiny:junk'"),
+    "images beyond reason": (
+        "train --dataset folder --data-dir uneven --set image_size=10000000",
+        "image_size is 10000000; expected 8 to 8192",
+    ),
+    "more epochs between probes than epochs": (
+        "train --epochs 1 --probe-every 5",
+        "probe_every is 5; expected at most 1",
+    ),
+    "jobs of one process": ("compare --jobs 4 --launcher here", "expected 1 with --launcher here"),
+    "hours nan": ("tune --hours nan", "nan is not a finite number"),
+    "interval infinite": ("watch empty --interval inf", "--interval"),
+    "seconds infinite": ("compare --plan --seconds-per-run inf", "--seconds-per-run"),
+    "points of patience": ("report empty --rule patience --points 3", "points has no effect on the rule patience"),
+    "baseline of the report": ("compare --recipe reported.toml --plan", "'boostnte'; did you mean boostnet"),
+    "figure beside methods": (
+        "compare --recipe toy.toml --plan",
+        "figures has toy, which is drawn alone; expected no methods",
+    ),
+    "search of a sweep": ("tune --recipe swept.toml", "swept.toml has sweep, which a search does not use"),
+    "search of methods with settings": ("tune --recipe tables.toml", "tables.toml has methods with settings"),
+    "search with a wrong table": ("tune --recipe three.toml", "set is 3"),
+    "folder twice": ("reproducibility empty empty/. --out made.md", "is given twice"),
     "too small an image": ("cost --backbone msdnet-cifar-k7 --input-shape 3,2,2", "too small for 3 scales"),
 }
 
@@ -130,6 +155,11 @@ def things(tmp_path):
         "fields.toml": "method = 'boostnet'\n[method_settings]\ntemprature = 1",
         "truth.toml": "epochs = true",
         "list.json": "[1, 2]",
+        "reported.toml": "methods = 'boostnet'\n[report]\nbaseline = 'boostnte'",
+        "toy.toml": "figures = 'toy'\nmethods = 'ge'",
+        "swept.toml": "sweep = { lr = [0.1, 0.2] }",
+        "tables.toml": "methods = [{ name = 'boostnet', temperature = 0.3 }]",
+        "three.toml": "set = 3",
     }
     (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
     for name, text in texts.items():

@@ -288,7 +288,7 @@ def in_words(seconds: float) -> str:
 
 def wall_time(seconds: Sequence[float], jobs: int) -> float:
     """Return the total time in seconds of runs of these durations, longest first, `jobs` in parallel."""
-    lanes = [0.0] * max(jobs, 1)
+    lanes = [0.0] * max(min(jobs, len(seconds)), 1)
     for duration in sorted(seconds, reverse=True):
         lanes[lanes.index(min(lanes))] += duration
     return max(lanes)

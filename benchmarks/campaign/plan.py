@@ -100,6 +100,10 @@ class Plan:
             raise UserError("; ".join(str(unknown("key of a recipe", key, known)) for key in bad))
         if any("method" in table for table in (values, *parts)):
             raise UserError("method is a key of a run's recipe; expected methods, a list of names, for a comparison")
+        if "toy" in comparison.get("figures", ()) and (
+            beside := [key for key in values if key not in ("figures", "title", "note")]
+        ):
+            raise UserError(f"figures has toy, which is drawn alone; expected no {beside[0]} beside it")
         backbones = _entries("backbone", run.pop("backbone", None))
         datasets = _entries("dataset", run.pop("dataset", None))
         baseline = check_value("baseline", str, comparison.get("baseline", BASELINE))
@@ -128,6 +132,8 @@ class Plan:
         for name in self.figures:
             if name not in FIGURES:
                 raise unknown("figure", name, FIGURES)
+        if "toy" in self.figures and len(self.figures) > 1:
+            raise UserError(f"figures is {list(self.figures)}; expected toy alone, or others")
         for key, swept in self.sweep.items():
             if not swept:
                 raise UserError(f"sweep of {key} is empty; expected a list of values")
@@ -143,6 +149,10 @@ class Plan:
         known: set[str] = set()
         parts = self.parts or [self]
         runs = [run for part in parts for run in part._planned(used, known)]
+        reference = self.report.get("baseline")
+        methods = dict.fromkeys(run.recipe.method for run in runs)
+        if reference and str(reference).split(" ")[0] not in methods:
+            raise unknown("baseline of the report", str(reference), methods)
         for part in parts:
             for key in (*part.sets, *part.sweep):
                 if key not in used and key in known:

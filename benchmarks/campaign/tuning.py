@@ -328,7 +328,7 @@ def open_study(out: Path, seed: int, rungs: int) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         storage = JournalStorage(JournalFileBackend(str(out / JOURNAL)))
-        sampler = optuna.samplers.TPESampler(seed=seed + os.getpid() % 1000)
+        sampler = optuna.samplers.TPESampler(seed=(seed + os.getpid() % 1000) % 2**32)
         pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=rungs, reduction_factor=REDUCTION)
         try:  # loading alone leaves the journal as it is
             return optuna.load_study(study_name=_STUDY, storage=storage, sampler=sampler, pruner=pruner)

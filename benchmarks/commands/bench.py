@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 MODES = {"latency": 1, "throughput": 256, "stream": 1}
 """{mode: default batch size}."""
 BOUNDARIES = ("model", "end-to-end")
+_LARGEST_BATCH = 65_536
 _QUEUED = 4
 """Batches per round of throughput, from which early exit refills the batches of the deep stages."""
 ENGINE_NAMES = ("eager", "folded", "compiled", "onnx", "auto")
@@ -79,7 +81,7 @@ SHARES = (0.25, 0.5, 1.0, 2.0, 4.0)
     help="eager, folded, compiled, onnx or auto; repeatable.  [default: eager]",
 )
 @click.option("--repeats", type=int, default=50, show_default=True, help="Measured rounds, each on different images.")
-@click.option("--threads", type=int, default=1, show_default=True, help="CPU threads.")
+@click.option("--threads", type=click.IntRange(max=1024), default=1, show_default=True, help="CPU threads.")
 @device_option("[default: auto]", "auto")
 @data_dir_option
 @json_option("all measurements")
@@ -145,7 +147,9 @@ def bench(
     except KeyboardInterrupt:
         raise Interrupted("stopped; nothing was written") from None
     if as_json:
-        click.echo(json.dumps({folder.path.name: facts for folder, facts in measured.items()}, indent=2))
+        names = Counter(folder.path.name for folder in measured)
+        keys = {folder: folder.path.name if names[folder.path.name] == 1 else str(folder.path) for folder in measured}
+        click.echo(json.dumps({keys[folder]: facts for folder, facts in measured.items()}, indent=2))
     else:
         _print(measured, batch_size, boundary)
     for folder, facts in measured.items():  # after the table, which a folder that can't be written does not cost
@@ -161,6 +165,8 @@ def _check(mode: str, boundary: str, engines: Sequence[str], batch_size: int | N
         raise unknown("engine", wrong[0], ENGINE_NAMES)
     if mode == "stream" and batch_size not in (None, 1):
         raise UserError(f"--batch-size is {batch_size}; expected 1 with --mode stream, which serves images one by one")
+    if batch_size is not None and batch_size > _LARGEST_BATCH:
+        raise UserError(f"--batch-size is {batch_size}; expected at most {_LARGEST_BATCH}")
     return MODES[mode] if batch_size is None else batch_size
 
 

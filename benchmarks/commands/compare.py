@@ -15,7 +15,15 @@ import click
 from exitkit.benchmarks.commands.report import POLICY_HELP
 from exitkit.cli.completion import names, one_of
 from exitkit.cli.interrupts import interruptible
-from exitkit.cli.options import BASELINE, DEFAULT_METHODS, json_option, parse_sets, read_recipe, recipe_options
+from exitkit.cli.options import (
+    BASELINE,
+    DEFAULT_METHODS,
+    FiniteFloat,
+    json_option,
+    parse_sets,
+    read_recipe,
+    recipe_options,
+)
 from exitkit.errors import Interrupted, Note, UserError
 from exitkit.escaping import counted
 from exitkit.files import exists
@@ -56,7 +64,7 @@ if TYPE_CHECKING:
 @click.option("--no-data", is_flag=True, help="With --plan: read no images; their numbers are from the catalogue.")
 @click.option(
     "--seconds-per-run",
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteFloat(0, 1e9, min_open=True),
     help="With --plan: training time of a run, such as a GPU's; nothing is timed.",
 )
 @click.option("--jobs", type=int, help="Parallel runs.  [default: one per core, or per GPU]")
@@ -171,6 +179,8 @@ def carry_out(
     workers = default_jobs(first.device, first.threads) if jobs is None else jobs
     if workers < 1:
         raise UserError(f"--jobs is {workers}; expected at least 1")
+    if launcher == "here" and jobs not in (None, 1):
+        raise UserError(f"--jobs is {jobs}; expected 1 with --launcher here, which trains one run at a time")
     recipes = {planned.recipe.id: planned.recipe for planned in runs}
     for planned in runs:
         if not exists(folder / planned.recipe.id):

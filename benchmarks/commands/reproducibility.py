@@ -71,7 +71,11 @@ def reproducibility(folders: tuple[str, ...], out: str) -> None:
         raise UserError(f"--out {target} is a folder; expected a file")
     if exists(target) and _MARK not in target.read_text(encoding="utf-8", errors="replace"):
         raise UserError(f"{target} was not written by this command; choose another file with --out")
-    written = [section for folder in folders for section in sections(Path(folder))]
+    places = [Path(folder) for folder in folders]
+    twice = [place for number, place in enumerate(places) if place.resolve() in [p.resolve() for p in places[:number]]]
+    if twice:
+        raise UserError(f"{twice[0]} is given twice; expected each folder once")
+    written = [section for place in places for section in sections(place)]
     write_text(target, "\n".join([_LEGEND, *written]))
     click.echo(f"wrote {target}: {counted(len(written), 'comparison')}")
 
@@ -109,7 +113,7 @@ def _section(comparisons: Comparisons) -> str:
         numbers = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
         absent = f"{method} on {backbone}, {dataset}, {numbers} ({reason})"
         facts.append(f"- missing: {in_markdown(absent)}")
-    heading = in_markdown(title(comparison) if context.title else folder.name)
+    heading = in_markdown(title(comparison) if context.title else folder.resolve().name)
     parts = [f"## {heading}", *map(in_markdown, lead(comparison)), "\n".join(facts)]
     return "\n\n".join([*parts, _table(comparison, runs)]) + "\n"
 

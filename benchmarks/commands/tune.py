@@ -11,9 +11,10 @@ import click
 
 from exitkit.cli.completion import names
 from exitkit.cli.interrupts import interruptible
-from exitkit.cli.options import BASELINE, parse_sets, read_recipe, recipe_options, some_of
+from exitkit.cli.options import BASELINE, FiniteFloat, parse_sets, read_recipe, recipe_options, some_of
 from exitkit.errors import Interrupted, UserError
 from exitkit.escaping import counted, printable
+from exitkit.plugins import check_value
 
 if TYPE_CHECKING:
     import optuna
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 FINAL = "final"
 CONFIDENCE = "confidence"
+DEFAULT_METHODS = "joint,ge,boostnet"
 _DEFAULT_RUNS = 20  # the default computation, in runs of the recipe's length
 
 
@@ -32,10 +34,8 @@ _DEFAULT_RUNS = 20  # the default computation, in runs of the recipe's length
 @click.option(
     "--methods",
     metavar="A,B,...",
-    default="joint,ge,boostnet",
-    show_default=True,
     shell_complete=names("methods"),
-    help="Methods to search.",
+    help=f"Methods to search.  [default: the recipe's, or {DEFAULT_METHODS}]",
 )
 @click.option(
     "--space",
@@ -59,19 +59,19 @@ _DEFAULT_RUNS = 20  # the default computation, in runs of the recipe's length
     help="Exit policy to search, by its name in `exitkit policies`, besides confidence; repeatable.",
 )
 @click.option("--epochs-total", type=click.IntRange(1), help="Epochs of all runs together.  [default: 20 runs]")
-@click.option("--hours", type=click.FloatRange(0, min_open=True), help="Hours that this process searches.")
-@click.option("--seeds", type=click.IntRange(2), default=3, show_default=True, help="Fresh seeds of the comparison.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the search.")
+@click.option("--hours", type=FiniteFloat(0, min_open=True), help="Hours that this process searches.")
+@click.option("--seeds", type=click.IntRange(2), help="Fresh seeds of the comparison.  [default: the recipe's, or 3]")
+@click.option("--seed", type=click.IntRange(0), help="Seed of the search.  [default: the recipe's, or 0]")
 @recipe_options
 def tune(
-    methods: str,
+    methods: str | None,
     spaces: tuple[str, ...],
     budget: str | None,
     policies: tuple[str, ...],
     epochs_total: int | None,
     hours: float | None,
-    seeds: int,
-    seed: int,
+    seeds: int | None,
+    seed: int | None,
     sets: tuple[str, ...],
     recipe_file: str | None,
     out: str,
@@ -100,10 +100,13 @@ def tune(
 
     with loading("torch"):
         import torch  # noqa: F401
-    wanted = some_of("--methods", "method", methods, _known(methods))
     share = _share(budget)
     options = {key: value for key, value in given.items() if value is not None}
-    recipe = read_recipe(recipe_file)
+    recipe = _searchable(recipe_file)
+    methods = methods or recipe.get("methods", DEFAULT_METHODS)
+    wanted = some_of("--methods", "method", methods, _known(methods))
+    seed = recipe.get("seed", 0) if seed is None else seed
+    seeds = recipe.get("seeds", 3) if seeds is None else seeds
     values = {**recipe, **options, "set": {**recipe.get("set", {}), **parse_sets(sets)}}
     chosen = named_policies(names=policies) if policies else ()
     if embedded := [str(policy) for policy in chosen if policy.reads_embeddings]:
@@ -128,6 +131,31 @@ def tune(
             _compare(space, entry, folder / FINAL, seed, seeds, policy, share)
     except KeyboardInterrupt:
         raise Interrupted("stopped; run the same command again to resume") from None
+
+
+def _searchable(file: str | None) -> dict[str, Any]:
+    """Return the values of a recipe, of which those of a comparison are such that a search can use them.
+
+    Raises:
+        UserError: a value would have no effect, or has the wrong type.
+    """
+    recipe = read_recipe(file)
+    for key in ("parts", "sweep", "static", "figures"):
+        if key in recipe:
+            raise UserError(f"{file} has {key}, which a search does not use; expected a recipe without it")
+    if recipe.get("baseline", BASELINE) != BASELINE:
+        raise UserError(f"{file} has the baseline {recipe['baseline']}; a search compares its result with {BASELINE}")
+    for key, kind in (("set", dict[str, Any]), ("seed", int), ("seeds", int)):
+        if key in recipe:
+            check_value(key, kind, recipe[key])
+    if recipe.get("seeds", 2) < 2:
+        raise UserError(f"{file} has seeds={recipe['seeds']}; expected at least 2 for a comparison")
+    methods = recipe.get("methods", "")
+    if isinstance(methods, list) and all(isinstance(name, str) for name in methods):
+        recipe["methods"] = ",".join(methods)
+    elif not isinstance(methods, str):
+        raise UserError(f"{file} has methods with settings; expected names, whose settings are searched")
+    return recipe
 
 
 def _known(methods: str) -> set[str]:

@@ -14,7 +14,7 @@ import click
 
 from exitkit.cli.completion import folders, one_of
 from exitkit.cli.interrupts import interruptible
-from exitkit.cli.options import some_of
+from exitkit.cli.options import FiniteFloat, some_of
 from exitkit.errors import Interrupted, UserError
 from exitkit.escaping import counted
 
@@ -36,7 +36,9 @@ _STYLES = {
 @click.command(short_help="Watch the runs of a folder while they train.")
 @click.argument("folder", metavar="FOLDER", default="runs", shell_complete=folders)
 @click.option("--once", is_flag=True, help="Print the table once and exit.")
-@click.option("--interval", type=click.FloatRange(0.1), default=2.0, show_default=True, help="Seconds between updates.")
+@click.option(
+    "--interval", type=FiniteFloat(0.1, 86400), default=2.0, show_default=True, help="Seconds between updates."
+)
 @click.option(
     "--state",
     "states",
@@ -68,6 +70,8 @@ def watch(folder: str, once: bool, interval: float, states: str | None, as_json:
     path = Path(folder)
     if not path.is_dir():
         raise UserError(f"{folder} {'is a file' if path.exists() else 'does not exist'}; expected a folder of runs")
+    if (path / "recipe.json").exists():
+        raise UserError(f"{folder} is a run; expected the folder that it is in: exitkit watch {path.resolve().parent}")
     console = Console(highlight=False)
     if as_json:
         click.echo(json.dumps(_facts(path, look(path), shown), indent=2))

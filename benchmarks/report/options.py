@@ -11,6 +11,9 @@ from exitkit.errors import Note, UserError
 from exitkit.inference.budgets import read_budget
 from exitkit.plugins import instantiate, setting
 
+PAPER_POINTS = 39
+"""Number of operating points of a curve in the papers."""
+
 if TYPE_CHECKING:
     from exitkit.inference.policy import PolicyName
 
@@ -26,7 +29,9 @@ class ReportOptions:
     cost: Literal["macs", "papers", "latency"] = setting(
         "macs", "measure of cost: multiply-adds, the papers' count of them, or milliseconds measured by `exitkit bench`"
     )
-    points: int = setting(39, "number P of operating points of a budgeted curve: shares of q = p / 20 for p = 1 to P")
+    points: int = setting(
+        PAPER_POINTS, "number P of operating points of a budgeted curve: shares of q = p / 20 for p = 1 to P"
+    )
     rule: Literal["confidence", "margin", "entropy", "patience"] = setting("confidence", "exit rule")
     calibrated: bool = setting(False, "divide each exit's logits by a temperature fitted on validation")
     hold: bool = setting(False, "replace operating points that do not improve validation accuracy by the previous one")
@@ -50,10 +55,12 @@ class ReportOptions:
             raise UserError(f"points is {self.points}; expected 1 to 400")
         if not 0 < self.risk <= 100:
             raise UserError(f"risk is {self.risk}; expected percentage points of accuracy, above 0 and up to 100")
-        if not 0 < self.certainty < 1:
+        if not 0 < 1 - self.certainty < 1:
             raise UserError(f"certainty is {self.certainty}; expected above 0 and below 1")
         if self.calibrated and self.rule == "patience":
             raise UserError("calibrated has no effect on the rule patience, which counts predictions; omit calibrated")
+        if self.rule == "patience" and self.points != PAPER_POINTS:
+            raise UserError("points has no effect on the rule patience, which has one point per exit; omit points")
         if self.policy:
             self.policies()
         # Imported when used: it imports the module of this class.

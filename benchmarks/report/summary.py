@@ -60,11 +60,14 @@ def write_summary(comparison: Comparison, runs: Iterable[FinishedRun], out: Path
         out: the folder.
 
     Raises:
-        UserError: a file can't be written.
+        UserError: a file can't be written, or a folder that would be replaced is no summary.
     """
     make_folder(out)
-    for run in runs:
-        source, path = Path(run.path), out / Path(run.path).name
+    places = {Path(run.path): out / Path(run.path).name for run in runs}
+    for path in places.values():
+        if exists(path) and not exists(path / MEASURES):
+            raise UserError(f"{path} is no summary, and would be replaced; expected another folder for the summary")
+    for source, path in places.items():
         if source.resolve() == path.resolve():
             continue
         names = comparison.names[source.name]

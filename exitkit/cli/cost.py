@@ -82,9 +82,9 @@ def _shape(text: str | None) -> tuple[int, int, int] | None:
     if text is None:
         return None
     parts = text.replace("x", ",").split(",")
-    if len(parts) != 3 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+    if len(parts) != 3 or not all(part.strip().isdecimal() and len(part) < 19 and int(part) > 0 for part in parts):
         raise UserError(
-            f"--input-shape {text!r} is not an image shape; expected channels,height,width, such as 3,32,32"
+            f"--input-shape {text!r:.80} is not an image shape; expected channels,height,width, such as 3,32,32"
         )
     channels, height, width = (int(part) for part in parts)
     return channels, height, width

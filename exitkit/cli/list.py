@@ -49,6 +49,7 @@ def list_command(what: str | None, name: str | None, as_json: bool) -> None:
       exitkit list datasets --json
     """
     from exitkit.cli.catalogue import CATALOGUES, entries, kind_of
+    from exitkit.plugins import load
 
     if what is not None and what not in CATALOGUES:
         if kind := kind_of(what):
@@ -61,6 +62,8 @@ def list_command(what: str | None, name: str | None, as_json: bool) -> None:
         for part in parts:
             if part not in known:
                 raise unknown(_WORDS[what], part, known)
+        if ":" in name and what in ("backbones", "datasets"):
+            load(what.removesuffix("s"), name)  # refuses a value of a plugin that has none
         if as_json:
             click.echo(json.dumps([known[part] for part in parts], indent=2))
         else:

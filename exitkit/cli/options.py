@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
@@ -161,6 +162,19 @@ _OPTIONS = [
 ]
 
 
+class FiniteFloat(click.FloatRange):
+    """A number of an option, in a range; neither infinite nor NaN, which compares with nothing."""
+
+    name = "number"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> float:
+        """Return the number of a text."""
+        number: float = super().convert(value, parameter, context)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", parameter, context)
+        return number
+
+
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options of a recipe to a command."""
     for option in reversed(_OPTIONS):
@@ -182,7 +196,10 @@ def make_recipe(values: Mapping[str, Any], given: Mapping[str, Any]) -> Recipe:
     """Make a recipe from a file's values, overridden by options of the command line (None: not given)."""
     from exitkit.runs.recipe import Recipe
 
-    return Recipe.make(**(dict(values) | {key: value for key, value in given.items() if value is not None}))
+    values = dict(values)
+    if given.get("init_from") is not None:  # the digest in a file is that of its own weights
+        values.pop("init_weights", None)
+    return Recipe.make(**(values | {key: value for key, value in given.items() if value is not None}))
 
 
 def only_runs(names: list[str], expected: Collection[str] = ()) -> list[str]:

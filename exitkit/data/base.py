@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from exitkit.data.augment import crops_and_flips
 from exitkit.data.inventory import Inventory
 from exitkit.data.preprocessing import Preprocessing
 from exitkit.data.split import Split
-from exitkit.errors import UserError
+from exitkit.errors import UserError, unknown
 from exitkit.plugins import configure, setting
 
 Part = Literal["train", "validation", "test"]
@@ -152,7 +152,13 @@ class Data:
         return len(self.class_names)
 
     def labels(self, part: Part) -> Tensor:
-        """Return the labels of a part, int64 [n], in the order of its positions."""
+        """Return the labels of a part, int64 [n], in the order of its positions.
+
+        Raises:
+            UserError: there is no such part.
+        """
+        if part not in get_args(Part):
+            raise unknown("part", str(part), get_args(Part))
         return (self.test_labels if part == "test" else self.train_labels)[getattr(self.split, part)]
 
     def check(self) -> str:

@@ -180,6 +180,8 @@ def _check_files(path: Path, table: pd.DataFrame) -> None:
     """Check that no file is listed under two names, such as that of a link and its own."""
     first: dict[tuple[int, int], str] = {}
     for name in table["path"]:
+        if "\0" in name:
+            raise UserError(f"{path} lists {name!r:.60}, which has a NUL character; expected the name of a file")
         with contextlib.suppress(OSError):  # a missing file is reported when it is read
             about = Path(name).stat()
             other = first.setdefault((about.st_dev, about.st_ino), name)
@@ -199,5 +201,5 @@ def _class_names(path: Path, table: pd.DataFrame) -> list[str]:
             )
     if len(names) < 2:
         raise UserError(f"{path} has {len(names)} class; expected at least 2 labels")
-    numbers = all(name.removeprefix("-").isdecimal() for name in names)
+    numbers = all(name.removeprefix("-").isdecimal() and len(name) < 19 for name in names)
     return sorted(names, key=lambda name: (int(name), name)) if numbers else sorted(names)  # 1 and 01 are two classes

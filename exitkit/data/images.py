@@ -23,6 +23,7 @@ from exitkit.errors import UserError
 from exitkit.plugins import setting
 
 _TEST_SHARE = 0.2  # of images without a test part
+_LARGEST = 8192  # pixels of a side; a batch of larger images fits into no memory
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ class ImageDataSet(DataSet):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.image_size is not None and self.image_size < 8:
-            raise UserError(f"image_size is {self.image_size}; expected at least 8")
+        if self.image_size is not None and not 8 <= self.image_size <= _LARGEST:
+            raise UserError(f"image_size is {self.image_size}; expected 8 to {_LARGEST}")
         if self.workers is not None and self.workers < 0:
             raise UserError(f"workers is {self.workers}; expected at least 0")
         for name, low in (("mean", -math.inf), ("std", 0.0)):

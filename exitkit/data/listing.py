@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -57,6 +58,7 @@ class PassedOver:
     """
 
     suffixes: Counter[str] = field(default_factory=Counter)
+    others: int = 0
     hidden: int = 0
     beside: list[str] = field(default_factory=list)
     links: int = 0
@@ -68,6 +70,8 @@ class PassedOver:
         if self.suffixes:
             kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in self.suffixes.most_common(6))
             texts.append(f"{counted(self.suffixes.total(), 'file')} of other formats ({kinds})")
+        if self.others:
+            texts.append(counted(self.others, "pipe or device", "pipes or devices"))
         if self.hidden:
             texts.append(counted(self.hidden, "hidden entry", "hidden entries"))
         if self.beside:
@@ -198,6 +202,8 @@ class _Walk:
                     self.links.append((entry.path, found))
                 elif entry.is_dir():
                     waiting.append(entry.path)
+                elif not entry.is_file():  # such as a named pipe, at which reading would wait for ever
+                    self.passed_over.others += 1
                 else:
                     self._add(entry.path, (about.st_dev, entry.inode()), found)
 
@@ -212,6 +218,8 @@ class _Walk:
                 continue
             if os.path.isdir(path):  # noqa: PTH112
                 self.enter(path, found)
+            elif not stat.S_ISREG(about.st_mode):
+                self.passed_over.others += 1
             else:
                 self._add(path, (about.st_dev, about.st_ino), found)
 

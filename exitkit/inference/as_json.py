@@ -85,4 +85,5 @@ def reading(text: str, what: str) -> Iterator[None]:
     except UserError:
         raise
     except (AttributeError, TypeError, ValueError, LookupError, RecursionError) as error:
-        raise UserError(f"{text[:60]!r} is not {what} ({error}); expected the text that its to_json returns") from None
+        shown = text[:60] if isinstance(text, str) else text
+        raise UserError(f"{shown!r:.80} is not {what} ({error}); expected the text that its to_json returns") from None

@@ -222,6 +222,9 @@ def _non_negative(losses: ArrayLike, limit: float, counted: ArrayLike | None) ->
     return values, kept
 
 
+_SEARCHED = 100_000  # samples, up to which the smallest number that suffices is searched
+
+
 def p_values(
     test: str, losses: ArrayLike, epsilon: float, delta: float = 0.1, counted: ArrayLike | None = None
 ) -> Floats:
@@ -251,8 +254,9 @@ def samples_needed(test: str, epsilon: float, delta: float, *, per_exit: bool = 
     """Return the smallest number of samples with which a test can pass at all if no loss is negative.
 
     With all losses 0, the p-value of n samples is (1 - epsilon)^n. That of betting is at least 1 / (1 + c epsilon /
-    (1 - epsilon))^n, the value at the largest bet; the number is searched from there on. Per exit, where n samples
-    count, the result is that of the largest bet, 1 / (1 + c epsilon / (1 + epsilon))^n: a lower bound.
+    (1 - epsilon))^n, the value at the largest bet; the number is searched from there on, up to 100,000 samples, beyond
+    which the result is this lower bound. Per exit, where n samples count, it is that of the largest bet, 1 / (1 + c
+    epsilon / (1 + epsilon))^n: a lower bound, too.
 
     Args:
         test: one of `TESTS`.
@@ -268,8 +272,8 @@ def samples_needed(test: str, epsilon: float, delta: float, *, per_exit: bool = 
         rate = inf
     else:
         rate = log1p(BOLDEST * epsilon / (1 - epsilon)) if test == "betting" else -log1p(-epsilon)
-    least = max(1, ceil(log(1 / delta) / rate))
-    if test == "betting" and not per_exit:
+    least = max(1, ceil(min(log(1 / delta) / rate, 1e15)))
+    if test == "betting" and not per_exit and least <= _SEARCHED:
         passes = partial(_perfect_pass, epsilon, delta)
         return least + bisect_left(range(least, 20 * least), True, key=passes)
     return least

@@ -64,7 +64,10 @@ class ExitRule:
     def __post_init__(self) -> None:
         if self.score not in SCORES:
             raise unknown("exit rule", self.score, SCORES)
-        limits = tuple(float(value) for value in self.thresholds)
+        try:
+            limits = tuple(float(value) for value in self.thresholds)
+        except (TypeError, ValueError):
+            raise UserError(f"thresholds are {self.thresholds!r:.80}; expected one number per exit") from None
         if any(map(isnan, limits)):
             raise UserError(f"thresholds are {list(limits)}; expected one number per exit")
         if not limits or limits[-1] != -inf:

@@ -131,7 +131,10 @@ def checked_temperatures(temperatures: ArrayLike, exits: int) -> Floats:
     Raises:
         UserError: there is not one per exit, or one is not a positive number.
     """
-    values = np.asarray(temperatures, dtype=np.float64)
+    try:
+        values = np.asarray(temperatures, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise UserError(f"temperatures are {temperatures!r:.80}; expected one number per exit") from None
     if values.shape != (exits,):
         raise UserError(f"temperatures have the shape {values.shape}; expected ({exits},), one per exit")
     if not (np.isfinite(values) & (values > 0)).all():

@@ -106,7 +106,7 @@ class Target:
             raise UserError(f"{' and '.join(given)} are given; expected one of them")
         if certainty is not None and lose is None:
             raise UserError("certainty is given without lose; expected, for example, lose 1 with certainty 0.95")
-        if certainty is not None and not 0 < (certainty := _number("certainty", certainty)) < 1:
+        if certainty is not None and not 0 < 1 - (certainty := _number("certainty", certainty)) < 1:
             raise UserError(f"certainty is {certainty:g}; expected a probability between 0 and 1, both excluded")
         if not isinstance(at_most, bool | np.bool_):
             raise UserError(f"at_most is {at_most!r}; expected True or False")

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from exitkit.errors import UserError
 from exitkit.networks.cascade import MultiExitNetwork
 
+LARGEST_SIDE = 16_384
+"""Largest number of channels, and of pixels of a side, of an input."""
+
 MADE = "exitkit.attach_exits makes one of a model, exitkit.build_network of a name"
 
 
@@ -32,8 +35,8 @@ def check_shape(shape: Any) -> None:
         UserError: it is something else.
     """
     sizes = tuple(shape) if isinstance(shape, Sequence) else ()
-    if len(sizes) != 3 or not all(isinstance(size, Integral) and int(size) > 0 for size in sizes):
-        raise UserError(f"input_shape is {shape!r}; expected (channels, height, width) of the images")
+    if len(sizes) != 3 or not all(isinstance(size, Integral) and 0 < int(size) <= LARGEST_SIDE for size in sizes):
+        raise UserError(f"input_shape is {shape!r:.80}; expected (channels, height, width), each 1 to {LARGEST_SIDE}")
 
 
 def reference_tensor(network: nn.Module) -> Tensor:

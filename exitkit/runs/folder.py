@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from exitkit.errors import DamagedError, HeldError, UserError
+from exitkit.errors import DamagedError, HeldError, UserError, unknown
 from exitkit.escaping import counted
 from exitkit.files import (
     acquire,
@@ -79,6 +79,12 @@ DIAGNOSTICS = "diagnostics"
 FEATURES = "features"
 _LOCK = "run.lock"
 _LOCK_PATIENCE = 15.0  # seconds; the lock of a killed process is released at once, that of a worker soon after
+
+
+def _check_part(part: str) -> None:
+    """Raise UserError if a part is not one whose outputs are stored."""
+    if part not in ("validation", "test"):
+        raise unknown("part", part, ("validation", "test"))
 
 
 class RunFolder:
@@ -327,6 +333,7 @@ class RunFolder:
         # Imported when used: numpy takes a tenth of a second to load.
         from exitkit.runs.classes import ClassHits, read_classes
 
+        _check_part(part)
         path = self.path / CLASSES
         if exists(path):
             return read_classes(path, part, len(self.costs()))
@@ -336,7 +343,11 @@ class RunFolder:
     def class_names(self) -> list[str]:
         """Return the names of the classes; their numbers for runs of earlier releases."""
         about = self.environment()
-        return about.get("class_names") or [str(number) for number in range(about.get("num_classes", 0))]
+        classes = about.get("num_classes", 0)
+        names: list[str] = about.get("class_names") or [str(number) for number in range(classes)]
+        if classes and len(names) != classes:
+            raise DamagedError(f"{self.path / 'environment.json'} has {len(names)} class names; expected {classes}")
+        return names
 
     def outputs(self, part: str) -> dict[str, np.ndarray]:
         """Return the outputs of all exits: logits [N, K, C], labels [N], indices [N] of part `validation` or `test`.
@@ -344,6 +355,7 @@ class RunFolder:
         Raises:
             UserError: the run is not finished, or its outputs are damaged or of another run.
         """
+        _check_part(part)
         path = self.own(f"outputs-{part}.safetensors")
         arrays = load_arrays(path)
         check_outputs(path, arrays, self.results()[part])

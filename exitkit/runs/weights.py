@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from exitkit.errors import UserError
-from exitkit.files import disk_error, load_checkpoint
+from exitkit.files import load_checkpoint
 from exitkit.runs.folder import WEIGHTS, RunFolder
 from exitkit.runs.formats import CHECKPOINT_KEYS
 
@@ -91,7 +91,7 @@ def _file_digest(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:16]
     except OSError as error:
-        raise disk_error(path, error) from None
+        raise UserError(f"{path} can't be read: {error.strerror}") from None
 
 
 def side_network(source: str, name: str) -> Mapping[str, Tensor]:

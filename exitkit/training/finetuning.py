@@ -45,6 +45,9 @@ def check_options(recipe: ResolvedRecipe, phases: Sequence[Phase]) -> None:
         reasons = reasons or [_effect(key, recipe, phases)]
         if reasons[0]:
             raise UserError(f"method {recipe.method} can't be trained with {key}={value}: {reasons[0]}")
+    epochs = sum(phase.epochs for phase in phases)
+    if recipe.probe_every and recipe.probe_every > epochs:
+        raise UserError(f"probe_every is {recipe.probe_every}; expected at most {epochs}, the number of epochs")
 
 
 def _effect(key: str, recipe: ResolvedRecipe, phases: Sequence[Phase]) -> str:

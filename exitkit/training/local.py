@@ -153,8 +153,9 @@ def local_run(
     for name, value, known in (("precision", precision, Precision), ("layout", layout, Layout)):
         if value not in get_args(known):
             raise unknown(name, str(value), get_args(known))
-    if not isinstance(epochs, int) or epochs < 1:
-        raise UserError(f"epochs is {epochs}; expected a number of at least 1")
+    if isinstance(epochs, bool) or not isinstance(epochs, Integral) or int(epochs) < 1:
+        raise UserError(f"epochs is {epochs!r}; expected a whole number of at least 1")
+    epochs = int(epochs)
     if isinstance(seed, bool) or not isinstance(seed, Integral) or int(seed) < 0:
         raise UserError(f"seed is {seed!r}; expected a whole number of at least 0")
     label = strategy if isinstance(strategy, str) else type(strategy).__name__

@@ -45,6 +45,15 @@ def test_a_summary_of_a_summary_is_the_same_file(tmp_path):
         assert path.read_bytes() == (tmp_path / "second" / path.relative_to(tmp_path / "first")).read_bytes()
 
 
+def test_a_run_is_not_replaced_by_a_summary(tmp_path):
+    finished = runs()
+    (tmp_path / Path(finished[-1].path).name).mkdir()
+    (tmp_path / Path(finished[-1].path).name / "weights.safetensors").touch()
+    with pytest.raises(UserError, match="is no summary, and would be replaced; expected another folder"):
+        write_summary(collect(finished), finished, tmp_path)
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["weights.safetensors"]
+
+
 def test_infinite_thresholds_and_missing_points_are_kept(tmp_path):
     finished = runs(seeds=1)
     comparison = collect(finished)

@@ -244,6 +244,11 @@ def test_states_are_selected_and_all_runs_are_summed_up(cli, campaign, tmp_path)
 def test_a_folder_that_is_none_is_said_and_an_empty_one_may_fill_up(cli, tmp_path):
     code, _, errors = cli("watch", "nowhere")
     assert code == 2 and errors == "exitkit: nowhere does not exist; expected a folder of runs\n"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.json").touch()
+    cli("watch", "run").refused(f"run is a run; expected the folder that it is in: exitkit watch {tmp_path}")
+    (tmp_path / "run" / "recipe.json").unlink()
+    (tmp_path / "run").rmdir()
     assert "".join(cli("watch", tmp_path, "--once")[1].split()) == f"norunsin{tmp_path}yet"  # long paths are wrapped
 
 

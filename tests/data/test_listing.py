@@ -89,10 +89,12 @@ def test_what_is_passed_over_is_told(tmp_path):
     (tmp_path / "train" / "bee" / ".hidden.png").touch()
     shutil.copy(tmp_path / "train" / "ant" / "1.png", tmp_path / "test" / "loose.png")
     (tmp_path / "__MACOSX").mkdir()
+    os.mkfifo(tmp_path / "train" / "bee" / "pipe.png")
     data = load(tmp_path)
     assert sizes(data) == [22, 2, 24]
     assert data.passed_over == [
         "3 files of other formats (2 .heic, 1 without ending)",
+        "1 pipe or device",
         "2 hidden entries",
         "2 files beside the class folders (loose.png, readme.md)",
         "folder extras",

@@ -196,6 +196,7 @@ def test_few_samples_prove_nothing_about_a_small_risk(control, samples):
 @pytest.mark.parametrize("epsilon", [0.02, 0.3, 1.0])
 @pytest.mark.parametrize("delta", [0.05, 0.3])
 def test_fewer_samples_than_needed_cannot_pass_and_the_full_network_passes_with_some_more(test, epsilon, delta):
+    assert samples_needed(test, 1e-300, delta) == 10**15 < samples_needed(test, 1e-9, delta) * 10**7
     needed = samples_needed(test, epsilon, delta)
     per_exit = samples_needed(test, epsilon, delta, per_exit=True)
     assert needed <= per_exit or test == "betting"  # whose number per exit is a lower bound

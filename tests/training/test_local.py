@@ -98,6 +98,7 @@ def test_frozen_parameters_may_be_left_out_of_the_optimiser():
         ((chain(), "joint", {"precision": "half"}), "unknown precision 'half'"),
         ((chain(), "joint", {"layout": "nhwc"}), "unknown layout 'nhwc'"),
         ((chain(), "joint", {"epochs": 1.5}), "epochs is 1.5"),
+        ((chain(), "joint", {"epochs": True}), "epochs is True"),
     ],
 )
 def test_other_arguments_are_checked(arguments, words):

@@ -39,6 +39,8 @@ def block_paths(model: nn.Module, blocks: str) -> list[str]:
     Raises:
         UserError: there is no such list, or it has fewer than two blocks.
     """
+    if not isinstance(blocks, str):
+        raise UserError(f"blocks is {blocks!r:.80}; expected the path of a list, such as encoder.layer")
     depth = blocks.count(".")
     lists = [
         (path, part)

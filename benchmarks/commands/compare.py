@@ -423,6 +423,7 @@ def _embed(runs: Sequence[tuple[RunFolder, ResolvedRecipe]]) -> None:
     """Evaluate runs again that have no stored embeddings, which policies of the report read."""
     from exitkit.cli.progress import working
     from exitkit.runs.evaluate import evaluate
+    from exitkit.runs.folder import RunFolder
 
     for run, recipe in runs:
         while not run.has_embeddings():

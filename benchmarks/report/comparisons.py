@@ -184,6 +184,11 @@ def stitch(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(curves[1:] or curves, ignore_index=True)
 
 
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return the rows of a table as dictionaries {column: value}."""
+    return cast("list[dict[str, Any]]", frame.to_dict("records"))
+
+
 def family(backbone: str) -> str:
     """Return the family of a backbone, such as "msdnet", from its label in a table."""
     name = backbone.split(" ")[0]
@@ -200,7 +205,7 @@ def published_beside(named: Iterable[Any], ours: pd.DataFrame, context: Context)
     tables = [pd.DataFrame(columns=columns)]
     for run, names in {names: (run, names) for run, names in named}.values():
         reference = published.published_for(run.identity, context.stands_for.get(run.path.name, {}), context.published)
-        rows = cast("list[dict[str, Any]]", reference.to_dict("records"))
+        rows = records(reference)
         reference = reference.assign(unlike=[published.unlike(run.identity, row, run.recipe) for row in rows])
         reference = reference.rename(columns={"accuracy": "published"})
         renamed = {name: f"published_{name}" for name in ("epochs", "batch_size", "backbone", "dataset")}

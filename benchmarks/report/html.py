@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import pandas as pd
 
 from exitkit.benchmarks.report import page
 from exitkit.benchmarks.report.comparison import GROUP, STATIC, Comparison
+from exitkit.benchmarks.report.comparisons import records
 from exitkit.benchmarks.report.diagnostics import Picture
 from exitkit.benchmarks.report.document import caption, lead, title
 from exitkit.benchmarks.report.figures import axis_of, best_first, oracle_range, whole_curve
@@ -85,10 +86,6 @@ def _of(frame: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     return matches
 
 
-def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    return cast("list[dict[str, Any]]", frame.to_dict("records"))
-
-
 def _wide(table: Wide) -> page.Table:
     heads = ["method", *(f"{name} ({cost}{table.unit})" for name, cost in table.heads), "n"]
     rows = []
@@ -109,8 +106,8 @@ def _overview(comparison: Comparison, rows: pd.DataFrame, groups: Mapping[str, s
     budgeted = _of(comparison.budgeted, rows)
     budgets = sorted(budgeted["budget"].unique())
     chosen = list(dict.fromkeys([budgets[0], budgets[len(budgets) // 2], budgets[-1]]))
-    accuracy = {(row["method"], row["budget"]): row["accuracy_mean"] for row in _records(budgeted)}
-    changes = [row for row in _records(_of(comparison.differences, rows)) if row["measure"] == "area"]
+    accuracy = {(row["method"], row["budget"]): row["accuracy_mean"] for row in records(budgeted)}
+    changes = [row for row in records(_of(comparison.differences, rows)) if row["measure"] == "area"]
     areas = {row["method"]: row for row in changes}
     table = []
     for method, exits in rows.groupby("method", sort=False):
@@ -157,7 +154,7 @@ def _anytime(comparison: Comparison, rows: pd.DataFrame, indices: Mapping[str, i
     series = []
     for method, group in rows.groupby("method", sort=False):
         points = []
-        for row in _records(group):
+        for row in records(group):
             facts = [("method", str(method)), ("exit", str(row["exit"])), *_amounts(comparison, row, row[column])]
             points.append(_point(row[column] / size, row, facts))
         series.append(page.Series(str(method), points, indices[str(method)]))
@@ -168,33 +165,33 @@ def _anytime(comparison: Comparison, rows: pd.DataFrame, indices: Mapping[str, i
 def _static(comparison: Comparison, rows: pd.DataFrame, size: float) -> list[page.Series]:
     group = _of(comparison.static, rows)
     points = []
-    for row in _records(group):
+    for row in records(group):
         facts = [("static network, exit", str(row["exit"])), *_amounts(comparison, row, row["cost_mean"])]
         points.append(_point(row["cost_mean"] / size, row, facts))
     return [page.Series(STATIC, points, 6, joined=False)] if points else []
 
 
-def _by_method(
-    comparison: Comparison, rows: pd.DataFrame, indices: Mapping[str, int], size: float
+def _curves(
+    comparison: Comparison, rows: pd.DataFrame, size: float, indices: Mapping[str, int], by: str = "method"
 ) -> list[page.Series]:
-    """Return the curve of each method over the mean cost, in units of `size`."""
+    """Return the curve of each method or policy over the mean cost, in units of `size`."""
     series = []
-    for method, group in rows.groupby("method", sort=False):
+    for name, group in rows.groupby(by, sort=False):
         points = [
-            _point(r["cost_mean"] / size, r, [("method", str(method)), *_amounts(comparison, r, r["cost_mean"])])
-            for r in _records(group.sort_values("cost_mean", kind="stable"))
+            _point(r["cost_mean"] / size, r, [(by, str(name)), *_amounts(comparison, r, r["cost_mean"])])
+            for r in records(group.sort_values("cost_mean", kind="stable"))
         ]
-        series.append(page.Series(str(method), points, indices[str(method)]))
+        series.append(page.Series(str(name), points, indices[str(name)]))
     return series
 
 
 def _oracle(comparison: Comparison, rows: pd.DataFrame, indices: Mapping[str, int]) -> page.Chart:
     label, size = axis_of(comparison, rows["cost_mean"])
-    series = _by_method(comparison, rows, indices, size)
+    series = _curves(comparison, rows, size, indices)
     limits = _of(comparison.oracle, rows)
     for method, group in limits.groupby("method", sort=False):
         points = []
-        for row in _records(oracle_range(comparison, group)):
+        for row in records(oracle_range(comparison, group)):
             facts = [("method", f"{method}, upper bound"), *_amounts(comparison, row, row["cost_mean"])]
             points.append(page.Point(row["cost_mean"] / size, row["accuracy_mean"], None, None, facts))
         series.append(page.Series(f"{method}, upper bound", points, indices[str(method)], dotted=True))
@@ -207,7 +204,7 @@ def _budgeted(comparison: Comparison, rows: pd.DataFrame, indices: Mapping[str, 
     series = []
     for method, group in rows.groupby("method", sort=False):
         points = []
-        for row in _records(group.sort_values("cost_mean", kind="stable")):
+        for row in records(group.sort_values("cost_mean", kind="stable")):
             if pd.isna(row["point"]):
                 facts = [("method", str(method)), ("budget", cost_text(comparison, row["budget"]))]
                 facts += _amounts(comparison, row, row["cost_mean"])
@@ -257,7 +254,7 @@ def _policy_differences(rows: pd.DataFrame) -> list[page.Row]:
 
 def _intervals(rows: pd.DataFrame, column: str) -> list[page.Interval]:
     found = []
-    for row in _records(rows):
+    for row in records(rows):
         interval = f"{number(row['low'], 2, '+')} to {number(row['high'], 2, '+')}"
         facts = [(column, str(row[column])), ("difference", number(row["mean"], 2, "+")), ("95 % interval", interval)]
         if "budgets" in row:
@@ -275,13 +272,8 @@ def _policies(comparison: Comparison, rows: pd.DataFrame) -> list[page.Chart]:
     charts = []
     for method, curves in rows.groupby("method", sort=False):
         label, size = axis_of(comparison, curves["cost_mean"])
-        series = []
-        for index, (policy, group) in enumerate(curves.groupby("policy", sort=False)):
-            points = [
-                _point(r["cost_mean"] / size, r, [("policy", str(policy)), *_amounts(comparison, r, r["cost_mean"])])
-                for r in _records(group.sort_values("cost_mean", kind="stable"))
-            ]
-            series.append(page.Series(str(policy), points, index))
+        indices = {str(policy): index for index, policy in enumerate(dict.fromkeys(curves["policy"]))}
+        series = _curves(comparison, curves, size, indices, "policy")
         text = caption("policies", comparison.static)
         charts.append(page.Chart(f"Exit policies, {method}", label, _ACCURACY, series, text))
     return charts
@@ -289,7 +281,7 @@ def _policies(comparison: Comparison, rows: pd.DataFrame) -> list[page.Chart]:
 
 def _stitched(comparison: Comparison, rows: pd.DataFrame, indices: Mapping[str, int]) -> page.Chart:
     label, size = axis_of(comparison, rows["cost_mean"])
-    series = _by_method(comparison, rows, indices, size)
+    series = _curves(comparison, rows, size, indices)
     return page.Chart("Networks of several sizes", label, _ACCURACY, series, caption("stitched", comparison.static))
 
 
@@ -300,7 +292,7 @@ def _learning(rows: pd.DataFrame, indices: Mapping[str, int]) -> list[page.Row]:
         series = []
         for method, group in at_exit.groupby("method", sort=False):
             points = []
-            for row in _records(group):
+            for row in records(group):
                 facts = [("method", str(method)), ("phase", row["phase"]), ("epoch", str(row["epoch"]))]
                 facts += [(name.replace("_", " ").removesuffix(" mean"), f"{row[name]:.2f}") for name in _MEASURED]
                 points.append(page.Point(row["epoch"], row["validation_accuracy_mean"], None, None, facts))
@@ -325,7 +317,7 @@ def _sweep(names: Any, rows: pd.DataFrame) -> page.Chart:
     series = []
     for index, (exit, group) in enumerate(rows.groupby("exit")):
         points = []
-        for row in _records(group.sort_values("value")):
+        for row in records(group.sort_values("value")):
             facts = [(field, f"{row['value']:g}"), ("exit", str(exit)), ("accuracy", f"{row['accuracy_mean']:.2f} %")]
             points.append(_point(row["value"], row, facts))
         series.append(page.Series(f"exit {exit}", points, index))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from exitkit.benchmarks.report import page
+from exitkit.benchmarks.report.comparisons import records
 from exitkit.benchmarks.report.drawing import Axes, Figure, own_style
 from exitkit.benchmarks.report.figures import COLOURS, DASHES, HEIGHT, MARKERS, WIDTH
 from exitkit.benchmarks.report.statistics import SIGNIFICANCE
@@ -44,7 +45,7 @@ def print_table(frame: pd.DataFrame, console: Console, most: int | None, cost: s
         if most is not None and number >= most and names != _BASELINE:
             continue
         cells = []
-        for row in _records(rows):
+        for row in records(rows):
             cell = Text(_number(row["accuracy"]), style="bold green" if row["accuracy"] == best[row["budget"]] else "")
             if names != _BASELINE and not pd.isna(row["difference"]):
                 cell.append(f"\n{_difference(row)}", style="not bold dim default")
@@ -72,7 +73,7 @@ def _unit(budgets: pd.Series, cost: str) -> tuple[str, float]:
 def preferences(frame: pd.DataFrame, cost: str) -> str:
     """Return the preferred policy of each budget, as text."""
     unit, size = _unit(frame["budget"], cost)
-    chosen = _records(frame[frame["preferred"]].sort_values("budget"))
+    chosen = records(frame[frame["preferred"]].sort_values("budget"))
     names = [f"{label(*(row[name] for name in NAMES))} at {row['budget'] / size:.3g}{unit}" for row in chosen]
     return f"Preferred on validation: {', '.join(names)}."
 
@@ -86,10 +87,6 @@ def _ranked(frame: pd.DataFrame) -> list[tuple[tuple[str, ...], pd.DataFrame]]:
 
 def _tuple(names: Hashable) -> tuple[Any, ...]:
     return names if isinstance(names, tuple) else (names,)
-
-
-def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    return cast("list[dict[str, Any]]", frame.to_dict("records"))
 
 
 def _accuracy(row: dict[str, Any], best: pd.Series) -> page.Cell:
@@ -182,7 +179,7 @@ def _numbered(rows: pd.DataFrame) -> Iterable[tuple[int, tuple[tuple[str, ...], 
 
 def _series(names: tuple[str, ...], rows: pd.DataFrame, size: float, index: int) -> page.Series:
     points = []
-    for row in _records(rows.sort_values("cost")):
+    for row in records(rows.sort_values("cost")):
         facts = [
             ("policy", label(*names)),
             ("point", str(row["point"])),
@@ -204,9 +201,9 @@ def _tables(frame: pd.DataFrame, cost: str) -> list[page.Table]:
         name, last = page.Cell(label(*names)), group.iloc[0]
         facts = [page.Cell(f"{last[key]:.1f}", float(last[key])) for key in ("falls", "calibration")]
         facts.append(page.Cell(f"{last['seconds']:.2f}", float(last["seconds"])))
-        accuracies.append([name, *(_accuracy(row, best) for row in _records(group)), *facts])
+        accuracies.append([name, *(_accuracy(row, best) for row in records(group)), *facts])
         if names != _BASELINE:
-            differences.append([name, *(page.Cell(_difference(row), row["difference"]) for row in _records(group))])
+            differences.append([name, *(page.Cell(_difference(row), row["difference"]) for row in records(group))])
     caption = f"{preferences(frame, cost)} {CAPTION}"
     tables = [page.Table("Accuracy within budgets (%)", [*heads, "falls", "ECE", "s"], accuracies, caption)]
     if differences:

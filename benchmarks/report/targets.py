@@ -10,7 +10,7 @@ import pandas as pd
 
 from exitkit.errors import UserError
 from exitkit.inference.budgets import exit_costs
-from exitkit.inference.targets import Candidates, Target, promised
+from exitkit.inference.targets import Target
 
 WORDS = ("budget", "latency", "latency-p95", "lose", "accuracy")
 
@@ -67,20 +67,16 @@ def _reached(run: Any, target: Target, score: str, calibrated: bool) -> dict[str
     # Imported when used: reports without targets need no torch.
     import torch
 
-    from exitkit.inference.choose import rule_for_outputs
-    from exitkit.inference.policy import ExitPolicy
+    from exitkit.inference.choose import outcome_of_outputs, rule_for_outputs
 
     costs = np.asarray(exit_costs(run, target.unit), dtype=np.float64)
     parts = {part: run.outputs(part) for part in ("validation", "test")}
     validation = parts["validation"]
     rule = rule_for_outputs(validation["logits"], validation["labels"], costs, target, score, calibrated)
-    policy = ExitPolicy(rule)
-    got = {}
-    for part, outputs in parts.items():
-        logits, labels = torch.from_numpy(outputs["logits"]), torch.from_numpy(outputs["labels"])
-        predicted, exits = policy.on_outputs(logits)
-        hits, full = predicted.argmax(1) == labels, logits[:, -1].argmax(1) == labels
-        got[part] = promised(Candidates(costs, exits.numpy()[None], hits.numpy()[None], full.numpy()), 0)
+    got = {
+        part: outcome_of_outputs(rule, torch.from_numpy(outputs["logits"]), torch.from_numpy(outputs["labels"]), costs)
+        for part, outputs in parts.items()
+    }
     spent, test = got["validation"]["cost"], got["test"]
     row = {"planned": target.cost(costs) if target.kind == "budget" else spent, "validation_cost": spent}
     row["cost"] = test["cost"]

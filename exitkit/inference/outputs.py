@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from exitkit.errors import UserError
-from exitkit.inference.scores import below_top, exit_scores, scores
+from exitkit.inference.scores import below_top, entropy, exit_scores, probabilities, scores
 from exitkit.inference.thresholds import Floats, Integers
 
 
@@ -52,9 +52,7 @@ class ExitView:
 
     def probability(self) -> Floats:
         """Return p, [N, C]; it is not kept, since it is as large as the outputs of the exit."""
-        weights = np.exp(below_top(self.logits, self.index + 1))
-        weights /= weights.sum(axis=1, keepdims=True)
-        return weights
+        return probabilities(self.logits, self.index + 1)
 
     def rows(self, logits: np.ndarray, rows: Integers) -> ExitView:
         """Return the view of some rows, whose logits are given, with all that is known of them."""
@@ -70,7 +68,7 @@ class ExitView:
     def _entropies(self) -> Floats:
         z = below_top(self.logits, self.index + 1)
         with np.errstate(over="ignore"):  # a difference beyond the float64 range becomes -infinity, of probability 0
-            return np.stack([_entropy(z), _entropy(2 * z)], axis=1)
+            return np.stack([entropy(z), entropy(2 * z)], axis=1)
 
 
 class Embeddings(NamedTuple):
@@ -154,11 +152,3 @@ class ExitOutputs:
         part.exits = [view.rows(part.logits[:, k], rows) for k, view in enumerate(self.exits)]
         part._scores = {name: values[rows] for name, values in self._scores.items()}
         return part
-
-
-def _entropy(z: Floats) -> Floats:
-    """Return the entropy of softmax(z) in nats, [N], from z [N, C] whose largest value per row is 0."""
-    weights = np.exp(z)
-    total = weights.sum(axis=1)
-    result: Floats = np.log(total) - (weights * np.where(weights > 0, z, 0)).sum(axis=1) / total
-    return result

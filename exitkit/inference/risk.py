@@ -51,7 +51,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from exitkit.errors import UserError, unknown
 from exitkit.inference.calibration import checked_labels
-from exitkit.inference.scores import below_top
+from exitkit.inference.scores import below_top, probabilities
 from exitkit.inference.thresholds import Floats
 
 Booleans = NDArray[np.bool_]
@@ -98,9 +98,9 @@ def exit_losses(risk: str, logits: ArrayLike, labels: ArrayLike | None = None) -
         wrong: Floats = (predicted != target[:, None]).astype(np.float64)
         return np.subtract(wrong, wrong[:, -1:], dtype=np.float64) if risk == "gap" else wrong
     result = np.empty((samples, exits))
-    full = _probabilities(outputs, exits - 1)
+    full = probabilities(outputs[:, -1], exits)
     for k in range(exits):
-        p = _probabilities(outputs, k)
+        p = probabilities(outputs[:, k], k + 1)
         if risk == "hellinger":
             result[:, k] = np.sqrt(((np.sqrt(p) - np.sqrt(full)) ** 2).sum(axis=1) / 2)
         else:
@@ -117,12 +117,6 @@ def losses_at(exit_losses: ArrayLike, exit_index: ArrayLike) -> Floats:
     values, leaves = np.asarray(exit_losses, dtype=np.float64), np.asarray(exit_index)
     result: Floats = values[np.arange(len(values)), leaves]
     return result
-
-
-def _probabilities(outputs: np.ndarray, k: int) -> Floats:
-    p = np.exp(below_top(outputs[:, k], k + 1))
-    p /= p.sum(axis=1, keepdims=True)
-    return p
 
 
 def betting_p_values(drops: ArrayLike, limit: float, delta: float = 0.1) -> Floats:

@@ -161,13 +161,25 @@ def _entropy(z: Floats) -> Floats:
     classes = z.shape[1]
     if classes == 1:
         return np.ones(len(z))
+    # Rounding may give nearly uniform outputs a score slightly below 0.
+    result: Floats = np.maximum(1 - entropy(z) / log(classes), 0)
+    return result
+
+
+def entropy(z: Floats) -> Floats:
+    """Return the entropy of softmax(z) in nats, [N], from z [N, C] whose largest value per row is 0."""
     weights = np.exp(z)
     total = weights.sum(axis=1)
     # H = log sum_c e^z_c - sum_c p_c z_c; an excluded class adds 0, not 0 times infinity.
-    spread = np.log(total) - (weights * np.where(weights > 0, z, 0)).sum(axis=1) / total
-    # Rounding may give nearly uniform outputs a score slightly below 0.
-    result: Floats = np.maximum(1 - spread / log(classes), 0)
+    result: Floats = np.log(total) - (weights * np.where(weights > 0, z, 0)).sum(axis=1) / total
     return result
+
+
+def probabilities(outputs: np.ndarray, exit: int) -> Floats:
+    """Return softmax(outputs) in float64, [N, C], of the outputs of an exit [N, C]; `exit`, from 1, is for errors."""
+    weights = np.exp(below_top(outputs, exit))
+    weights /= weights.sum(axis=1, keepdims=True)
+    return weights
 
 
 _OF_ONE_EXIT: dict[str, Callable[[Floats], Floats]] = {

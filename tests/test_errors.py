@@ -137,6 +137,7 @@ TABLE = {
     "search of a sweep": ("tune --recipe swept.toml", "swept.toml has sweep, which a search does not use"),
     "search of methods with settings": ("tune --recipe tables.toml", "tables.toml has methods with settings"),
     "search with a wrong table": ("tune --recipe three.toml", "set is 3"),
+    "cost that new runs do not have": ("compare --recipe latency.toml --plan", "latency, which new runs do not have"),
     "folder twice": ("reproducibility empty empty/. --out made.md", "is given twice"),
     "too small an image": ("cost --backbone msdnet-cifar-k7 --input-shape 3,2,2", "too small for 3 scales"),
 }
@@ -160,6 +161,7 @@ def things(tmp_path):
         "swept.toml": "sweep = { lr = [0.1, 0.2] }",
         "tables.toml": "methods = [{ name = 'boostnet', temperature = 0.3 }]",
         "three.toml": "set = 3",
+        "latency.toml": "[report]\ncost = 'latency'",
     }
     (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
     for name, text in texts.items():

@@ -172,6 +172,7 @@ def carry_out(
     """
     from exitkit.benchmarks.campaign.launchers import check_importable, default_jobs, make_launcher
     from exitkit.benchmarks.report.options import ReportOptions
+    from exitkit.runs.folder import RunFolder
     from exitkit.runs.job import check_effects
 
     runs = plan.runs()
@@ -192,6 +193,11 @@ def carry_out(
     try:
         with interruptible():
             options = ReportOptions.make(plan.report)
+            if options.cost == "latency" and not all(RunFolder.is_finished(folder / name) for name in needed):
+                raise UserError(
+                    "the report's cost is latency, which new runs do not have; expected macs or papers, and after "
+                    "exitkit bench: exitkit report --cost latency"
+                )
             how = estimates or Estimates()
             todo = _announce(needed, folder, starter, jobs is not None, only_plan, as_json, options, how)
             if only_plan:

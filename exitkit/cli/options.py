@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from exitkit.cli.completion import folders, names, one_of, recipes, runs
-from exitkit.errors import UserError, unknown
+from exitkit.errors import Note, UserError, unknown
 from exitkit.files import exists
 
 if TYPE_CHECKING:
@@ -193,10 +194,18 @@ def read_recipe(name: str | None) -> dict[str, Any]:
 
 
 def make_recipe(values: Mapping[str, Any], given: Mapping[str, Any]) -> Recipe:
-    """Make a recipe from a file's values, overridden by options of the command line (None: not given)."""
+    """Make a recipe from a file's values, overridden by options of the command line (None: not given).
+
+    The settings of a method, network or data set that another one replaces are left out, with a `Note`.
+    """
     from exitkit.runs.recipe import Recipe
 
     values = dict(values)
+    for kind in ("method", "backbone", "dataset"):
+        replaced, settings = values.get(kind), values.get(f"{kind}_settings")
+        if settings and replaced and given.get(kind) not in (None, replaced):
+            del values[f"{kind}_settings"]
+            warnings.warn(Note(f"the recipe's settings of {replaced} are not used with {given[kind]}"), stacklevel=2)
     if given.get("init_from") is not None:  # the digest in a file is that of its own weights
         values.pop("init_weights", None)
     return Recipe.make(**(values | {key: value for key, value in given.items() if value is not None}))

@@ -23,6 +23,7 @@ from exitkit.errors import UserError
 from exitkit.plugins import setting
 
 _TEST_SHARE = 0.2  # of images without a test part
+_MOST_WORKERS = 1024
 _LARGEST = 8192  # pixels of a side; a batch of larger images fits into no memory
 
 
@@ -60,8 +61,8 @@ class ImageDataSet(DataSet):
         super().__post_init__()
         if self.image_size is not None and not 8 <= self.image_size <= _LARGEST:
             raise UserError(f"image_size is {self.image_size}; expected 8 to {_LARGEST}")
-        if self.workers is not None and self.workers < 0:
-            raise UserError(f"workers is {self.workers}; expected at least 0")
+        if self.workers is not None and not 0 <= self.workers <= _MOST_WORKERS:
+            raise UserError(f"workers is {self.workers}; expected 0 to {_MOST_WORKERS}")
         for name, low in (("mean", -math.inf), ("std", 0.0)):
             values = getattr(self, name)
             if values is not None and (len(values) != 3 or not all(low < value < math.inf for value in values)):

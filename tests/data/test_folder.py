@@ -268,6 +268,7 @@ def test_other_mistakes(tmp_path, two_parts):
     for wrong, words in (
         ({"image_size": 4}, "image_size is 4"),
         ({"workers": -1}, "workers is -1"),
+        ({"workers": 100_000}, "workers is 100000; expected 0 to 1024"),
         ({"validation": 0}, "validation is 0"),
     ):
         with pytest.raises(UserError, match=words):

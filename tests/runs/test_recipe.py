@@ -9,7 +9,8 @@ import pytest
 import exitkit
 from exitkit import Recipe, plugins
 from exitkit.cli.catalogue import entries, recipe_files
-from exitkit.errors import UserError
+from exitkit.cli.options import make_recipe
+from exitkit.errors import Note, UserError
 from exitkit.files import load_tensors, save_tensors
 from exitkit.plugins import check_value, type_name
 from exitkit.runs.job import check_effects
@@ -72,6 +73,19 @@ def test_a_written_recipe_is_the_recipe_that_is_read(tmp_path):
     path.write_text(json.dumps(recipe.model_dump(mode="json")))
     again = Recipe.make(**Recipe.read(path))
     assert again == recipe and again.resolve().id == recipe.id
+
+
+def test_another_method_than_the_recipes_does_not_get_its_settings():
+    run = json.loads(Recipe.make(method="boostnet").resolve().model_dump_json())
+    with pytest.warns(Note, match=r"^the recipe's settings of boostnet are not used with ge$"):
+        other = make_recipe(run, {"method": "ge", "backbone": None})
+    assert other.resolve().method_settings == Recipe.make(method="ge").resolve().method_settings
+    assert make_recipe(run, {"method": "boostnet"}).method_settings["temperature"] == 0.5
+
+
+def test_other_initial_weights_than_the_recipes_have_their_own_digest():
+    recipe = make_recipe({"init_from": "a.pth", "init_weights": "0123"}, {"init_from": "b.pth"})
+    assert recipe.init_from == "b.pth" and recipe.init_weights is None
 
 
 def test_fields_find_their_home():

@@ -476,14 +476,14 @@ def _alive(trial: optuna.trial.FrozenTrial, out: Path) -> bool:
     if name and RunFolder.is_held(out / RUNS / name):
         return True
     if trial.user_attrs.get("host") == platform.node():
-        process = trial.user_attrs.get("pid")
+        process = trial.user_attrs["pid"]
         if process == os.getpid():  # a new process has the number of the dead one
             return False
         try:
             os.kill(int(process), 0)
         except PermissionError:  # it is another user's
             return True
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError):
             return False
         return True
     age = time.time() - trial.datetime_start.timestamp() if trial.datetime_start else 0.0

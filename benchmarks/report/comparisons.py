@@ -63,8 +63,9 @@ def _areas(rows: pd.DataFrame) -> dict[Any, float]:
     low, high = least[curves].max(), most[curves].min()
     areas = {}
     for run, points in runs:
-        accuracy = points["accuracy"]
-        areas[run] = area_under_curve(points["cost"], accuracy, low, high) if curves[run] else accuracy.max()
+        cost, accuracy = points["cost"], points["accuracy"]
+        is_curve = cost.min() < cost.max()
+        areas[run] = area_under_curve(cost, accuracy, low, high) if is_curve else float(accuracy.max())
     return areas
 
 

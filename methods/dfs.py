@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from exitkit.networks import GradientTap, Head, MultiExitNetwork, State, map_tensors
+from exitkit.networks.attach.heads import MovedChannels
 from exitkit.strategy import GRADIENT_TAP, TrainingStrategy, UserError, Variant, resolve_variant, setting
 
 HeadInput = Literal["whole", "partition"]
@@ -84,13 +85,17 @@ class PartitionTap(GradientTap):
 def channel_axis(network: MultiExitNetwork, index: int, x: Tensor) -> int:
     """Return the channels' dimension of a tensor at boundary `index`.
 
-    It is the one that the head does not average over; if that is not known, dimension 1 of maps and the last one of
-    tokens.
+    It is the one that the head moves first, or does not average over; if there is none, dimension 1 of maps and the
+    last one of tokens.
     """
-    embed: Any = network.heads[index].embed
-    averaged = getattr(embed, "over", ())
-    others = [axis for axis in range(1, x.dim()) if axis not in averaged]
-    return others[0] if len(others) == 1 else 2 if x.dim() == 3 else 1
+    for module in network.heads[index].embed.modules():
+        if isinstance(module, MovedChannels):
+            return module.axis
+        averaged: Any = getattr(module, "over", None)
+        others = [axis for axis in range(1, x.dim()) if averaged and axis not in averaged]
+        if len(others) == 1:
+            return others[0]
+    return 2 if x.dim() == 3 else 1
 
 
 @dataclass(eq=False)

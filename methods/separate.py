@@ -9,7 +9,7 @@ Paper: none of its own; Scardapane et al., Why Should We Add Early Exits to Neur
 
 There is no published code, so that nothing is known to differ. The sources do not specify the following: here the
 epochs are split equally among the phases (or by `shares`), every phase has a new optimiser and its own schedule, and
-frozen parts are in evaluation mode.
+frozen parts are in evaluation mode. Every phase runs the whole network forward, also stages that it does not train.
 """
 
 from __future__ import annotations

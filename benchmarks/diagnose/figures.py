@@ -84,7 +84,8 @@ def ranks_figure(correlation: np.ndarray) -> Figure:
     with own_style():
         figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
         title = "rank correlation of confidences"
-        _matrix(figure, figure.subplots(), correlation, title, "exit", "exit", (min(0.0, np.nanmin(correlation)), 1.0))
+        least = -1.0 if np.nanmin(correlation) < 0 else 0.0
+        _matrix(figure, figure.subplots(), correlation, title, "exit", "exit", (least, 1.0))
     return figure
 
 

@@ -54,6 +54,7 @@ def pruning_damage(
     training = [module for module in network.modules() if module.training]
     requires_grad = [parameter.requires_grad for parameter in network.parameters()]
     network.requires_grad_(True).eval()
+    taps, network.taps = network.taps, []  # they would change the derivatives
     try:
         exits = network.num_exits
         shared = [network.get_parameter(name) for name, readers in owners(network).items() if len(readers) == exits]
@@ -74,6 +75,7 @@ def pruning_damage(
                     parameter.copy_(original)
         return np.stack(damage)
     finally:
+        network.taps = taps
         for module in training:
             module.training = True
         for parameter, required in zip(network.parameters(), requires_grad, strict=True):

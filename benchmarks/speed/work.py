@@ -69,7 +69,12 @@ class Work:
         """Return a function that runs one training step of a method, as step `at` of an epoch."""
         run, batch = self.run(method, **settings), self.data()
         run.position.steps, run.position.step = 1000, at
-        return lambda: run.train_step(batch)
+
+        def step() -> None:
+            run.position.single = 0  # every call is the same step of the epoch
+            run.train_step(batch)
+
+        return step
 
     def epoch(self, method: str, batches: int, **settings: Any) -> Step:
         """Return a function that trains one epoch of `batches` batches."""

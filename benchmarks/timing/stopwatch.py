@@ -61,7 +61,7 @@ class Subject:
     exits: list[list[float]] = field(default_factory=list)
     """Seconds per batch until each exit predicts, one row [K] per round."""
     seconds: dict[str, list[float]] = field(default_factory=dict)
-    """Seconds per batch of all exits, each operating point and each static network, one value per round."""
+    """Seconds of a round's batches for all exits, each operating point and each static network, one value per round."""
     joules: dict[str, float] = field(default_factory=dict)
     """Joules over all rounds, with the keys of `seconds`; empty without an energy meter."""
 
@@ -163,7 +163,8 @@ def _round(
     times = list(_exit_times(subject, positions[:batch_size], first))
     if number >= 0:
         subject.exits.append(times)
-    for name, way in ways.items():
+    measured = list(ways.items())
+    for name, way in measured if number % 2 else reversed(measured):  # none always follows the same one
         before = meter() if meter else 0.0
         began = _now(subject)
         logits = way(_read(subject, positions) if images is None else images)

@@ -183,7 +183,7 @@ class Data:
         return dataclasses.replace(self, split=split)
 
     def on(self, device: torch.device) -> Self:
-        """Return the same images, stored on `device` if they fit there; the batches have the same values."""
+        """Return the same images, prepared for batches on `device`; the batches have the same values."""
         return self
 
     def batches(self, part: Part, positions: Sequence[Tensor], *, augment: bool, seed: int) -> Iterator[Batch]:

@@ -8,9 +8,9 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -47,12 +47,14 @@ class LazyData(Data):
         train_source, test_source: the images that the indices refer to.
         preprocessing: transform of PIL images and uint8 tensors; None: the sources give final tensors.
         workers: number of processes that read images; 0: the main process reads them.
+        pinned: whether batches are in page-locked memory, from which they are copied to a GPU faster.
     """
 
     train_source: Source
     test_source: Source
     preprocessing: Preprocessing | None
     workers: int = 0
+    pinned: bool = False
 
     @property
     def mean(self) -> tuple[float, ...]:
@@ -86,6 +88,10 @@ class LazyData(Data):
             return None
         return Inventory.of(root, train.paths, test.paths, (self.train_labels, self.test_labels), self.split)
 
+    def on(self, device: torch.device) -> Self:
+        """Return the same images, whose batches are copied to `device` fast."""
+        return replace(self, pinned=device.type == "cuda")
+
     def batches(self, part: Part, positions: Sequence[Tensor], *, augment: bool, seed: int) -> Iterator[Batch]:
         """See `Data.batches`.
 
@@ -108,7 +114,7 @@ class LazyData(Data):
             num_workers=self.workers,
             collate_fn=_collate,
             worker_init_fn=_silence_worker,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self.pinned,
             generator=torch.Generator().manual_seed(seed),  # otherwise it would use the global generator
         )
         with _interrupts_blocked():

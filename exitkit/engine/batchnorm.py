@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from exitkit.engine.ranks import all_reduce
+from exitkit.errors import UserError
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -80,15 +81,38 @@ class SyncedBatchNorm(_BatchNorm):
             running.add_(momentum * (current.to(running.dtype) - running))  # as `lerp_`, which vmap does not support
 
 
+class SyncedNormAct(SyncedBatchNorm):
+    """The same for timm's `BatchNormAct2d`: batch normalisation, then its modules `drop` and `act`."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise and activate [B, C, H, W]."""
+        activated: Tensor = self.act(self.drop(super().forward(input)))
+        return activated
+
+
+_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
 def synchronise_batchnorm(module: nn.Module) -> None:
-    """Replace every batch normalisation inside `module` by a synchronised one; it shares parameters, buffers, hooks."""
+    """Replace every batch normalisation inside `module` by a synchronised one; it shares parameters, buffers, hooks.
+
+    Raises:
+        UserError: one is of a type of its own, whose computation is not known.
+    """
     for name, child in module.named_children():
-        if isinstance(child, _BatchNorm) and not isinstance(child, SyncedBatchNorm):
-            synced = SyncedBatchNorm(child.num_features)
-            synced.__dict__.update(child.__dict__)
-            setattr(module, name, synced)
-        else:
+        if not isinstance(child, _BatchNorm) or isinstance(child, SyncedBatchNorm):
             synchronise_batchnorm(child)
+            continue
+        with_act = all(isinstance(getattr(child, part, None), nn.Module) for part in ("drop", "act"))
+        if type(child) not in _PLAIN and not with_act:
+            kind = type(child).__name__
+            raise UserError(f"{name} is a {kind}, whose statistics can't be those of all ranks; expected one process")
+        synced = (SyncedNormAct if with_act else SyncedBatchNorm)(child.num_features)
+        synced.__dict__.update(child.__dict__)
+        setattr(module, name, synced)
 
 
 __all__ = ["SyncedBatchNorm", "synchronise_batchnorm"]

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -122,14 +123,14 @@ def _counted(network: MultiExitNetwork, shape: tuple[int, int, int]) -> list[Exi
     parameters: list[int] = []
     operations = FlopCounterMode(display=False)
     papers = FlopCounterMode(display=False, custom_mapping=_PAPERS)
-    flow = _Flow(operations)
-    with _counting(reference.device), _executed_parameters(network) as executed, operations, papers, flow:
+    flow = _Flow(operations, network)
+    with _counting(reference.device), operations, papers, flow:
         state: Any = torch.zeros(1, *shape, device=reference.device, dtype=_dtype(network))
         for index in range(network.num_exits):
             output, state, carry = network.step(index, state, carry)
             flow.mark(output.logits)
             counts.append((papers.get_total_flops() // 2, operations.get_total_flops() // 2))
-            parameters.append(sum(executed.values()))
+            parameters.append(sum(flow.parameters.values()))
     rows = zip(counts, flow.needed(), parameters, strict=True)
     return [ExitCost(index + 1, *count, needed, params) for index, (count, needed, params) in enumerate(rows)]
 
@@ -146,6 +147,7 @@ def _counting(device: torch.device) -> Iterator[None]:
             eagerly_counted(),
             seeded_everywhere(device, 0),
             torch.device(device),
+            sdpa_kernel(SDPBackend.MATH),
         ):
             yield
     finally:
@@ -153,27 +155,33 @@ def _counting(device: torch.device) -> Iterator[None]:
 
 
 class _Flow(TorchDispatchMode):
-    """Records the count of every operation, and the earlier operations that produce its inputs.
+    """Records the count of every operation, the earlier operations that produce its inputs, and the parameters read.
 
     A tensor is identified by its storage, so that views and in-place operations are followed.
+
+    Attributes:
+        parameters: {identity: number of elements} of the parameters that operations have read so far.
     """
 
-    def __init__(self, counter: FlopCounterMode) -> None:
+    def __init__(self, counter: FlopCounterMode, network: nn.Module) -> None:
         super().__init__()
         self.counter = counter
+        self.parameters: dict[int, int] = {}
         self.counts: list[int] = []
         self.inputs: list[set[int]] = []
         self.marked: list[int] = []
         self._writer: dict[int, int] = {}
         self._alive: list[Any] = []  # the identity of a freed storage may be used again
+        self._sizes = {self._key(parameter): parameter.numel() for parameter in network.parameters() if parameter.dim()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before = self.counter.get_total_flops()
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         self.counts.append((self.counter.get_total_flops() - before) // 2)
-        sources = (self._writer.get(self._key(tensor)) for tensor in _tensors((args, kwargs)))
-        self.inputs.append({source for source in sources if source is not None})
+        read = [self._key(tensor) for tensor in _tensors((args, kwargs))]
+        self.parameters.update({key: self._sizes[key] for key in read if key in self._sizes})
+        self.inputs.append({self._writer[key] for key in read if key in self._writer})
         for tensor in _tensors(result):
             self._writer[self._key(tensor)] = len(self.counts) - 1
         return result
@@ -205,24 +213,3 @@ def _tensors(values: Any) -> list[Tensor]:
 
 def _dtype(network: nn.Module) -> torch.dtype:
     return next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
-
-
-@contextmanager
-def _executed_parameters(network: nn.Module) -> Iterator[dict[int, int]]:
-    """Collect {identity: number of elements} of the parameters of every module that runs."""
-    sizes: dict[int, int] = {}
-
-    def record(module: nn.Module, inputs: Any) -> None:
-        parameters = list(module.parameters(recurse=False))
-        for child in module.children():
-            parameters += child.parameters() if isinstance(child, torch.jit.ScriptModule) else ()
-        sizes.update({id(p): p.numel() for p in parameters if p.dim()})
-
-    # Scripted modules have no hooks.
-    own = [module for module in network.modules() if not isinstance(module, torch.jit.ScriptModule)]
-    handles = [module.register_forward_pre_hook(record) for module in own]
-    try:
-        yield sizes
-    finally:
-        for handle in handles:
-            handle.remove()

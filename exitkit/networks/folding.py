@@ -16,7 +16,8 @@ from torch import Tensor, fx, nn
 from torch.nn.functional import conv2d
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from exitkit.engine.fused import is_hooked
+from exitkit.engine.batchnorm import SyncedBatchNorm
+from exitkit.engine.fused import FusedBatchNorm, is_hooked
 from exitkit.networks.cascade import MultiExitNetwork, Units
 from exitkit.networks.copying import copied
 
@@ -102,11 +103,17 @@ def _joined(first: nn.Module | None, second: nn.Module | None) -> nn.Module | No
     if type(second) is nn.ReLU and type(first) is nn.Conv2d and first.padding_mode == "zeros":
         return ConvReLU(first)
     norm = _NORMS.get(type(first))  # the exact type: a subclass may compute something else
-    if norm is None or type(second) is not norm or second.running_mean is None:
+    if norm is None or type(second) not in (norm, FusedBatchNorm, SyncedBatchNorm):
+        return None
+    plain: Any = second
+    if plain.running_mean is None:
         return None
     fuse: Any = fuse_linear_bn_eval if type(first) is nn.Linear else fuse_conv_bn_eval
-    fused: nn.Module = fuse(first, second)
-    return fused.requires_grad_(False)
+    joined: nn.Module = fuse(first, plain).requires_grad_(False)
+    if getattr(plain, "relu", False):  # a FusedBatchNorm
+        relu = _joined(joined, nn.ReLU())
+        return relu or nn.Sequential(joined, nn.ReLU())
+    return joined
 
 
 def _fold_graph(traced: fx.GraphModule) -> None:

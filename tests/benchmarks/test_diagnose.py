@@ -115,6 +115,14 @@ def test_rank_consistency_is_spearmans():
     assert np.allclose(np.diag(found), 1)
 
 
+def test_gradient_taps_do_not_change_what_matters():
+    network, (x, y) = chain(), batches(1, size=40)[0]
+    plain = pruning_damage(network, x, y, x, y, share=0.2)
+    exitkit.build_strategy("dfs").adapt(network)
+    taps = list(network.taps)
+    assert np.array_equal(pruning_damage(network, x, y, x, y, share=0.2), plain) and network.taps == taps
+
+
 def test_pruning_takes_what_matters_and_leaves_the_network_as_it_was():
     network, (x, y) = chain(), batches(1, size=40)[0]
     before = {name: value.clone() for name, value in network.state_dict().items()}

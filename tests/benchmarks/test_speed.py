@@ -38,6 +38,7 @@ from exitkit.benchmarks.speed.work import Work
 from exitkit.cli import main
 from exitkit.errors import UserError
 from exitkit.inference.export.programs import all_exits
+from exitkit.methods.l2w import LearnedWeights
 from exitkit.plugins import registered
 
 TINY = Work("sdn-tiny", batch=16, classes=10, shape=(1, 16, 16), rounds=1)
@@ -81,6 +82,17 @@ def test_every_method_of_one_phase_and_pass_is_timed_and_every_limit_is_of_a_met
     names = methods(TINY)
     assert {*LIMITS, *AGGREGATORS, "joint", "l2w", "kd"} - {"nashmtl"} <= set(names) <= set(registered("method"))
     assert not {"metagf", "imta", "separate"} & set(names)
+
+
+def test_a_meta_step_is_timed_where_it_is_said(monkeypatch):
+    made, plain = [], LearnedWeights._meta_step
+    monkeypatch.setattr(LearnedWeights, "_meta_step", lambda *arguments: (made.append(1), plain(*arguments))[1])
+    for at, expected in ((0, 2 * 3), (1, 0)):  # one per half of the batch
+        step = TINY.step("l2w", interval=100, at=at)
+        made.clear()
+        for _ in range(3):
+            step()
+        assert len(made) == expected
 
 
 def test_all_parts_of_training_run(monkeypatch):

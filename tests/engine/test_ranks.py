@@ -5,10 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
 from exitkit.engine.batchnorm import SyncedBatchNorm, synchronise_batchnorm
+from exitkit.errors import UserError
 
 from toy import chain
 
@@ -84,6 +86,31 @@ def test_synchronising_shares_parameters_and_keeps_names_and_modes():
     assert network[1][0].training and not network[1][1].training
     x = torch.randn(5, 2)
     assert network(x).shape == (5, 3)  # without a process group it is plain batch normalisation
+
+
+class NormAct(nn.BatchNorm2d):
+    """As timm's BatchNormAct2d."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), nn.ReLU()
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
+
+
+class Doubled(nn.BatchNorm2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_synchronising_keeps_the_activation_of_a_norm_and_refuses_unknown_ones():
+    network, x = nn.Sequential(nn.Conv2d(1, 3, 1), NormAct(3)), torch.randn(4, 1, 5, 5)
+    expected = network(x)
+    synchronise_batchnorm(network)
+    assert isinstance(network[1], SyncedBatchNorm) and torch.equal(network(x), expected) and (expected == 0).any()
+    with pytest.raises(UserError, match=r"^0 is a Doubled, whose statistics can't be those of all ranks"):
+        synchronise_batchnorm(nn.Sequential(Doubled(3)))
 
 
 def test_synchronising_keeps_hooks():

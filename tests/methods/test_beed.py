@@ -159,6 +159,14 @@ def test_hints_between_maps_compare_every_pixel():
         assert torch.allclose(loss, with_maps, rtol=1e-11) and (loss > with_vectors).all()
 
 
+@pytest.mark.parametrize("backbone", ["msdnet-cifar-lg4", "sdn-mobilenet"])
+def test_the_maps_of_a_head_are_those_that_it_pools(backbone):
+    network = exitkit.build_network(backbone, num_classes=5)
+    for head in network.heads:
+        pools = [isinstance(layer, nn.AdaptiveAvgPool2d) for layer in head.embed]
+        assert not any(pools) or head.before_pooling == pools.index(True)
+
+
 def test_maps_of_different_shapes_are_refused():
     run = run_of(network=maps((3, 3, 5)), hints="maps")
     with pytest.raises(UserError, match=r"hints=maps needs maps of the same shape.*3x2x2, 5x2x2; use hints=pooled"):

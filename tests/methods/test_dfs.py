@@ -11,6 +11,7 @@ import exitkit
 from exitkit.errors import UserError
 from exitkit.methods.dfs import channel_axis
 from exitkit.networks import Head, MultiExitNetwork
+from exitkit.networks.attach.heads import HeadChoice
 
 from toy import batches, chain, exit_gradients, sgd
 
@@ -267,6 +268,9 @@ def test_channels_are_where_the_head_reads_them():
     assert channel_axis(network, 0, torch.zeros(2, 7)) == 1
     network.heads[0].embed.over = [1, 2]  # maps with the channels last
     assert channel_axis(network, 0, torch.zeros(2, 4, 5, 3)) == 3
+    for form in ("linear", "norm", "sdn", "msdnet"):  # of maps [8, 8, 6], as those of Swin
+        network.heads[0] = HeadChoice(form).make((8, 8, 6), 4, 3, "point")
+        assert channel_axis(network, 0, torch.zeros(2, 8, 8, 6)) == 3
     # Half of five channels are two: Python rounds to even.
     x = torch.zeros(2, 5, requires_grad=True)
     adapted(network := chain(2))

@@ -68,6 +68,16 @@ def test_published_weights_come_through_timm(library, tmp_path, monkeypatch):
     assert torch.equal(few.stages[0].get_submodule("conv1.0").weight, model.conv1[0].weight)
 
 
+def test_rates_of_dropout_are_timms_unless_they_are_given(library, monkeypatch):
+    given = []
+    create = library.create_model
+    monkeypatch.setattr(library, "create_model", lambda name, **rest: (given.append(rest), create(name, **rest))[1])
+    TimmModel("test_resnet").build(SHAPE, 4)
+    TimmModel("test_resnet", dropout=0.0, drop_path=0.0).build(SHAPE, 4)
+    rates = [{key: rest[key] for key in ("drop_rate", "drop_path_rate") if key in rest} for rest in given]
+    assert rates == [{}, {"drop_rate": 0.0, "drop_path_rate": 0.0}]
+
+
 def test_the_images_are_prepared_as_for_the_weights():
     described = TimmModel("test_resnet", pretrained=True).preprocessing()
     assert described.size == 160 and described.mean == described.std == (0.5, 0.5, 0.5)

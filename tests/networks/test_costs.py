@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import exitkit
 from exitkit.errors import UserError
+from exitkit.networks import Head, MultiExitNetwork
 
 from toy import chain
 
@@ -116,6 +118,36 @@ def test_pooling_and_relu_by_hand():
     assert row.macs == 4 * 3 * 9 * 64 + 8
     relu, max_pool, average_pool, global_pool, bias = 4 * 64, 4 * 4 * 16, 4 * 4 * 4, 4 * 4, 2
     assert row.papers == row.macs + relu + max_pool + average_pool + global_pool + bias
+
+
+class Attention(nn.Module):
+    """Reads parameters of a module that it does not call, and one that is nested."""
+
+    def __init__(self):
+        super().__init__()
+        self.attend = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.scale = nn.ParameterList([nn.Parameter(torch.ones(8))])
+
+    def forward(self, x):
+        tokens = x.flatten(2).mT * self.scale[0]
+        return self.attend(tokens, tokens, tokens, need_weights=False)[0].mean(1)
+
+
+@pytest.mark.parametrize("values", [False, True])
+def test_attention_costs_its_products_and_all_parameters_that_it_reads(values):
+    class Needs(nn.Module):
+        """May need values, so that the network runs on an image."""
+
+        def forward(self, x):
+            assert not values or float(x.sum()) == 0
+            return x
+
+    stage, head = nn.Sequential(Needs(), Attention()), Head(nn.Identity(), nn.Linear(8, 3))
+    network = MultiExitNetwork([stage], [head], (8, 4, 4), 3)
+    (row,) = exitkit.cost(network)
+    tokens, width, heads = 16, 8, 2
+    assert row.macs == 4 * tokens * width**2 + 2 * heads * tokens**2 * width // heads + 24
+    assert row.params == sum(parameter.numel() for parameter in network.parameters())
 
 
 def test_counting_leaves_the_network_as_it_was():

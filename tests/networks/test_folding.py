@@ -6,6 +6,8 @@ from torch import nn
 from torch.nn.functional import relu
 
 import exitkit
+from exitkit.engine.batchnorm import SyncedBatchNorm, synchronise_batchnorm
+from exitkit.engine.fused import fuse_batchnorm
 from exitkit.networks import Head, MultiExitNetwork, attach_exits, fold, prune_to
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -49,6 +51,17 @@ def test_every_family_is_folded_whole_with_the_outputs_of_the_network(backbone, 
         for parameter in folded.parameters():
             parameter.zero_()
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize("replace", [fuse_batchnorm, synchronise_batchnorm])
+@pytest.mark.parametrize("backbone", ["msdnet-tiny", "sdn-mobilenet"])
+def test_a_network_that_was_prepared_for_training_is_folded_as_well(backbone, replace):
+    network = trained(exitkit.build_network(backbone, num_classes=5, input_shape=(1, 16, 16)))
+    plain = fold(network)
+    replace(network)
+    folded = fold(network)
+    assert not any(isinstance(module, (*NORMS, SyncedBatchNorm)) for module in folded.modules())
+    same(folded, plain, (1, 16, 16))
 
 
 def test_norms_before_a_convolution_remain_and_dropout_goes():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,8 +44,8 @@ class TimmModel(Backbone):
     head_width: int | None = setting(None, HEAD_WIDTH)
     pretrained: bool = setting(False, "timm's published weights, which are downloaded")
     weights: str | None = setting(None, "file of weights that timm has saved or published (.safetensors, .pth)")
-    dropout: float = setting(0.0, "rate of dropout before the network's own classifier")
-    drop_path: float = setting(0.0, "rate of stochastic depth")
+    dropout: float | None = setting(None, "rate of dropout before the network's own classifier; none: timm's")
+    drop_path: float | None = setting(None, "rate of stochastic depth; none: timm's")
 
     def __post_init__(self) -> None:
         if self.exits is not None and self.fractions is not None:
@@ -52,8 +53,9 @@ class TimmModel(Backbone):
         if self.pretrained and self.weights is not None:
             raise UserError("pretrained and weights both give initial weights; set one of them")
         for name in ("dropout", "drop_path"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; expected a rate of at least 0 and below 1")
+            rate = getattr(self, name)
+            if rate is not None and not 0 <= rate < 1:
+                raise UserError(f"{name} is {rate}; expected a rate of at least 0 and below 1")
         HeadChoice(self.head, self.head_width)
 
     def _check_name(self) -> None:
@@ -94,11 +96,13 @@ class TimmModel(Backbone):
             return None
         published, usual = self._published, Preprocessing()
         how: dict[str, Interpolation] = {"bicubic": "bicubic", "nearest": "nearest"}
+        size, crop = published.input_size[-1], published.crop_pct or usual.crop
+        resized = math.floor(size / crop + 1e-6)  # timm rounds down
         return Preprocessing(
-            published.input_size[-1],
+            size,
             tuple(published.mean or usual.mean),
             tuple(published.std or usual.std),
-            published.crop_pct or usual.crop,
+            crop if round(size / crop) == resized else size / resized,
             how.get(published.interpolation, "bilinear"),
         )
 
@@ -128,9 +132,9 @@ class TimmModel(Backbone):
         arguments: dict[str, Any] = {"in_chans": channels, "num_classes": num_classes}
         if self._published.fixed_input_size:
             arguments["img_size"] = (height, width)
-        if self.dropout:
+        if self.dropout is not None:
             arguments["drop_rate"] = self.dropout
-        if self.drop_path:
+        if self.drop_path is not None:
             arguments["drop_path_rate"] = self.drop_path
         if self.pretrained or self.weights is not None:
             arguments |= {"pretrained": True, "num_classes": self._published.num_classes}

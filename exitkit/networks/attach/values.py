@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -183,9 +184,9 @@ class NodeRun(fx.Interpreter):
 
     def on(self, batch: int, shape: tuple[int, int, int]) -> NodeRun:
         """Run on random images."""
-        # Without gradients attention is fused, and the counter does not see it.
-        grad, random = torch.enable_grad(), seeded_everywhere(self._device, 0)
-        with torch.inference_mode(False), grad, eagerly_counted(), random, torch.device(self._device):
+        # The counter does not see fused attention.
+        grad, attention, random = torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), seeded_everywhere(self._device, 0)
+        with torch.inference_mode(False), grad, attention, eagerly_counted(), random, torch.device(self._device):
             images = torch.rand(batch, *shape).to(self._dtype)
             with self.counter, self.watch:
                 self.run(images)

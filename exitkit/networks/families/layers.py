@@ -52,7 +52,7 @@ def make_head(width: int, num_classes: int, form: HeadForm) -> Head:
         return Head(nn.Sequential(*pool), nn.Linear(width, num_classes))
     inner = 128 if form == "conv128" else width
     convs = [conv_bn_relu(width, inner, 3, 2), conv_bn_relu(inner, inner, 3, 2)]
-    return Head(nn.Sequential(*convs, *pool), nn.Linear(inner, num_classes))
+    return Head(nn.Sequential(*convs, *pool), nn.Linear(inner, num_classes), before_pooling=len(convs))
 
 
 def he_init(module: nn.Module) -> None:

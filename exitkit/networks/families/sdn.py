@@ -63,7 +63,8 @@ def internal_classifier(shape: Shape, num_classes: int) -> Head:
 
 def pooled_head(width: int, num_classes: int, *before: nn.Module) -> Head:
     """Return the last head: the modules `before`, the average over the map, and one linear layer."""
-    return Head(nn.Sequential(*before, nn.AdaptiveAvgPool2d(1), nn.Flatten()), nn.Linear(width, num_classes))
+    layers = nn.Sequential(*before, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return Head(layers, nn.Linear(width, num_classes), before_pooling=len(before))
 
 
 class Trunk(NamedTuple):

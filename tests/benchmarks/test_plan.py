@@ -295,7 +295,7 @@ def test_a_plan_is_shown_and_nothing_is_done(cli, tmp_path, monkeypatch):
     code, printed, _ = cli("compare", "--plan", "--methods", "ge", "--epochs", "2", "--jobs", "3", "--out", "study")
     # Two methods with two seeds, 2 epochs of 1000 images of 60 ms each: four runs of 120 s, three at a time.
     assert code == 0 and "plan: 4 runs; about 4 min, 3 at a time" in printed
-    here = ("--launcher", "here", "--methods", "ge", "--epochs", "2", "--jobs", "3")
+    here = ("--launcher", "here", "--methods", "ge", "--epochs", "2")
     assert "plan: 4 runs; about 8 min, 1 at a time" in cli("compare", "--plan", *here).out
     assert not list(tmp_path.iterdir())
 

@@ -43,11 +43,14 @@ def test_a_resolved_recipe_holds_what_the_network_brings(monkeypatch):
     assert resolve(Recipe.make(**recipe.model_dump())).id == recipe.id
 
 
-def test_torchvision_weights_bring_their_size_and_normalisation():
+def test_torchvision_weights_bring_their_transform():
     from exitkit.networks.attach.torchvision import TorchvisionModel
 
     assert TorchvisionModel("efficientnet_b3").preprocessing() is None
-    assert TorchvisionModel("efficientnet_b3", weights="DEFAULT").preprocessing() == Preprocessing(300)
+    small = TorchvisionModel("efficientnet_b3", weights="DEFAULT").preprocessing()
+    assert small == Preprocessing(300, crop=300 / 320, interpolation="bicubic")
+    resnet = TorchvisionModel("resnet50", weights="DEFAULT").preprocessing()
+    assert round(resnet.size / resnet.crop) == 232 and resnet.interpolation == "bilinear"
     large = TorchvisionModel("efficientnet_v2_l", weights="DEFAULT").preprocessing()
     assert (large.size, large.mean) == (480, (0.5, 0.5, 0.5))
 

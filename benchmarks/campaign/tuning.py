@@ -381,7 +381,8 @@ def search(
 
     began, idle, fruitless = time.monotonic(), 0, 0
     _check_same(study, space, out)
-    _requeue(study, out)
+    if not limits.late(began):
+        _requeue(study, out)
     while not limits.reached(trained_epochs(study), began) or _unfinished(study, not limits.late(began)):
         trial = study.ask()
         try:

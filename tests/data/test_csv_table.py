@@ -54,7 +54,7 @@ def test_parts_are_drawn_without_a_column_of_parts_and_given_with_one(table):
     assert sizes == [27, 3, 12]
     drawn = named(table, validation=6).load(None)  # instead of the given part
     assert [len(drawn.labels(part)) for part in ("train", "validation", "test")] == [21, 6, 12]
-    assert len(drawn.train_source) == len(drawn.train_labels) == 27
+    assert len(drawn.train_source.paths) == len(drawn.train_labels) == 27
 
 
 def test_labels_that_are_numbers_are_ordered_as_numbers(table):

@@ -88,7 +88,8 @@ def channel_axis(network: MultiExitNetwork, index: int, x: Tensor) -> int:
     It is the one that the head moves first, or does not average over; if there is none, dimension 1 of maps and the
     last one of tokens.
     """
-    for module in network.heads[index].embed.modules():
+    embed: Any = network.heads[index].embed
+    for module in embed.modules():
         if isinstance(module, MovedChannels):
             return module.axis
         averaged: Any = getattr(module, "over", None)

@@ -130,6 +130,7 @@ TABLE = {
     "seconds infinite": ("compare --plan --seconds-per-run inf", "--seconds-per-run"),
     "points of patience": ("report empty --rule patience --points 3", "points has no effect on the rule patience"),
     "baseline of the report": ("compare --recipe reported.toml --plan", "'boostnte'; did you mean boostnet"),
+    "figures of a wrong type": ("compare --recipe figures.toml --plan", "figures is 3"),
     "figure beside methods": (
         "compare --recipe toy.toml --plan",
         "figures has toy, which is drawn alone; expected no methods",
@@ -161,6 +162,7 @@ def things(tmp_path):
         "swept.toml": "sweep = { lr = [0.1, 0.2] }",
         "tables.toml": "methods = [{ name = 'boostnet', temperature = 0.3 }]",
         "three.toml": "set = 3",
+        "figures.toml": "figures = 3",
         "latency.toml": "[report]\ncost = 'latency'",
     }
     (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")

@@ -100,10 +100,6 @@ class Plan:
             raise UserError("; ".join(str(unknown("key of a recipe", key, known)) for key in bad))
         if any("method" in table for table in (values, *parts)):
             raise UserError("method is a key of a run's recipe; expected methods, a list of names, for a comparison")
-        if "toy" in comparison.get("figures", ()) and (
-            beside := [key for key in values if key not in ("figures", "title", "note")]
-        ):
-            raise UserError(f"figures has toy, which is drawn alone; expected no {beside[0]} beside it")
         backbones = _entries("backbone", run.pop("backbone", None))
         datasets = _entries("dataset", run.pop("dataset", None))
         baseline = check_value("baseline", str, comparison.get("baseline", BASELINE))
@@ -117,6 +113,9 @@ class Plan:
             parts=_make_parts([values | part for part in parts]),
         )
         plan._check()
+        beside = [key for key in values if key not in ("figures", "title", "note")]
+        if "toy" in plan.figures and beside:
+            raise UserError(f"figures has toy, which is drawn alone; expected no {beside[0]} beside it")
         return plan
 
     def _check(self) -> None:

@@ -11,11 +11,11 @@ from exitkit.errors import Note, UserError
 from exitkit.inference.budgets import read_budget
 from exitkit.plugins import instantiate, setting
 
-PAPER_POINTS = 39
-"""Number of operating points of a curve in the papers."""
-
 if TYPE_CHECKING:
     from exitkit.inference.policy import PolicyName
+
+PAPER_POINTS = 39
+"""Number of operating points of a curve in the papers."""
 
 COST_COLUMNS = {"macs": "macs", "papers": "papers", "latency": "milliseconds"}
 """The column of the anytime table that holds each measure of cost."""
